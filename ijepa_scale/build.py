@@ -1,0 +1,198 @@
+"""Sections of the config -> objects, one build_* function a part. The public Python API: no launcher is needed."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ijepa_scale.config import MaskConfig, ModelConfig, PretrainConfig
+from ijepa_scale.data.collate import MicroBatches
+from ijepa_scale.data.images import ImageSet, check_images, open_images, splits_of
+from ijepa_scale.data.scenes import prepare_scenes
+from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
+from ijepa_scale.models.ijepa import IJepa, initialize_weights
+from ijepa_scale.models.predictor import Predictor
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
+
+SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
+VALIDATION_SCENES = 2000
+
+
+def vit_size(model: ModelConfig) -> ViTSize:
+    """The named size, with any explicit width, depth, heads and mlp_width over it."""
+    if model.name not in VIT_SIZES:
+        raise ValueError(f"unknown model.name {model.name!r}; choose one of {', '.join(VIT_SIZES)}")
+    named = VIT_SIZES[model.name]
+    return ViTSize(
+        width=model.width or named.width,
+        depth=model.depth or named.depth,
+        heads=model.heads or named.heads,
+        mlp_width=model.mlp_width or (4 * model.width if model.width else named.mlp_width),
+    )
+
+
+def build_encoder(config: PretrainConfig) -> VisionTransformer:
+    """A vision transformer of the config's size, with PyTorch's own initial weights."""
+    return VisionTransformer(
+        vit_size(config.model), image_size=config.data.image_size, patch_size=config.model.patch_size
+    )
+
+
+def build_model(config: PretrainConfig, *, initialize: bool = True) -> IJepa:
+    """Context encoder, predictor and target encoder, whose forward computes the loss.
+
+    initialize: draw the weights from config.seed; the engine passes False and draws its own shards.
+    """
+    context_encoder = build_encoder(config)
+    heads = config.predictor.heads or context_encoder.size.heads
+    width = config.predictor.width
+    predictor = Predictor(
+        ViTSize(width=width, depth=config.predictor.depth, heads=heads, mlp_width=4 * width),
+        encoder_width=context_encoder.size.width,
+        grid=context_encoder.grid,
+    )
+    model = IJepa(context_encoder, predictor, build_encoder(config), loss_kind=config.loss.kind)
+    if initialize:
+        initialize_weights(model, config.seed)
+    return model
+
+
+def architecture(config: PretrainConfig) -> dict[str, int]:
+    """What fixes the shapes of the weights, for a checkpoint to be compared with."""
+    encoder = vit_size(config.model)
+    return {
+        "image_size": config.data.image_size,
+        "patch_size": config.model.patch_size,
+        "width": encoder.width,
+        "depth": encoder.depth,
+        "heads": encoder.heads,
+        "mlp_width": encoder.mlp_width,
+        "predictor_width": config.predictor.width,
+        "predictor_depth": config.predictor.depth,
+        "predictor_heads": config.predictor.heads or encoder.heads,
+    }
+
+
+def build_blocks(config: PretrainConfig) -> MultiBlock:
+    """The mask sampler; raises ValueError where the patch grid cannot meet mask.min_keep."""
+    side = config.data.image_size // config.model.patch_size
+    mask: MaskConfig = config.mask
+    blocks = MultiBlock(
+        grid=PatchGrid(side, side),
+        num_target_blocks=mask.num_target_blocks,
+        target_scale=mask.target_scale,
+        target_aspect_ratio=mask.target_aspect_ratio,
+        context_scale=mask.context_scale,
+        min_keep=mask.min_keep,
+        reference_compat=mask.reference_compat,
+    )
+    check_feasible(blocks)
+    return blocks
+
+
+def _prepared_source(config: PretrainConfig) -> str:
+    """The folder or hub id to open; scenes are rendered first, once."""
+    data = config.data
+    if not data.source:
+        raise ValueError(
+            "data.source is not set: give a folder of images or of Parquet files, or a hub id, for example "
+            "data.source=/data/my_images; or data.source=scenes for rendered scenes"
+        )
+    if data.source != "scenes":
+        return data.source
+    folder = Path(data.cache_dir or "~/.cache/ijepa-scale").expanduser() / "scenes"
+    return str(
+        prepare_scenes(
+            folder,
+            num_train=data.num_images or 20_000,
+            num_validation=VALIDATION_SCENES,
+            image_size=data.image_size,
+            seed=SCENES_SEED,
+        )
+    )
+
+
+def build_images(config: PretrainConfig) -> ImageSet:
+    """The images to train on. Raises ValueError for a source that cannot be trained on, before anything else starts."""
+    data = config.data
+    patch_size = config.model.patch_size
+    images = open_images(
+        _prepared_source(config), split=data.split, cache_dir=data.cache_dir or None, min_side=patch_size
+    )
+    if len(images) < config.optimization.global_batch_size:
+        raise ValueError(
+            f"{images.name} has {len(images)} images, fewer than optimization.global_batch_size "
+            f"{config.optimization.global_batch_size}; use more images or a smaller global batch"
+        )
+    check_images(images, min_side=patch_size)
+    return images
+
+
+@dataclass(frozen=True)
+class EvalImages:
+    """Labelled images for probes: fit on train, score on test. held_out: test images are no training images."""
+
+    train: ImageSet
+    test: ImageSet
+    held_out: bool
+
+
+def build_eval_images(config: PretrainConfig) -> EvalImages:
+    """The training split and, where the source has one, its validation or test split."""
+    data = config.data
+    source = _prepared_source(config)
+    splits = splits_of(source, data.cache_dir or None)
+    named = [data.eval_split] if data.eval_split else [s for s in ("validation", "val", "valid", "test") if s in splits]
+    options = {"cache_dir": data.cache_dir or None, "min_side": 1}
+    train = open_images(source, split=data.split, **options)
+    if not named or named[0] == data.split:
+        return EvalImages(train, train, held_out=False)
+    return EvalImages(train, open_images(source, split=named[0], **options), held_out=True)
+
+
+def build_micro_batches(
+    config: PretrainConfig, images: ImageSet, blocks: MultiBlock, *, micro_batch_size: int, rank: int, ranks: int
+) -> MicroBatches:
+    return MicroBatches(
+        images=images,
+        blocks=blocks,
+        context=config.mask.context,
+        seed=config.seed,
+        image_size=config.data.image_size,
+        crop_scale=config.data.crop_scale,
+        horizontal_flip=config.data.horizontal_flip,
+        global_batch_size=config.optimization.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=rank,
+        ranks=ranks,
+    )
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """How long a run is, in steps. total: the schedules' end; stop: where this run ends."""
+
+    steps_per_epoch: int
+    total: int
+    stop: int
+    warmup: int
+
+
+def build_horizon(config: PretrainConfig, num_images: int) -> Horizon:
+    options = config.optimization
+    steps_per_epoch = num_images // options.global_batch_size
+    total = options.max_steps or options.epochs * steps_per_epoch
+    stop = min(options.stop_at_step or total, total)
+    return Horizon(steps_per_epoch, total, stop, round(total * options.warmup_epochs / options.epochs))
+
+
+def build_micro_batch_size(config: PretrainConfig, ranks: int) -> int:
+    """Images a rank runs at once. Raises ValueError where the global batch cannot be cut evenly."""
+    whole = config.optimization.global_batch_size
+    micro = config.optimization.micro_batch_size or whole // ranks
+    if micro == 0 or whole % (micro * ranks):
+        near = max(1, round(whole / (max(micro, 1) * ranks))) * max(micro, 1) * ranks
+        raise ValueError(
+            f"optimization.global_batch_size {whole} is not a multiple of micro_batch_size {max(micro, 1)} x {ranks} "
+            f"ranks; use optimization.global_batch_size={near} or another micro_batch_size"
+        )
+    return micro

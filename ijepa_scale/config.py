@@ -1,0 +1,333 @@
+"""Frozen dataclasses, one per YAML section, and load_config(): YAML file + key=value overrides -> PretrainConfig."""
+
+import difflib
+import json
+import typing
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    source: str = ""  # "scenes", a folder (Parquet, Arrow, images in any tree), or a hub id
+    split: str = "train"
+    eval_split: str = ""  # labelled images of the report; "": validation, val or test where there is one, else `split`
+    image_size: int = 224  # pixels, side of the square crop
+    crop_scale: tuple[float, float] = (0.3, 1.0)  # area of the random crop / area of the image
+    horizontal_flip: bool = False
+    workers: int = 8  # loader processes a rank; 0 loads in the training process
+    num_images: int = 0  # scenes: how many to render; elsewhere: only for --dry-run where the source is out of reach
+    cache_dir: str = ""  # where rendered scenes and the copies made by `datasets` go; "": their default folders
+    max_bad_fraction: float = 0.01  # of the source's images that may be unreadable before the run stops
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        _require(0.0 < low <= high <= 1.0, f"data.crop_scale must satisfy 0 < low <= high <= 1, got {[low, high]}")
+        _require(self.image_size > 0, f"data.image_size must be positive, got {self.image_size}")
+        _require(self.workers >= 0, f"data.workers must be 0 or more, got {self.workers}")
+        _require(self.num_images >= 0, f"data.num_images must be 0 or more, got {self.num_images}")
+        _require(
+            0.0 <= self.max_bad_fraction <= 1.0,
+            f"data.max_bad_fraction must lie in 0..1, got {self.max_bad_fraction}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str = "vit_huge"  # a key of models.vit.VIT_SIZES
+    patch_size: int = 14  # pixels
+    width: int = 0  # 0: as the name says; likewise the next three
+    depth: int = 0
+    heads: int = 0
+    mlp_width: int = 0  # 0: as the name says, or 4 x width where width is given
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    width: int = 384
+    depth: int = 12
+    heads: int = 0  # 0: the encoder's
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    num_target_blocks: int = 4
+    target_scale: tuple[float, float] = (0.15, 0.2)  # area of a target block / area of the patch grid
+    target_aspect_ratio: tuple[float, float] = (0.75, 1.5)  # height / width
+    context_scale: tuple[float, float] = (0.85, 1.0)  # area of the context block / area of the patch grid
+    min_keep: int = 10  # patches; every target block and every context keeps at least as many
+    context: str = "all"  # all | batch_min | patches an image
+    reference_compat: bool = False  # restores the reference's off-by-one: no block reaches the last row or column
+
+    def __post_init__(self) -> None:
+        for key in ("target_scale", "context_scale"):
+            low, high = getattr(self, key)
+            _require(0.0 < low <= high <= 1.0, f"mask.{key} must satisfy 0 < low <= high <= 1, got {[low, high]}")
+        low, high = self.target_aspect_ratio
+        _require(0.0 < low <= high, f"mask.target_aspect_ratio must satisfy 0 < low <= high, got {[low, high]}")
+        _require(self.num_target_blocks >= 1, f"mask.num_target_blocks must be 1 or more, got {self.num_target_blocks}")
+        _require(self.min_keep >= 1, f"mask.min_keep must be 1 or more, got {self.min_keep}")
+        budget = self.context.isdigit() and int(self.context) >= 1
+        _require(
+            self.context in ("all", "batch_min") or budget,
+            f"mask.context must be all, batch_min or a number of patches an image, got {self.context!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    kind: str = "smooth_l1"  # smooth_l1 (as the released code) | l2 (as the paper's text)
+
+    def __post_init__(self) -> None:
+        _require(self.kind in ("smooth_l1", "l2"), f"loss.kind must be smooth_l1 or l2, got {self.kind!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    global_batch_size: int = 2048  # images an optimizer step, over all ranks and accumulation steps
+    micro_batch_size: int = 0  # images one rank runs in one forward; 0: global_batch_size / ranks
+    epochs: int = 300
+    max_steps: int = 0  # the schedules' horizon; 0: epochs x floor(images / global_batch_size)
+    stop_at_step: int = 0  # ends the run early without touching the schedules; 0: at the horizon
+    warmup_epochs: float = 40.0  # linear warm-up, over warmup_epochs / epochs of the horizon
+    start_lr: float = 2e-4  # at step 0 of the warm-up
+    lr: float = 1e-3  # at the warm-up's end, then cosine
+    final_lr: float = 1e-6
+    weight_decay: tuple[float, float] = (0.04, 0.4)  # cosine from, to; none on biases and 1-D parameters
+    ema: tuple[float, float] = (0.996, 1.0)  # momentum of the target encoder, linear from, to
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad_norm: float = 0.0  # 0: off
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch_size", "epochs"):
+            _require(getattr(self, key) >= 1, f"optimization.{key} must be 1 or more, got {getattr(self, key)}")
+        for key in ("micro_batch_size", "max_steps", "stop_at_step"):
+            _require(getattr(self, key) >= 0, f"optimization.{key} must be 0 or more, got {getattr(self, key)}")
+        for key in ("start_lr", "lr", "final_lr", "clip_grad_norm"):
+            _require(getattr(self, key) >= 0, f"optimization.{key} must not be negative, got {getattr(self, key)}")
+        _require(
+            0 <= self.warmup_epochs <= self.epochs,
+            f"optimization.warmup_epochs must lie in 0..epochs ({self.epochs}), got {self.warmup_epochs}",
+        )
+        low, high = self.ema
+        _require(0.0 <= low <= high <= 1.0, f"optimization.ema must satisfy 0 <= start <= end <= 1, got {[low, high]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    zero_stage: int = 1  # 1, 2 or 3
+    precision: str = "auto"  # auto (bf16 on a GPU, fp32 on CPU) | fp32 | bf16
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged last into the generated DeepSpeed config
+
+    def __post_init__(self) -> None:
+        _require(
+            self.zero_stage in (1, 2, 3),
+            f"engine.zero_stage must be 1, 2 or 3, got {self.zero_stage}"
+            + (": stage 0 has no fp32 master weights to average; use 1" if self.zero_stage == 0 else ""),
+        )
+        _require(
+            self.precision in ("auto", "fp32", "bf16"),
+            f"engine.precision must be auto, fp32 or bf16, got {self.precision!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep_last: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # besides, every checkpoint whose step is a multiple of this is kept; 0: none
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, f"checkpoint.every_steps must be 1 or more, got {self.every_steps}")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last must be 1 or more, got {self.keep_last}")
+        _require(self.keep_every >= 0, f"checkpoint.keep_every must be 0 or more, got {self.keep_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    wandb: str = "disabled"  # disabled | offline | online
+    wandb_project: str = "ijepa-scale"
+    health_every_steps: int = 500  # feature std, RankMe, drift, k-NN; 0: off
+    health_images: int = 512
+
+    def __post_init__(self) -> None:
+        _require(
+            self.wandb in ("disabled", "offline", "online"),
+            f"logging.wandb must be disabled, offline or online, got {self.wandb!r}",
+        )
+        _require(self.health_images >= 32, f"logging.health_images must be 32 or more, got {self.health_images}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    train_images: int = 4000  # labelled images the probes are fitted on; 0: no report
+    test_images: int = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    run_dir: str = ""  # "": runs/<name of the config file>
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
+        _require(
+            self.data.image_size % self.model.patch_size == 0,
+            f"data.image_size {self.data.image_size} is not a multiple of model.patch_size {self.model.patch_size}",
+        )
+
+
+# What may differ between a checkpoint and the run that resumes it: it does not change what is trained.
+FREE_KEYS = (
+    "run_dir",
+    "data.workers",
+    "data.cache_dir",
+    "data.num_images",
+    "data.eval_split",
+    "data.max_bad_fraction",
+    "optimization.micro_batch_size",
+    "optimization.stop_at_step",
+    "engine.",
+    "checkpoint.",
+    "logging.",
+    "report.",
+)
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> PretrainConfig:
+    """Read a YAML file, then key.sub=value overrides, over the defaults.
+
+    Raises ValueError, in one line that names the key, for a missing file, an unknown key (with the nearest valid one),
+    a wrong type, or values that do not fit together.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = ", ".join(sorted(str(other) for other in Path("configs").glob("*.yaml")))
+        raise ValueError(f"no config file {path}" + (f"; there are {near}" if near else ""))
+    for override in overrides or []:
+        if "=" not in override:
+            raise ValueError(f"override {override!r} is not of the form key.sub=value")
+    try:
+        user = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
+    except (OmegaConfBaseException, OSError) as error:
+        raise ValueError(f"{path}: {_first_line(error)}") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise ValueError(f"{path} or an override is not valid YAML: {' '.join(str(error).split())}") from error
+        raise
+    if not isinstance(user, DictConfig):
+        raise ValueError(f"{path} must hold sections of keys, got a {type(user).__name__}")
+    _check_keys(OmegaConf.to_container(user), PretrainConfig, "")
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), user))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or _key_of_failure(user)
+        raise ValueError(f"config key {key}: {_first_line(error)}") from error
+    assert isinstance(config, PretrainConfig)
+    if not config.run_dir:
+        config = _with_run_dir(config, f"runs/{path.stem}")
+    return config
+
+
+def from_dict(values: dict[str, Any]) -> PretrainConfig:
+    """The inverse of to_dict(); raises ValueError as load_config does."""
+    _check_keys(values, PretrainConfig, "")
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(values)))
+    assert isinstance(config, PretrainConfig)
+    return config
+
+
+def to_dict(config: PretrainConfig) -> dict[str, Any]:
+    """Nested plain dicts, lists and scalars, as JSON holds them."""
+    return json.loads(json.dumps(asdict(config)))
+
+
+def to_yaml(config: PretrainConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+
+
+def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys that alter training and differ between two to_dict() results: {key: (old, new)}."""
+    before, after = _flatten(old), _flatten(new)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+        and not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
+    }
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def _with_run_dir(config: PretrainConfig, run_dir: str) -> PretrainConfig:
+    values = {item.name: getattr(config, item.name) for item in fields(config)}
+    return PretrainConfig(**{**values, "run_dir": run_dir})
+
+
+def valid_keys(section: type = PretrainConfig, prefix: str = "") -> list[str]:
+    """All full names of config keys, sections left out."""
+    hints = typing.get_type_hints(section)
+    return [
+        key
+        for item in fields(section)
+        for key in (
+            valid_keys(hints[item.name], f"{prefix}{item.name}.")
+            if is_dataclass(hints[item.name])
+            else [prefix + item.name]
+        )
+    ]
+
+
+def _check_keys(values: Any, section: type, prefix: str) -> None:
+    if not isinstance(values, dict):
+        raise ValueError(f"config key {prefix.rstrip('.')} is a section and takes keys, got {values!r}")
+    hints = typing.get_type_hints(section)
+    for key, value in values.items():
+        if key not in hints:
+            keys = valid_keys()
+            leaves = {full.rsplit(".", 1)[-1]: full for full in keys}
+            sections = list(typing.get_type_hints(PretrainConfig))
+            near = difflib.get_close_matches(f"{prefix}{key}", keys + sections, n=1, cutoff=0.6)
+            near = near or [leaves[leaf] for leaf in difflib.get_close_matches(str(key), leaves, n=1, cutoff=0.6)]
+            hint = f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(hints)}"
+            raise ValueError(f"unknown config key {prefix}{key}{hint}")
+        if is_dataclass(hints[key]):
+            _check_keys(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
+
+
+def _key_of_failure(user: DictConfig) -> str:
+    """OmegaConf leaves the key out of some errors: find it by merging one key at a time."""
+    for key, value in _flatten(typing.cast(dict, OmegaConf.to_container(user))).items():
+        try:
+            OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.from_dotlist([f"{key}={json.dumps(value)}"]))
+        except OmegaConfBaseException:
+            return key
+    return "?"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]

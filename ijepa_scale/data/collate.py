@@ -1,0 +1,108 @@
+"""Images and masks -> Batch: the micro-batch of any rank at any micro-step, as a pure function of its position."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ijepa_scale.data.images import BadImage, ImageSet
+from ijepa_scale.data.order import generator_for, image_at
+from ijepa_scale.data.transforms import random_resized_crop
+from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
+from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
+
+# Streams of random numbers, the first part of each key after the seed.
+SIZES, CROP, BLOCKS, CONTEXT = range(4)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. images: (B, 3, S, S) uint8. indices: which image each is. bad: unreadable images met."""
+
+    images: torch.Tensor
+    masks: Masks
+    indices: tuple[int, ...]
+    bad: tuple[BadImage, ...] = ()
+
+    def to(self, device: torch.device) -> "Batch":
+        return replace(self, images=self.images.to(device, non_blocking=True), masks=self.masks.to(device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatches(Dataset):
+    """Item i is this rank's micro-batch at micro-step i of the run.
+
+    The global batch of a step is cut in order: micro-step a of rank r takes the images at positions
+    (a * ranks + r) * micro_batch_size onwards. What stands at a position (image, crop, blocks) depends on the seed, the
+    step and the position alone, so ranks, workers, accumulation and restarts do not change what is trained on.
+    """
+
+    images: ImageSet
+    blocks: MultiBlock
+    context: str = "all"  # mask.context; batch_min alone depends on the micro-batch
+    seed: int
+    image_size: int
+    crop_scale: tuple[float, float]
+    horizontal_flip: bool = False
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def accumulation_steps(self) -> int:
+        return self.global_batch_size // (self.micro_batch_size * self.ranks)
+
+    def __getitem__(self, micro_step: int) -> Batch:
+        step, micro = divmod(micro_step, self.accumulation_steps)
+        first = (micro * self.ranks + self.rank) * self.micro_batch_size
+        positions = range(first, first + self.micro_batch_size)
+        sizes = block_sizes(self.blocks, generator_for(self.seed, SIZES, step))
+        crops, contexts, targets, indices, bad = [], [], [], [], []
+        for position in positions:
+            index = image_at(
+                self.seed,
+                step,
+                position,
+                num_images=len(self.images),
+                global_batch_size=self.global_batch_size,
+            )
+            image, failures = self.images.read_or_substitute(index)
+            crop = random_resized_crop(
+                image,
+                generator_for(self.seed, CROP, step, position),
+                self.image_size,
+                scale=self.crop_scale,
+                flip=self.horizontal_flip,
+            )
+            placed = place_blocks(self.blocks, sizes, generator_for(self.seed, BLOCKS, step, position))
+            crops.append(torch.from_numpy(crop))
+            contexts.append(placed.context)
+            targets.append(list(placed.target_blocks))
+            indices.append(index)
+            bad.extend(failures)
+        rngs = [generator_for(self.seed, CONTEXT, step, position) for position in positions]
+        masks = pack_masks(limit_context(contexts, self.context, rngs), targets, self.blocks.grid.num_patches)
+        return Batch(torch.stack(crops), masks, tuple(indices), tuple(bad))
+
+
+def micro_batch_stream(dataset: MicroBatches, *, start_step: int, stop_step: int, workers: int) -> Iterator[Batch]:
+    """This rank's micro-batches from start_step up to stop_step, in order, loaded by worker processes."""
+    accumulation = dataset.accumulation_steps
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start_step * accumulation, stop_step * accumulation),
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        worker_init_fn=_ignore_signals,
+    )
+    return iter(loader)
+
+
+def _ignore_signals(worker: int) -> None:
+    # Ctrl-C reaches the whole process group: the rank decides when its workers end.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,432 @@
+"""Images of any map-style source, by index. The only module that knows of HuggingFace `datasets`.
+
+A source is a folder of Parquet files or one such file, a folder written by `save_to_disk` or holding .arrow files, a
+folder of images in any tree, or the id of a data set on the HuggingFace Hub. Images stay encoded until `read`.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ijepa_scale.data.order import generator_for
+from ijepa_scale.data.transforms import image_extensions, open_encoded, to_rgb
+
+if TYPE_CHECKING:
+    import datasets
+
+_log = logging.getLogger(__name__)
+
+SUBSTITUTE_SEED = 20230119  # fixed: the substitute of an image is a property of the data set, not of the run
+MAX_SUBSTITUTES = 100
+_MAX_INTEGER_CLASSES = 10_000  # an integer column with as many values is an id, not a class
+_SPLIT_NAMES = {  # as `datasets` reads them in the names of files and folders
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+class BadImageError(ValueError):
+    """An image cannot be read. The message names the sample and the reason."""
+
+    def __init__(self, message: str, reason: str = "") -> None:  # DataLoader re-raises it with the message alone
+        super().__init__(message)
+        self.reason = reason or message
+
+
+@dataclass(frozen=True)
+class BadImage:
+    index: int
+    sample_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LabelColumn:
+    """names: of the classes. values: (num_images,) int64, indices into names, -1 where an image has no label."""
+
+    name: str
+    names: list[str]
+    values: np.ndarray
+
+
+class ImageSet:
+    """Images of one split of any map-style source, by index. Can be pickled and used in forked workers."""
+
+    def __init__(self, dataset: datasets.Dataset, column: str, *, name: str, split: str, min_side: int = 1) -> None:
+        self.name, self.split, self.num_images = name, split, len(dataset)
+        self._min_side = min_side
+        self._dataset = dataset
+        self._rows = dataset.select_columns([column]).with_format("arrow")  # a row is a slice: nothing is decoded
+
+    def __len__(self) -> int:
+        return self.num_images
+
+    def read(self, index: int) -> Image.Image:
+        """The image in RGB, upright. BadImageError if it cannot be decoded to the end or is smaller than min_side."""
+        image = self._with_image(index, to_rgb)
+        if min(image.size) < self._min_side:
+            reason = f"{image.width} x {image.height} pixels, less than {self._min_side} a side"
+            raise BadImageError(f"{self.name}: cannot use {self.sample_id(index)}: {reason}", reason)
+        return image
+
+    def read_or_substitute(self, index: int) -> tuple[Image.Image, tuple[BadImage, ...]]:
+        """The image at `index`, or another in its place if that is bad, and every bad one met.
+
+        Which one is a function of the data set and the index alone, so all ranks, workers and restarts agree.
+        """
+        rng = generator_for(SUBSTITUTE_SEED, index)
+        bad: dict[int, BadImage] = {}
+        candidate = index
+        for _ in range(1 + MAX_SUBSTITUTES):
+            if candidate not in bad:
+                try:
+                    return self.read(candidate), tuple(bad.values())
+                except BadImageError as error:
+                    bad[candidate] = BadImage(candidate, self.sample_id(candidate), error.reason)
+            candidate = int(rng.random() * self.num_images)
+        raise BadImageError(
+            f"{self.name}: {bad[index].sample_id} is bad ({bad[index].reason}) and so are {MAX_SUBSTITUTES} random "
+            f"images drawn in its place; check that the data set holds readable images"
+        )
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(width, height) as stored, from the header alone."""
+        return self._with_image(index, lambda image: image.size)
+
+    def sample_id(self, index: int) -> str:
+        """The path of the image where it is known, else e.g. "train[17]"."""
+        path = self._encoded(index)[1]
+        return _text(path) if path else f"{self.split}[{index}]"
+
+    def label_columns(self) -> dict[str, LabelColumn]:
+        """Columns of class labels by name, without decoding an image.
+
+        These are the ClassLabel columns, and integer ones called label, labels or class with under 10,000 values, whose
+        classes are the distinct values in order. A column without a single label is left out.
+        """
+        import datasets
+
+        columns = {}
+        for name, feature in self._dataset.features.items():
+            if isinstance(feature, datasets.ClassLabel):
+                names, values = list(feature.names), self._integers(name)
+            elif name in ("label", "labels", "class") and "int" in getattr(feature, "dtype", ""):
+                raw = self._integers(name)
+                distinct = np.unique(raw[raw >= 0])
+                if len(distinct) >= _MAX_INTEGER_CLASSES:
+                    continue
+                names, values = (
+                    [str(value) for value in distinct],
+                    np.where(raw < 0, -1, np.searchsorted(distinct, raw)),
+                )
+            else:
+                continue
+            if (values >= 0).any():
+                columns[name] = LabelColumn(name, names, values)
+        return columns
+
+    def _integers(self, column: str) -> np.ndarray:
+        values = self._dataset.select_columns([column]).with_format("arrow")[:].column(0)
+        return np.array(values.cast("int64").fill_null(-1).to_numpy())
+
+    def _encoded(self, index: int) -> tuple[bytes | None, str]:
+        """(content of the file, its path): one of the two may be missing."""
+        value = self._rows[int(index)].column(0)[0].as_py()
+        return (value["bytes"], os.fsdecode(value["path"] or "")) if isinstance(value, dict) else (value, "")
+
+    def _with_image(self, index: int, use: Callable[[Image.Image], Any]) -> Any:
+        data, path = self._encoded(index)
+        try:
+            with open_encoded(path if data is None else data) as image:
+                return use(image)
+        except Exception as error:  # decoders raise whatever the bytes lead them to
+            reason = f"{type(error).__name__}: {error}"
+            raise BadImageError(f"{self.name}: cannot read {self.sample_id(index)}: {reason}", reason) from error
+
+
+def open_images(source: str, *, split: str = "train", cache_dir: str | None = None, min_side: int = 1) -> ImageSet:
+    """The images of one split of a source (see the top of this file). Labels are not needed.
+
+    Parquet and Hub data are first copied to cache_dir (None or "": that of `datasets`), to be memory-mapped from there;
+    let one process a node open them before the others do. min_side: pixels; images with a shorter side are bad.
+    """
+    splits = _splits(source, cache_dir)
+    names = [name for name in splits if name == split]
+    names += [name for name in splits if _SPLIT_NAMES.get(name, name) == _SPLIT_NAMES.get(split, split)]
+    if not names:
+        raise ValueError(f"{source!r} has no split {split!r}; it has: {', '.join(splits)}")
+    dataset = splits[names[0]]()
+    if len(dataset) == 0:
+        raise ValueError(f"split {names[0]!r} of {source!r} has no rows; it must hold at least one image")
+    name = f"{Path(source).name}:{names[0]}"
+    return ImageSet(dataset, _image_column(dataset, source), name=name, split=names[0], min_side=min_side)
+
+
+def splits_of(source: str, cache_dir: str | None = None) -> list[str]:
+    """Names of the splits of a source, as `open_images` takes them. Copies and decodes nothing."""
+    return list(_splits(source, cache_dir))
+
+
+def bytes_needed(source: str, cache_dir: str | None = None) -> tuple[int, int]:
+    """(bytes that opening the source will copy to the cache, bytes free there), the first estimated from file sizes.
+
+    All splits are copied, whichever is asked for. 0 if they are cached already or can be memory-mapped in place.
+    """
+    copied = _inspect(source)[0] in ("parquet", "hub")
+    return _cache_need(_builder(source, cache_dir) if copied else None, cache_dir)[:2]
+
+
+def check_images(images: ImageSet, *, min_side: int, sample: int = 64) -> None:
+    """ValueError if most of `sample` evenly spaced images cannot be opened, or one has a side under min_side pixels.
+
+    Reads headers only. min_side: usually the patch size.
+    """
+    indices = np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).round().astype(int)).tolist()
+    errors = []
+    for index in indices:
+        try:
+            width, height = images.size(index)
+        except BadImageError as error:
+            errors.append(error)
+            continue
+        if min(width, height) < min_side:
+            raise ValueError(
+                f"{images.name}: {images.sample_id(index)} is {width} x {height} pixels, less than the patch size of "
+                f"{min_side} a side; take such images out of the data, or use a smaller model.patch_size"
+            )
+    if 2 * len(errors) > len(indices):
+        raise ValueError(
+            f"{len(errors)} of {len(indices)} images sampled cannot be read, the first because: {errors[0]}; "
+            f"check that data.source is the right one and its files are whole"
+        ) from errors[0]
+
+
+def _text(path: str) -> str:
+    """A path in printable form: names of files need not be UTF-8."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
+def _inspect(source: str) -> tuple[str, list[str]]:
+    """The kind of a source (saved, parquet, arrow, images, hub), and its files, relative to its folder."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix in (".parquet", ".arrow"):
+            return path.suffix[1:], [path.name]
+        raise ValueError(f"{str(path.absolute())!r} is a single file; wants a .parquet or .arrow file, or a folder")
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return "saved", []
+        kind, files = max(_list_files(str(path)).items(), key=lambda item: len(item[1]))
+        if not files:
+            raise ValueError(f"the folder {str(path.absolute())!r} holds no Parquet, Arrow or image files at any depth")
+        return kind, files
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):  # nor has it the form of a Hub id
+        raise ValueError(f"there is no folder {str(path.absolute())!r}; data.source must name an existing one")
+    return "hub", []
+
+
+def _list_files(root: str) -> dict[str, list[str]]:
+    """Files below root that may be data, by kind, relative to root and sorted."""
+    kinds = dict.fromkeys(image_extensions(), "images") | {".parquet": "parquet", ".arrow": "arrow"}
+    files: dict[str, list[str]] = {"parquet": [], "arrow": [], "images": []}
+    for path in _walk(root, "", ()):
+        kind = kinds.get(os.path.splitext(path)[1].lower())
+        if kind and not (kind == "arrow" and os.path.basename(path).startswith("cache-")):  # left by `Dataset.map`
+            files[kind].append(path)
+    return {kind: sorted(paths) for kind, paths in files.items()}
+
+
+def _walk(root: str, folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Relative paths of all files below root/folder that are not hidden. Follows links, but none to its own ancestor."""
+    here = os.path.join(root, folder)
+    stat = os.stat(here)
+    if (stat.st_dev, stat.st_ino) in ancestors:
+        return
+    ancestors += ((stat.st_dev, stat.st_ino),)
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if entry.name.startswith((".", "__MACOSX")):
+                continue
+            path = os.path.join(folder, entry.name)
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                yield from _walk(root, path, ancestors)
+            else:
+                yield path
+
+
+def _splits(source: str, cache_dir: str | None) -> dict[str, Callable[[], datasets.Dataset]]:
+    """The splits of a source, and how to load each."""
+    import datasets
+
+    kind, files = _inspect(source)
+    path = Path(source).expanduser().absolute()
+    if kind == "saved":
+        saved = datasets.load_from_disk(str(path))
+        saved = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+        return {str(name): functools.partial(saved.__getitem__, name) for name in saved}
+    if kind == "arrow":
+        return _arrow_splits(str(path.parent if path.is_file() else path), files)
+    if kind == "images":
+        return _folder_splits(str(path), files)
+    builder = _builder(source, cache_dir)
+    names = builder.config.data_files or builder.info.splits or {}
+    return {str(name): functools.partial(_prepare, builder, str(name), source, cache_dir) for name in names}
+
+
+def _arrow_splits(root: str, files: list[str]) -> dict[str, Callable[[], datasets.Dataset]]:
+    """.arrow files by the split that their folder or name tells (data-train-00000-of-00002.arrow), else train."""
+    import datasets
+
+    def load(paths: list[str]) -> datasets.Dataset:
+        parts = [datasets.Dataset.from_file(os.path.join(root, path)) for path in paths]
+        return datasets.concatenate_datasets(parts)
+
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file.lower())
+        by_split.setdefault(next((_SPLIT_NAMES[w] for w in words if w in _SPLIT_NAMES), "train"), []).append(file)
+    return {split: functools.partial(load, paths) for split, paths in by_split.items()}
+
+
+def _folder_splits(root: str, files: list[str]) -> dict[str, Callable[[], datasets.Dataset]]:
+    """Image files by split. The folders at the top are splits if all, or two of them, are named so; else all is train.
+
+    A split whose images all lie in one level of folders is labelled with these; numbers are the same in all splits.
+    """
+    parts = [file.split("/") for file in files]
+    tops = {part[0] if len(part) > 1 else "" for part in parts}  # "": images at the top itself
+    named = {top: _SPLIT_NAMES[top.lower()] for top in tops if top.lower() in _SPLIT_NAMES}
+    if len(named) < len(tops) and len(set(named.values())) < 2:
+        named = {}
+    by_split: dict[str, list[list[str]]] = {}
+    for part in parts:
+        split = named.get(part[0] if len(part) > 1 else "") if named else "train"
+        if split is not None:
+            by_split.setdefault(split, []).append(part)
+    ignored = sorted(_text(top) or "images at the top" for top in tops - named.keys()) if named else []
+    if ignored:
+        _log.warning("%s: in no split, so left out: %s", _text(root), ", ".join(ignored))
+    depth = 3 if named else 2
+    labelled = {split for split, parts in by_split.items() if all(len(part) == depth for part in parts)}
+    classes = sorted({part[-2] for split in labelled for part in by_split[split]})
+    return {
+        split: functools.partial(_folder_dataset, root, by_split[split], classes if split in labelled else [])
+        for split in sorted(by_split)
+    }
+
+
+def _folder_dataset(root: str, parts: list[list[str]], classes: list[str]) -> datasets.Dataset:
+    import datasets
+    import pyarrow as pa
+
+    full = pa.array(
+        [os.fsencode("/".join((root, *part))) for part in parts], type=pa.large_binary()
+    )  # may not be UTF-8
+    columns = {"image": pa.StructArray.from_arrays([pa.nulls(len(parts), pa.binary()), full], ["bytes", "path"])}
+    features: dict[str, Any] = {"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("large_binary")}}
+    if len(classes) > 1:
+        number = {name: i for i, name in enumerate(classes)}
+        columns["label"] = pa.array([number[part[-2]] for part in parts], type=pa.int64())
+        features["label"] = datasets.ClassLabel(names=[_text(name) for name in classes])
+    info = datasets.DatasetInfo(features=datasets.Features(features))
+    return datasets.Dataset(pa.table(columns), info=info, fingerprint="folder")  # else it hashes all of the paths
+
+
+def _builder(source: str, cache_dir: str | None) -> Any:
+    """The `datasets` builder of Parquet or Hub data."""
+    import datasets
+
+    path = Path(source).expanduser().absolute()
+    try:
+        if path.is_file():
+            return datasets.load_dataset_builder("parquet", data_files=str(path), cache_dir=cache_dir or None)
+        return datasets.load_dataset_builder(str(path) if path.is_dir() else source, cache_dir=cache_dir or None)
+    except Exception as error:
+        missing = "" if path.exists() else f" on the Hub, and there is no folder {str(path)!r} either"
+        raise ValueError(f"cannot open {source!r}{missing}: {_root_cause(error)}") from error
+
+
+def _prepare(builder: Any, split: str, source: str, cache_dir: str | None) -> datasets.Dataset:
+    """Copies the data to the cache unless it is there, and maps one split."""
+    import pyarrow.parquet
+
+    needed, free, folder = _cache_need(builder, cache_dir)
+    sizes = f"{source!r} needs about {needed / 1e9:.3f} GB in the cache {folder}, which has {free / 1e9:.3f} GB free"
+    if needed > free:
+        raise ValueError(f"{sizes}; make room there, or set data.cache_dir to a folder on a larger disk")
+    if needed:
+        _log.info("%s; copying", sizes)
+    try:
+        empty = [file for file in _local_files(builder) if needed and not pyarrow.parquet.read_metadata(file).num_rows]
+        if not empty:
+            builder.download_and_prepare()
+            return builder.as_dataset(split=split)
+    except Exception as error:
+        raise ValueError(f"cannot read {source!r}: {_root_cause(error)}") from error
+    raise ValueError(f"{source!r} holds Parquet files with no rows, which `datasets` cannot read; remove {empty}")
+
+
+def _local_files(builder: Any) -> list[str]:
+    files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    return [file for file in files if os.path.isfile(file)]
+
+
+def _cache_need(builder: Any, cache_dir: str | None) -> tuple[int, int, str]:
+    """(bytes that builder, if any, has yet to copy to the cache, bytes free there, the cache folder)."""
+    import datasets
+
+    folder = Path(cache_dir or str(datasets.config.HF_DATASETS_CACHE)).expanduser().absolute()
+    free = shutil.disk_usage(next(part for part in (folder, *folder.parents) if part.exists())).free
+    if builder is None or os.path.isdir(builder.cache_dir):
+        return 0, free, str(folder)
+    local = sum(os.path.getsize(file) for file in _local_files(builder))
+    return local or (builder.info.download_size or 0) + (builder.info.dataset_size or 0), free, str(folder)
+
+
+def _root_cause(error: BaseException) -> str:
+    """`datasets` says "An error occurred"; what occurred is at the end of the chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {error}"
+
+
+def _image_column(dataset: datasets.Dataset, source: str) -> str:
+    """The column of images, by its type: `Image`, else bytes. Of several, "image" or the first."""
+    import datasets
+
+    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+    columns = columns or [name for name, feature in dataset.features.items() if _holds_images(dataset, name, feature)]
+    if not columns:
+        types = ", ".join(f"{name} ({feature})" for name, feature in dataset.features.items())
+        raise ValueError(f"{source!r} has no column of images; its columns are: {types}")
+    chosen = "image" if "image" in columns else columns[0]
+    if len(columns) > 1:
+        _log.warning("%s has several columns of images (%s); reading %r", source, ", ".join(columns), chosen)
+    return chosen
+
+
+def _holds_images(dataset: datasets.Dataset, column: str, feature: Any) -> bool:
+    if isinstance(feature, dict):  # how `Image` is stored: what is in it may be bad here and there
+        return {"bytes", "path"} <= feature.keys()
+    if getattr(feature, "dtype", None) not in ("binary", "large_binary"):
+        return False
+    images = ImageSet(dataset, column, name="", split="")
+    for index in range(0, len(images), -(-len(images) // 16)):
+        try:
+            images.size(index)
+            return True
+        except BadImageError:  # the next may be one
+            continue
+    return False

@@ -1,0 +1,79 @@
+"""Position in the run -> which image, which random generator. Pure functions: nothing here has a state to save."""
+
+import functools
+import hashlib
+import math
+import struct
+
+import numpy as np
+
+_ROUNDS = 8
+_MIN_SIDE = 8  # of the Feistel rectangle: smaller ones reach some permutations too often, or never (only even ones)
+_MASK64 = (1 << 64) - 1
+
+
+def generator_for(seed: int, *key: int) -> np.random.Generator:
+    """A random generator of its own for each (seed, *key), e.g. generator_for(seed, step, position).
+
+    seed, key: any number of int64s. Different keys, of different lengths too, are independent streams.
+    BLAKE2b of the little-endian int64s gives Philox's 128-bit key and 256-bit counter, so a stream is the same on every
+    platform. NumPy promises that for the raw bits and, in practice, for `random()`: draw with that where it must last.
+    """
+    digest = hashlib.blake2b(struct.pack(f"<{1 + len(key)}q", seed, *key), digest_size=48, person=b"ijepa generator")
+    words = np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64, copy=False)
+    return np.random.Generator(np.random.Philox(key=words[:2], counter=words[2:]))
+
+
+@functools.lru_cache(maxsize=64)
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    digest = hashlib.blake2b(struct.pack("<2q", seed, epoch), digest_size=8 * _ROUNDS, person=b"ijepa epoch")
+    return struct.unpack(f"<{_ROUNDS}Q", digest.digest())
+
+
+def _mix(value: int, key: int) -> int:
+    """64 bits -> 64 bits: the finalizer of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    value = (value + key) & _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)
+
+
+def permuted_index(seed: int, epoch: int, num_images: int, index: int) -> int:
+    """Where `index` goes in the random permutation of range(num_images) of that epoch, in O(1) time and memory.
+
+    A Feistel network on pairs (left, right) of a rows x columns rectangle that just holds num_images (Black and Rogaway,
+    "Ciphers with arbitrary finite domains", 2002). A result past num_images goes through again: about sqrt(num_images)
+    of the pairs lie there, so this is rare.
+    """
+    if not 0 <= index < num_images:
+        raise ValueError(f"index {index} is outside 0..{num_images - 1}; num_images is {num_images}")
+    rows = max(_MIN_SIDE, math.isqrt(num_images - 1) + 1)
+    columns = max(_MIN_SIDE, -(-num_images // rows))
+    keys = _round_keys(seed, epoch)
+    while True:
+        left, right = divmod(index, columns)
+        for i in range(0, _ROUNDS, 2):
+            left = (left + _mix(right, keys[i])) % rows
+            right = (right + _mix(left, keys[i + 1])) % columns
+        index = left * columns + right
+        if index < num_images:
+            return index
+
+
+def image_at(seed: int, step: int, position: int, *, num_images: int, global_batch_size: int) -> int:
+    """Index of the image at `position` (0..global_batch_size-1) of the global batch of `step`.
+
+    An epoch is num_images // global_batch_size steps and has a permutation of its own; its remainder is dropped.
+    """
+    steps_per_epoch = num_images // global_batch_size
+    if steps_per_epoch == 0:
+        raise ValueError(
+            f"the global batch of {global_batch_size} images is larger than the data set of {num_images}; "
+            f"make it at most {num_images}, or use more images"
+        )
+    if step < 0 or not 0 <= position < global_batch_size:
+        raise ValueError(
+            f"no position {position} of step {step}: steps start at 0, positions are 0..{global_batch_size - 1}"
+        )
+    epoch, step_of_epoch = divmod(step, steps_per_epoch)
+    return permuted_index(seed, epoch, num_images, step_of_epoch * global_batch_size + position)

@@ -1,0 +1,151 @@
+"""One encoded image -> an upright RGB image -> a fixed square of pixels, (3, size, size) uint8. No tensors."""
+
+import functools
+import io
+import math
+import os
+import struct
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+# EPS would run Ghostscript on the data; the others are stubs without a decoder of their own.
+_NOT_PICTURES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+_EXIF_ORIENTATION = 0x0112
+_UPRIGHT = {  # EXIF orientation -> what undoes it (Exif 2.32, section 4.6.4)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_MAX_TRIES = 10
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Names of the image formats to try, likely ones first."""
+    Image.init()
+    formats = [name for name in Image.ID if name not in _NOT_PICTURES]
+    return tuple(sorted(formats, key=lambda name: name not in ("JPEG", "PNG", "WEBP")))
+
+
+def image_extensions() -> set[str]:
+    """Endings of file names that `open_encoded` can read, in lower case with their dot."""
+    return {ending for ending, name in Image.registered_extensions().items() if name in _formats()}
+
+
+def open_encoded(file: bytes | str) -> Image.Image:
+    """Opens an image file, given as its content (bytes) or its path (str), as far as its header."""
+    if not file:
+        raise ValueError("there are no bytes")
+    try:
+        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_formats())
+    except UnidentifiedImageError as error:  # its message is an address in memory
+        size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
+        raise ValueError(f"{size} bytes that are no image of a known format") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as a viewer shows it: upright (EXIF orientation) and in RGB.
+
+    Transparency lies on white. Integers and floats of more than 8 bits are scaled, not clipped: white is 65535 for the
+    16-bit modes and for "I"; for "F", which has no such convention, it is the first of 1, 255 and 65535 that holds the
+    image's maximum. Where even 65535 does not, white is that maximum. Colour profiles are ignored.
+    """
+    image.load()  # first: a TIFF turns itself upright here, and a PNG may hold its EXIF after its pixels
+    transpose = _UPRIGHT.get(_orientation(image))
+    if transpose is not None:
+        image = image.transpose(transpose)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _deep_to_rgb(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
+    except (SyntaxError, ValueError, struct.error):  # PIL's for EXIF bytes that are not EXIF: the pixels are still good
+        return 1
+
+
+def _deep_to_rgb(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("the image holds values that are not finite")
+    candidates = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+    white = next((white for white in candidates if values.max() <= white), values.max())
+    gray = np.rint(np.clip(values, 0.0, None) * (255.0 / white)).astype(np.uint8)
+    return Image.fromarray(gray).convert("RGB")
+
+
+def random_resized_crop(
+    image: Image.Image,
+    rng: np.random.Generator,
+    size: int,
+    *,
+    scale: tuple[float, float] = (0.3, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: bool = False,
+) -> np.ndarray:
+    """A random box of an RGB image, resized (bicubic, antialiased) to (3, size, size) uint8 (GoogLeNet, arXiv:1409.4842).
+
+    scale: area of the box / area of the image, uniform. ratio: width / height of the box, uniform in its logarithm.
+    flip: mirror it left to right half of the time. The draws are made with `rng.random()` only, the flip's last.
+    """
+    left, top, width, height = _random_box(rng, *image.size, scale=scale, ratio=ratio)
+    # Cut, then resize: with resize(box=...) the filter would also see pixels outside the box.
+    crop = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+    if flip and rng.random() < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return _pixels(crop)
+
+
+def _random_box(
+    rng: np.random.Generator, width: int, height: int, *, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(left, top, box width, box height). After ten boxes that do not fit: the largest centred one of a legal ratio."""
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(_MAX_TRIES):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * rng.random())
+        box_ratio = math.exp(log_low + (log_high - log_low) * rng.random())
+        box_width, box_height = round(math.sqrt(area * box_ratio)), round(math.sqrt(area / box_ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            left = int(rng.random() * (width - box_width + 1))
+            top = int(rng.random() * (height - box_height + 1))
+            return left, top, box_width, box_height
+    box_ratio = min(max(width / height, ratio[0]), ratio[1])
+    box_width = max(1, min(width, round(height * box_ratio)))
+    box_height = max(1, min(height, round(width / box_ratio)))
+    return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
+
+
+def center_crop(image: Image.Image, size: int, *, shorter_side: int | None = None) -> np.ndarray:
+    """The centre of an RGB image for evaluation, (3, size, size) uint8.
+
+    The shorter side is resized (bicubic, antialiased) to `shorter_side`, and the middle of that is cut out, in one pass.
+    shorter_side: size * 256 / 224 if None, the usual margin; then an image of exactly size x size stays as it is.
+    """
+    if shorter_side is None:
+        if image.size == (size, size):
+            return _pixels(image)
+        shorter_side = round(size * 256 / 224)
+    if shorter_side < size:
+        raise ValueError(f"shorter_side {shorter_side} is less than the crop's size {size}; make it at least {size}")
+    width, height = image.size
+    scale = shorter_side / min(width, height)
+    resized_width, resized_height = max(shorter_side, int(width * scale)), max(shorter_side, int(height * scale))
+    x_scale, y_scale = width / resized_width, height / resized_height
+    left, top = round((resized_width - size) / 2), round((resized_height - size) / 2)
+    box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
+    return _pixels(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    assert image.mode == "RGB", f"expected an RGB image (see to_rgb), got mode {image.mode}"
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

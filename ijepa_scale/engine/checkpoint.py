@@ -1,0 +1,281 @@
+"""Checkpoints that are complete or do not exist, and that any ZeRO stage and any number of ranks can read.
+
+A checkpoint is a folder step-00001000 with one safetensors file a rank, holding the runs of each parameter that the rank
+owns (keys "kind|name|first element"), and manifest.json with every file's size and SHA-256.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.engine.zero import fragments, masters, refresh_weights
+
+KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
+MANIFEST = "manifest.json"
+LATEST = "latest"  # a hint for people and tools; resuming looks at the folders themselves
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return self.manifest["step"]
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def candidates(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first; unfinished ones have another name."""
+    return sorted(folder.glob("step-" + "[0-9]" * 8), reverse=True) if folder.is_dir() else []
+
+
+def _state(engine: Any, ema: ShardedEMA) -> dict[str, list[torch.Tensor | None]]:
+    """The flats of each kind. Moments that AdamW has not made yet are made here, zero."""
+    optimizer = engine.optimizer
+    flats = masters(optimizer)
+    state: dict[str, list[torch.Tensor | None]] = {"master": [*flats], "ema": [*ema.shards]}
+    for kind in ("exp_avg", "exp_avg_sq"):
+        state[kind] = [optimizer.optimizer.state[flat].setdefault(kind, torch.zeros_like(flat)) for flat in flats]
+    for flat in flats:
+        zero = torch.zeros((), dtype=torch.float32, device=flat.device)
+        optimizer.optimizer.state[flat].setdefault("step", zero)
+    return state
+
+
+def _own_pieces(engine: Any, ema: ShardedEMA) -> Iterator[tuple[str, str, int, torch.Tensor]]:
+    """(kind, parameter, first element, this rank's values: a view) of everything this rank owns."""
+    state = _state(engine, ema)
+    for fragment in fragments(engine.optimizer):
+        for kind in KINDS:
+            flat = state[kind][fragment.flat]
+            if flat is not None:
+                yield kind, fragment.name, fragment.start, flat.detach().narrow(0, fragment.offset, fragment.numel)
+
+
+def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int, meta: dict[str, Any]) -> Path:
+    """Write folder/step-XXXXXXXX; on return it is on disk, verified by its writers, on every rank's word.
+
+    Order: files under a temporary name, fsync, read back; manifest; fsync; rename; pointer. Raises OSError on every rank
+    when any rank could not write; what was there before is then untouched and the temporary folder is gone.
+    """
+    pieces = {
+        f"{kind}|{name}|{start}": values.cpu().contiguous()
+        for kind, name, start, values in _own_pieces(engine, ema)
+    }
+    flats = masters(engine.optimizer)
+    applied_steps = int(engine.optimizer.optimizer.state[flats[0]]["step"].item())
+    file_bytes = sum(values.numel() * values.element_size() for values in pieces.values())
+    total_bytes = int(ranks.sum([float(file_bytes)])[0])
+    final, partial = folder / folder_name(step), folder / f".partial-{folder_name(step)}"
+
+    def prepare() -> None:
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".partial-*"):  # of a killed run; the run folder's lock keeps others out
+                shutil.rmtree(leftover)
+            free = shutil.disk_usage(folder).free
+            if free < total_bytes * 1.05:
+                raise OSError(f"a checkpoint takes {total_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free")
+            partial.mkdir()
+
+    def write() -> dict[str, Any]:
+        path = partial / f"rank-{ranks.rank:05d}.safetensors"
+        save_file(pieces, path)
+        _fsync(path)
+        with safe_open(path, framework="pt") as file:
+            for key, values in pieces.items():
+                if not _same_bits(file.get_tensor(key), values):
+                    raise OSError(f"{path} reads back differently than it was written: {key}")
+        return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+    def publish() -> None:
+        if ranks.first:
+            manifest = {
+                "format": FORMAT,
+                "step": step,
+                "optimizer_step": applied_steps,
+                "world_size": ranks.world_size,
+                "files": files,
+                **meta,
+            }
+            _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+            _fsync(partial)
+            replaced = folder / f".partial-replaced-{final.name}"
+            if final.exists():  # left by a run that went on from an older checkpoint
+                os.rename(final, replaced)
+            os.rename(partial, final)
+            _fsync(folder)
+            shutil.rmtree(replaced, ignore_errors=True)
+            _write_durably(folder / f".{LATEST}", final.name + "\n")
+            os.replace(folder / f".{LATEST}", folder / LATEST)
+            _fsync(folder)
+
+    try:
+        ranks.together(prepare)
+        files = ranks.gather(ranks.together(write))
+        ranks.together(publish)
+    except OSError:
+        if ranks.first:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return final
+
+
+def prune(folder: Path, ranks: Ranks, *, keep_last: int, keep_every: int) -> None:
+    """Delete all but the newest keep_last checkpoints and those at multiples of keep_every (0: none of these)."""
+    if ranks.first:
+        for path in candidates(folder)[keep_last:]:
+            if not keep_every or int(path.name.removeprefix("step-")) % keep_every:
+                doomed = path.with_name(f".partial-{path.name}")  # so that a kill half-way leaves no broken candidate
+                os.rename(path, doomed)
+                shutil.rmtree(doomed)
+    ranks.barrier()
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Raises ValueError, saying why, for a missing, unreadable or foreign manifest."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{MANIFEST} is not of format {FORMAT}")
+    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("files"), list):
+        raise ValueError(f"{MANIFEST} lacks its step or its files")
+    return manifest
+
+
+def _verify(path: Path, ranks: Ranks) -> tuple[dict[str, Any], str]:
+    """The manifest, and what is wrong with the checkpoint in this rank's share of the files ("": nothing)."""
+    try:
+        manifest = read_manifest(path)
+        for entry in manifest["files"][ranks.rank :: ranks.world_size]:
+            file = path / entry["name"]
+            if not file.is_file():
+                return manifest, f"{entry['name']} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return manifest, f"{entry['name']} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if _sha256(file) != entry["sha256"]:
+                return manifest, f"{entry['name']} does not match its SHA-256: it was changed or damaged"
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        return {}, str(error) or type(error).__name__
+    return manifest, ""
+
+
+def verify(path: Path, ranks: Ranks) -> tuple[Checkpoint | None, str]:
+    """The checkpoint if every rank finds it whole, else None and the first rank's complaint: the same on all ranks."""
+    manifest, complaint = _verify(path, ranks)
+    complaints = [other for other in ranks.gather(complaint) if other]
+    return (None, complaints[0]) if complaints else (Checkpoint(path, manifest), "")
+
+
+def newest_good(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that every rank verifies, and why newer ones were skipped.
+
+    Agreed on before any state is touched. Raises ValueError where checkpoints exist and none can be used.
+    """
+    skipped = []
+    for path in ranks.from_first(candidates(folder)):
+        found, complaint = verify(path, ranks)
+        if found:
+            return found, skipped
+        skipped.append(f"{path}: {complaint}")
+    if skipped:
+        raise ValueError(
+            "checkpoints exist but none can be used; refusing to start from scratch:\n  "
+            + "\n  ".join(skipped)
+            + "\nrestore one, or choose another run_dir"
+        )
+    return None, skipped
+
+
+def _file_index(checkpoint: Checkpoint, files: contextlib.ExitStack) -> dict[tuple[str, str], list]:
+    """(kind, parameter) -> its pieces as (first element, key, open file)."""
+    index = defaultdict(list)
+    for entry in checkpoint.manifest["files"]:
+        try:
+            file = files.enter_context(safe_open(checkpoint.path / entry["name"], framework="pt"))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{checkpoint.path / entry['name']} cannot be read: {error}") from error
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            kind, name, start = key.split("|")
+            index[kind, name].append((int(start), key, file))
+    return index
+
+
+def _fill(values: torch.Tensor, start: int, pieces: list, what: str) -> None:
+    """Copy the overlap of [start, start + len(values)) from pieces; raise ValueError unless all of it was covered."""
+    covered = 0
+    for first, key, file in pieces:
+        length = file.get_slice(key).get_shape()[0]
+        low, high = max(start, first), min(start + values.numel(), first + length)
+        if low < high:
+            values[low - start : high - start].copy_(file.get_slice(key)[low - first : high - first])
+            covered += high - low
+    if covered != values.numel():
+        raise ValueError(f"the checkpoint holds {covered} of the {values.numel()} elements of {what} asked for")
+
+
+def restore(checkpoint: Checkpoint, engine: Any, ema: ShardedEMA) -> None:
+    """Bring masters, moments, EMA, weights and target encoder to the checkpoint's state, bit for bit."""
+    with contextlib.ExitStack() as files:
+        index = _file_index(checkpoint, files)
+        for kind, name, start, values in _own_pieces(engine, ema):
+            _fill(values, start, index[kind, name], f"{name} ({kind})")
+    for flat in masters(engine.optimizer):
+        engine.optimizer.optimizer.state[flat]["step"].fill_(checkpoint.manifest["optimizer_step"])
+    refresh_weights(engine.optimizer)
+    ema.refresh_target()
+
+
+def read_weights(checkpoint: Checkpoint, shapes: dict[str, torch.Size], kind: str) -> dict[str, torch.Tensor]:
+    """Whole fp32 parameters by name. kind: "master" (what is trained) or "ema" (the target encoder)."""
+    weights = {}
+    with contextlib.ExitStack() as files:
+        index = _file_index(checkpoint, files)
+        for name, shape in shapes.items():
+            values = torch.empty(shape.numel())
+            _fill(values, 0, index[kind, name], f"{name} ({kind})")
+            weights[name] = values.view(shape)
+    return weights
+
+
+def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))  # fp32; NaN equals itself
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    path.write_text(text)
+    _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

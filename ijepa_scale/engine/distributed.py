@@ -1,0 +1,109 @@
+"""Rank, world size and device; the one reader of the launchers' environment variables; agreement between ranks."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+# Agreements (who prepares data, which checkpoint, stop or go on) may wait for a rank that copies a large source.
+CONTROL_TIMEOUT = timedelta(hours=24)
+
+
+def launcher_rank() -> int:
+    """This process's rank as its launcher says, before any process group exists; 0 without a launcher."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. control: a gloo group for small agreements on the CPU; None where there is one rank."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    control: Any = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sums over the ranks, in fp64."""
+        totals = torch.tensor(values, dtype=torch.float64)
+        if self.control is not None:
+            dist.all_reduce(totals, group=self.control)
+        return totals.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        values: list[Any] = [value] * self.world_size
+        if self.control is not None:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        values = [value]
+        if self.control is not None:
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def barrier(self) -> None:
+        if self.control is not None:
+            dist.barrier(group=self.control)
+
+    def together(self, call: Callable[[], T], *, on: str = "all") -> T:
+        """Run call on all ranks, or on the first of each node (on="node") before the others.
+
+        A ValueError or OSError of any rank is raised on every rank, so that none is left waiting.
+        """
+        result: Any = None
+        for turn in ("node", "others") if on == "node" else ("all",):
+            error: Exception | None = None
+            if turn == "all" or (turn == "node") == (self.local_rank == 0):
+                try:
+                    result = call()
+                except (ValueError, OSError) as caught:
+                    error = caught
+            errors = [other for other in self.gather(error) if other is not None]
+            if errors:
+                raise error or errors[0]
+        return result
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def start() -> Ranks:
+    """Join the process group of the deepspeed launcher, torchrun or srun; alone where none started this process."""
+    environ = os.environ
+    if "RANK" not in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+        for ours, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
+            environ[ours] = environ[f"SLURM_{slurm}"]
+        if "MASTER_ADDR" not in environ:
+            raise ValueError("srun started several tasks without MASTER_ADDR; export it as launch/slurm.sbatch does")
+        environ.setdefault("MASTER_PORT", "29500")
+    if "RANK" not in environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    rank, world_size, local_rank = (int(environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return Ranks(rank, world_size, local_rank, device, control)

@@ -1,0 +1,186 @@
+"""The model under DeepSpeed ZeRO: its config, initialize(), and where each rank keeps its part of the fp32 state."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+# Settings of engine.deepspeed that break what this package builds on ZeRO, with the reason.
+REFUSED = {
+    "train_batch_size": "it follows from optimization.global_batch_size",
+    "train_micro_batch_size_per_gpu": "set optimization.micro_batch_size",
+    "gradient_accumulation_steps": "it follows from optimization.global_batch_size and micro_batch_size",
+    "gradient_clipping": "set optimization.clip_grad_norm",
+    "optimizer": "the optimizer is AdamW with the groups of ijepa_scale/optim.py",
+    "scheduler": "schedules are functions of the step (ijepa_scale/schedules.py)",
+    "fp16": "fp16's loss scaling would skip steps at random; set engine.precision to bf16 or fp32",
+    "bf16": "set engine.precision",
+    "data_types.grad_accum_dtype": "gradients are accumulated in fp32",
+    "zero_optimization.stage": "set engine.zero_stage",
+    "zero_optimization.round_robin_gradients": "it reorders the shards, and the EMA would average the wrong weights",
+    "zero_optimization.offload_optimizer": "the sharded EMA lives beside the master weights on the device",
+    "zero_optimization.offload_param": "the target encoder's shards are rebound on the device",
+    "zero_optimization.zero_hpz_partition_size": "secondary shards of the target encoder would never be updated",
+    "zero_optimization.mics_shard_size": "the target encoder is sharded over all ranks",
+    "zero_optimization.zero_quantized_weights": "quantized gathers would change the target encoder",
+}
+
+
+def deepspeed_config(
+    *,
+    zero_stage: int,
+    precision: str,
+    micro_batch_size: int,
+    accumulation_steps: int,
+    clip_grad_norm: float = 0.0,
+    extra: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """DeepSpeed's config. precision: fp32 or bf16. extra: engine.deepspeed, merged last.
+
+    Raises ValueError for a setting in extra that would break the sharded EMA or contradict another key.
+    """
+    zero: dict[str, Any] = {"stage": zero_stage}
+    if zero_stage == 3:
+        # Its replacement of torch.nn.functional.linear is process-wide and changes bf16 gradients by 2e-3.
+        zero["memory_efficient_linear"] = False
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": clip_grad_norm,
+        "zero_optimization": zero,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "steps_per_print": 2**31,
+    }
+    if precision == "bf16":
+        config["bf16"] = {"enabled": True}
+    for key, reason in REFUSED.items():
+        section, _, leaf = key.rpartition(".")
+        values = (extra or {}).get(section, {}) if section else extra or {}
+        if isinstance(values, dict) and leaf in values:
+            raise ValueError(f"engine.deepspeed.{key} = {values[leaf]!r} is refused: {reason}")
+    return _merged(config, extra or {})
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
+
+
+def building_context(config: dict[str, Any]) -> contextlib.AbstractContextManager:
+    """Where to build the model: under ZeRO-3 parameters are cut as they are made, so no rank holds the whole."""
+    if config["zero_optimization"]["stage"] == 3:
+        return deepspeed.zero.Init(config_dict_or_path=config)
+    return contextlib.nullcontext()
+
+
+def initialize(
+    model: torch.nn.Module,
+    config: dict[str, Any],
+    initial: Callable[[str, torch.Size], torch.Tensor],
+    make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
+) -> Any:
+    """The DeepSpeed engine, its weights and fp32 masters at initial(name, shape): fp32, whatever the stage."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not hasattr(parameter, "ds_tensor"):
+                parameter.copy_(initial(name, parameter.shape))
+                continue
+            shard = parameter.ds_tensor
+            start = dist.get_rank(parameter.ds_process_group) * shard.numel()
+            values = initial(name, parameter.ds_shape).flatten()[start : start + shard.numel()]
+            shard.zero_()
+            shard[: values.numel()].copy_(values)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    # DeepSpeed's masters start from the weights rounded to bf16; ours from the fp32 values.
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
+    flats = masters(engine.optimizer)
+    with torch.no_grad():
+        name, values = "", torch.empty(0)
+        for fragment in fragments(engine.optimizer):
+            if fragment.name != name:
+                name, values = fragment.name, initial(fragment.name, shapes[fragment.name]).flatten()
+            fragment.of(flats).copy_(values[fragment.start : fragment.start + fragment.numel])
+    return engine
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A run of one parameter's elements that this rank owns: name[start : start + numel], at flat[offset]."""
+
+    name: str
+    start: int
+    numel: int
+    flat: int
+    offset: int
+
+    def of(self, flats: list[torch.Tensor]) -> torch.Tensor:
+        return flats[self.flat].narrow(0, self.offset, self.numel)
+
+
+def is_stage3(optimizer: Any) -> bool:
+    return hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+
+def masters(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's flat fp32 master weights: one a parameter group, or one a sub-group under ZeRO-3."""
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, attribute):  # ZeRO-3; ZeRO-1 and -2; ZeRO-1 in bf16 with fp32 accumulation
+            return list(getattr(optimizer, attribute))
+    raise AssertionError(f"no fp32 masters in {type(optimizer).__name__}")
+
+
+def flat_parameters(optimizer: Any) -> list[list[torch.nn.Parameter]]:
+    """The parameters in each flat of masters(), in order."""
+    for attribute in ("fp16_groups", "bit16_groups", "bf16_groups"):
+        if hasattr(optimizer, attribute):
+            return list(getattr(optimizer, attribute))
+    raise AssertionError(f"no parameter groups in {type(optimizer).__name__}")
+
+
+def flat_group(optimizer: Any, flat: int) -> dict[str, Any]:
+    """The optimizer's parameter group (lr, ema, name, ...) that a flat of masters() belongs to."""
+    groups = optimizer.optimizer.param_groups
+    return groups[optimizer.sub_group_to_group_id[flat] if is_stage3(optimizer) else flat]
+
+
+def fragments(optimizer: Any) -> Iterator[Fragment]:
+    """All runs of parameters whose master weights this rank owns, in every stage."""
+    for flat, parameters in enumerate(flat_parameters(optimizer)):
+        offset = 0
+        for parameter in parameters:
+            name = optimizer.param_names[parameter]
+            if is_stage3(optimizer):
+                share = parameter.partition_numel()
+                start = dist.get_rank(parameter.ds_process_group) * share
+                numel = max(0, min(share, parameter.ds_numel - start))
+                if numel:
+                    yield Fragment(name, start, numel, flat, offset)
+                offset += share
+            elif parameter._hp_mapping is not None:
+                part = parameter._hp_mapping
+                low, high = part.lp_fragment_address, part.hp_fragment_address
+                yield Fragment(name, low.start, low.numel, flat, high.start)
+
+
+def refresh_weights(optimizer: Any) -> None:
+    """Write the weights that the forward uses from the fp32 masters, after these were changed."""
+    if not is_stage3(optimizer):
+        optimizer.update_lp_params()
+        return
+    for flat, master in enumerate(masters(optimizer)):
+        optimizer.fp16_partitioned_groups_flat[flat].data.copy_(master.data)
+        optimizer._unflatten_partitioned_parameters(flat)
+    persistent = optimizer.persistent_parameters
+    if persistent:  # kept gathered between steps: gather them anew
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)

@@ -1,0 +1,127 @@
+"""Ragged lists of patch indices -> packed tokens: flat indices and cu_seqlens, all on the host, without a device sync."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Packed:
+    """S sequences of tokens end to end.
+
+    indices_T: (T,) int32, image * num_patches + patch, for every token. cu_seqlens: (S + 1,) int32; sequence s is rows
+    cu_seqlens[s]:cu_seqlens[s + 1]. max_seqlen: the longest sequence, on the host.
+    """
+
+    indices_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.indices_T.shape[0]
+
+    def to(self, device: torch.device | str) -> "Packed":
+        return replace(
+            self,
+            indices_T=self.indices_T.to(device, non_blocking=True),
+            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
+        )
+
+
+@dataclass(frozen=True)
+class Masks:
+    """What the networks see of each image.
+
+    context: one sequence an image. target_blocks: M sequences an image (image-major), all of one length.
+    prediction: the predictor's sequences, one a target block: the image's context tokens, then the block's mask tokens;
+    its indices_T name the patches. prediction_source_T: (T_p,) int32, row among the context tokens, -1 for a mask token.
+    target_rows_T: (T_t,) int64, rows of the predictor's output that answer target_blocks, in its order.
+    """
+
+    context: Packed
+    target_blocks: Packed
+    prediction: Packed
+    prediction_source_T: torch.Tensor
+    target_rows_T: torch.Tensor
+    num_patches: int
+
+    def to(self, device: torch.device | str) -> "Masks":
+        return replace(
+            self,
+            context=self.context.to(device),
+            target_blocks=self.target_blocks.to(device),
+            prediction=self.prediction.to(device),
+            prediction_source_T=self.prediction_source_T.to(device, non_blocking=True),
+            target_rows_T=self.target_rows_T.to(device, non_blocking=True),
+        )
+
+
+def _packed(indices: list[np.ndarray], offsets: list[int]) -> Packed:
+    lengths = np.array([len(part) for part in indices])
+    flat = np.concatenate([part + offset for part, offset in zip(indices, offsets, strict=True)])
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    return Packed(
+        torch.from_numpy(flat.astype(np.int32)), torch.from_numpy(cu_seqlens.astype(np.int32)), int(lengths.max())
+    )
+
+
+def pack_masks(
+    context: Sequence[np.ndarray], target_blocks: Sequence[Sequence[np.ndarray]], num_patches: int
+) -> Masks:
+    """Pack explicit patch indices.
+
+    context[b]: (n_b,) patch indices of image b, n_b >= 1. target_blocks[b][m]: (K,) patch indices of its block m;
+    K is the same for all. Raises ValueError on an index outside 0..num_patches - 1, an empty list or unequal blocks.
+    """
+    if not len(context) or len(context) != len(target_blocks):
+        raise ValueError(f"need context and target blocks for the same images, got {len(context)}, {len(target_blocks)}")
+    contexts = [np.asarray(part).reshape(-1) for part in context]
+    blocks = [[np.asarray(block).reshape(-1) for block in image] for image in target_blocks]
+    for name, parts in (("context", contexts), ("target_blocks", [block for image in blocks for block in image])):
+        for part in parts:
+            if part.size == 0:
+                raise ValueError(f"{name} holds an empty list of patches; every one needs at least one patch")
+            if part.min() < 0 or part.max() >= num_patches:
+                raise ValueError(f"{name} holds patch {part.min()}..{part.max()}; the image has 0..{num_patches - 1}")
+    if len({block.size for image in blocks for block in image}) != 1 or len({len(image) for image in blocks}) != 1:
+        raise ValueError("every image needs as many target blocks, all of one size, so that the loss is one plain mean")
+
+    starts = [image * num_patches for image in range(len(contexts))]
+    rows = np.concatenate([[0], np.cumsum([part.size for part in contexts])])
+    sequences: list[np.ndarray] = []
+    sources: list[np.ndarray] = []
+    for image, (visible, image_blocks) in enumerate(zip(contexts, blocks, strict=True)):
+        for block in image_blocks:
+            sequences.append(np.concatenate([visible, block]))
+            sources.append(np.concatenate([np.arange(rows[image], rows[image + 1]), np.full(block.size, -1)]))
+    blocks_an_image = len(blocks[0])
+    source_T = np.concatenate(sources).astype(np.int32)
+    return Masks(
+        context=_packed(contexts, starts),
+        target_blocks=_packed([block for image in blocks for block in image], np.repeat(starts, blocks_an_image).tolist()),
+        prediction=_packed(sequences, np.repeat(starts, blocks_an_image).tolist()),
+        prediction_source_T=torch.from_numpy(source_T),
+        target_rows_T=torch.from_numpy(np.flatnonzero(source_T < 0)),
+        num_patches=num_patches,
+    )
+
+
+def limit_context(context: Sequence[np.ndarray], budget: str, rngs: Sequence[np.random.Generator]) -> list[np.ndarray]:
+    """Apply mask.context to one micro-batch.
+
+    all: every token stays. batch_min: each image keeps its first tokens in raster order, as many as the micro-batch's
+    shortest has (what the reference does). A number: each image keeps a random subset of that size, in raster order.
+    """
+    if budget == "all":
+        return list(context)
+    if budget == "batch_min":
+        shortest = min(part.size for part in context)
+        return [part[:shortest] for part in context]
+    keep = int(budget)
+    return [
+        part if part.size <= keep else part[np.sort(rng.choice(part.size, keep, replace=False))]
+        for part, rng in zip(context, rngs, strict=True)
+    ]

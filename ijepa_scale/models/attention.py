@@ -1,0 +1,67 @@
+"""Attention over packed tokens. T packed tokens, S sequences, L the longest, H heads."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Where packed sequences begin. cu_seqlens: (S + 1,) int32 on the tokens' device; max_seqlen: on the host."""
+
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+    num_tokens: int
+
+    @property
+    def count(self) -> int:
+        return self.cu_seqlens.shape[0] - 1
+
+    @property
+    def equal_lengths(self) -> bool:
+        return self.num_tokens == self.count * self.max_seqlen
+
+    @cached_property
+    def padded_rows_T(self) -> torch.Tensor:
+        """(T,) int64: the row of each token in an (S * L) padded layout. Computed once, used by every block."""
+        lengths = self.cu_seqlens.diff()
+        rows = torch.arange(self.num_tokens, device=lengths.device)
+        starts = torch.arange(self.count, device=lengths.device) * self.max_seqlen - self.cu_seqlens[:-1]
+        return rows + starts.repeat_interleave(lengths, output_size=self.num_tokens)
+
+    @cached_property
+    def key_mask_S11L(self) -> torch.Tensor:
+        """(S, 1, 1, L) bool: true where a padded row holds a token."""
+        columns = torch.arange(self.max_seqlen, device=self.cu_seqlens.device)
+        return (columns < self.cu_seqlens.diff()[:, None])[:, None, None, :]
+
+
+def packed_attention(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """Softmax attention within each packed sequence, none across.
+
+    qkv_T3HE: (T, 3, H, E). Returns (T, H, E). Sequences of one length run as a dense batch; others are padded to the
+    longest and masked, which torch's fused kernels take on every device.
+    """
+    tokens, _, heads, width = qkv_T3HE.shape
+    shape = (sequences.count, sequences.max_seqlen, 3, heads, width)
+    if sequences.equal_lengths:
+        q, k, v = qkv_T3HE.view(shape).permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(tokens, heads, width)
+    rows = sequences.padded_rows_T
+    padded = qkv_T3HE.new_zeros((shape[0] * shape[1], 3, heads, width)).index_copy(0, rows, qkv_T3HE)
+    q, k, v = padded.view(shape).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=sequences.key_mask_S11L)
+    return out.transpose(1, 2).reshape(-1, heads, width).index_select(0, rows)
+
+
+def packed_attention_reference(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """The definition, one sequence at a time."""
+    bounds = sequences.cu_seqlens.tolist()
+    outputs = []
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        q, k, v = qkv_T3HE[start:stop].permute(1, 2, 0, 3)
+        weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        outputs.append((weights @ v).transpose(0, 1))
+    return torch.cat(outputs)

@@ -1,0 +1,70 @@
+"""The method: context encoder, target encoder, predictor and loss (I-JEPA, arXiv:2301.08243)."""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from ijepa_kernels.ema import ema_update
+from ijepa_kernels.target_loss import target_loss
+from torch import nn
+
+from ijepa_scale.masking.packing import Masks
+from ijepa_scale.models.predictor import Predictor
+from ijepa_scale.models.vit import VisionTransformer
+
+
+class IJepa(nn.Module):
+    """Two encoders and the predictor. The target encoder is frozen: it moves only by the EMA."""
+
+    def __init__(
+        self,
+        context_encoder: VisionTransformer,
+        predictor: Predictor,
+        target_encoder: VisionTransformer,
+        *,
+        loss_kind: str = "smooth_l1",
+    ):
+        super().__init__()
+        self.context_encoder = context_encoder
+        self.predictor = predictor
+        self.target_encoder = target_encoder.requires_grad_(False)
+        self.loss_kind = loss_kind
+
+    def forward(self, images_BCHW: torch.Tensor, masks: Masks) -> torch.Tensor:
+        """images_BCHW: (B, 3, H, W) uint8. Returns the scalar loss, averaged over all target tokens."""
+        with torch.no_grad():
+            target_TD = self.target_encoder(images_BCHW).flatten(0, 1)
+        context_TD = self.context_encoder(images_BCHW, masks.context)
+        pred_TD = self.predictor(context_TD, masks)
+        return target_loss(pred_TD, target_TD, masks.target_blocks.indices_T, self.loss_kind)
+
+    def update_target(self, momentum: float) -> None:
+        """One EMA step of the target encoder, for fp32 networks held whole; under ZeRO: engine.ema.ShardedEMA."""
+        for source, target in self.twins():
+            ema_update(target, source.detach(), momentum)
+
+    def twins(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Pairs of a context encoder parameter and the target encoder's that averages it."""
+        yield from zip(self.context_encoder.parameters(), self.target_encoder.parameters(), strict=True)
+
+
+def initial_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """One parameter's initial value, fp32 on the CPU: a function of its name, shape and the seed alone.
+
+    So it is the same at every ZeRO stage and world size, and no rank needs the whole model. Matrices and the mask token:
+    normal with std 0.02, cut at +-2 (the reference's, which re-applies it over its depth-dependent rescaling); biases 0;
+    norm weights 1. The target encoder starts as the context encoder.
+    """
+    name = name.replace("target_encoder.", "context_encoder.")
+    if len(shape) <= 1:
+        return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return nn.init.trunc_normal_(torch.empty(shape), std=0.02, generator=generator)
+
+
+@torch.no_grad()
+def initialize_weights(module: nn.Module, seed: int, prefix: str = "") -> None:
+    """Draw every parameter of a plain module (ZeRO-3's partitioned ones: engine/zero.py). prefix: its name in IJepa."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(initial_weight(prefix + name, parameter.shape, seed))

@@ -1,0 +1,46 @@
+"""The predictor: a narrow ViT from context tokens to target tokens. T packed tokens, D encoder width, P its own."""
+
+import torch
+from ijepa_kernels.assemble import assemble
+from ijepa_kernels.gather import gather_rows
+from torch import nn
+
+from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.masking.packing import Masks
+from ijepa_scale.models.attention import Sequences
+from ijepa_scale.models.vit import Block, ViTSize, sincos_pos_embed
+
+
+class Predictor(nn.Module):
+    """For each target block: the image's context tokens and one mask token a target patch, through a narrow ViT.
+
+    Parameters are named as in the reference's checkpoints.
+    """
+
+    predictor_pos_embed: torch.Tensor
+
+    def __init__(self, size: ViTSize, *, encoder_width: int, grid: PatchGrid):
+        super().__init__()
+        self.size = size
+        self.predictor_embed = nn.Linear(encoder_width, size.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, size.width))
+        self.register_buffer("predictor_pos_embed", sincos_pos_embed(size.width, grid)[None])
+        self.predictor_blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
+        self.predictor_norm = nn.LayerNorm(size.width, eps=1e-6)
+        self.predictor_proj = nn.Linear(size.width, encoder_width)
+
+    def forward(self, context_TD: torch.Tensor, masks: Masks) -> torch.Tensor:
+        """context_TD: (T_c, D), the context encoder's output -> (T_t, D), predictions in the order of target_blocks."""
+        packed = masks.prediction
+        tokens_TP = assemble(
+            self.predictor_embed(context_TD),
+            self.mask_token.view(-1),
+            self.predictor_pos_embed[0],
+            masks.prediction_source_T,
+            packed.indices_T,
+        )
+        sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens)
+        for block in self.predictor_blocks:
+            tokens_TP = block(tokens_TP, sequences)
+        # Norm and projection are row-wise: the context's rows are dropped before them.
+        return self.predictor_proj(self.predictor_norm(gather_rows(tokens_TP, masks.target_rows_T)))

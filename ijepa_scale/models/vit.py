@@ -1,0 +1,149 @@
+"""The vision transformer on packed tokens, and its table of sizes. B images, N patches, T packed tokens, D width."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from ijepa_kernels.patchify import patchify
+from torch import nn
+
+from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.masking.packing import Packed
+from ijepa_scale.models.attention import Sequences, packed_attention
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTSize:
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"a transformer's width must be a multiple of its heads and of 4, got width {self.width}, "
+                f"{self.heads} heads"
+            )
+
+
+VIT_SIZES = {
+    "vit_tiny": ViTSize(width=192, depth=12, heads=3, mlp_width=768),
+    "vit_small": ViTSize(width=384, depth=12, heads=6, mlp_width=1536),
+    "vit_base": ViTSize(width=768, depth=12, heads=12, mlp_width=3072),
+    "vit_large": ViTSize(width=1024, depth=24, heads=16, mlp_width=4096),
+    "vit_huge": ViTSize(width=1280, depth=32, heads=16, mlp_width=5120),
+    "vit_giant": ViTSize(width=1408, depth=40, heads=16, mlp_width=6144),  # "ViT-g"; the paper's table calls it G/16
+    "vit_gigantic": ViTSize(width=1664, depth=48, heads=16, mlp_width=8192),  # ViT-G
+}
+
+
+def sincos_pos_embed(width: int, grid: PatchGrid) -> torch.Tensor:
+    """Fixed 2-D sine-cosine position embedding, (N, width) float32.
+
+    The first half of the width encodes the column, the second the row, each as [sin(omega * x), cos(omega * x)] with
+    omega_k = 10000 ** (-k / (width / 4)), as in the reference's checkpoints.
+    """
+    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    rows, columns = torch.meshgrid(
+        torch.arange(grid.rows, dtype=torch.float64), torch.arange(grid.columns, dtype=torch.float64), indexing="ij"
+    )
+    angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]
+    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, tokens_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        qkv_T3HE = self.qkv(tokens_TD).unflatten(-1, (3, self.heads, -1))
+        return self.proj(packed_attention(qkv_T3HE, sequences).flatten(1))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width: int, mlp_width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(width, mlp_width)
+        self.fc2 = nn.Linear(mlp_width, width)
+
+    def forward(self, tokens_TD: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens_TD)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block on packed tokens."""
+
+    def __init__(self, size: ViTSize):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(size.width, eps=1e-6)  # as in public checkpoints; PyTorch's 1e-5 shifts features
+        self.attn = Attention(size.width, size.heads)
+        self.norm2 = nn.LayerNorm(size.width, eps=1e-6)
+        self.mlp = Mlp(size.width, size.mlp_width)
+
+    def forward(self, tokens_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        tokens_TD = tokens_TD + self.attn(self.norm1(tokens_TD), sequences)
+        return tokens_TD + self.mlp(self.norm2(tokens_TD))
+
+
+class PatchProjection(nn.Conv2d):
+    """The patch embedding's weights as public checkpoints hold them, (D, 3, p, p), applied to rows of pixels."""
+
+    def forward(self, pixels_TK: torch.Tensor) -> torch.Tensor:
+        return F.linear(pixels_TK, self.weight.flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size: int, width: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = PatchProjection(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images_BCHW: torch.Tensor, indices_T: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        return self.proj(patchify(images_BCHW, self.patch_size, indices_T=indices_T, dtype=dtype))
+
+
+class VisionTransformer(nn.Module):
+    """ViT without a class token, with fixed position embeddings; its final LayerNorm is part of it."""
+
+    pos_embed: torch.Tensor
+
+    def __init__(self, size: ViTSize, *, image_size: int, patch_size: int):
+        super().__init__()
+        self.size = size
+        self.grid = PatchGrid(image_size // patch_size, image_size // patch_size)
+        self.patch_embed = PatchEmbed(patch_size, size.width)
+        self.register_buffer("pos_embed", sincos_pos_embed(size.width, self.grid)[None])  # (1, N, D), as checkpoints
+        self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
+        self.norm = nn.LayerNorm(size.width, eps=1e-6)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype
+
+    def forward(self, images_BCHW: torch.Tensor, packed: Packed | None = None) -> torch.Tensor:
+        """Encode the tokens named by packed, or all of them.
+
+        images_BCHW: (B, 3, H, W) uint8 of the model's image size. Returns (T, D) for packed tokens, else (B, N, D).
+        """
+        batch, _, height, width = images_BCHW.shape
+        expected = [side * self.patch_embed.patch_size for side in (self.grid.rows, self.grid.columns)]
+        if [height, width] != expected:
+            raise ValueError(f"the model takes images of {expected} pixels, got {[height, width]}")
+        num_patches = self.grid.num_patches
+        if packed is None:
+            starts = torch.arange(batch + 1, device=images_BCHW.device, dtype=torch.int32) * num_patches
+            tokens_TD = self.patch_embed(images_BCHW, None, self.dtype)
+            tokens_TD = (tokens_TD.view(batch, num_patches, -1) + self.pos_embed.to(self.dtype)).flatten(0, 1)
+            sequences = Sequences(starts, num_patches, batch * num_patches)
+        else:
+            tokens_TD = self.patch_embed(images_BCHW, packed.indices_T, self.dtype)
+            tokens_TD = tokens_TD + self.pos_embed[0].to(self.dtype).index_select(0, packed.indices_T % num_patches)
+            sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens)
+        for block in self.blocks:
+            tokens_TD = block(tokens_TD, sequences)
+        tokens_TD = self.norm(tokens_TD)
+        return tokens_TD if packed is not None else tokens_TD.view(batch, num_patches, -1)

@@ -1,0 +1,103 @@
+"""A run's folder: who owns it, what was run, and which images could not be read."""
+
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+PACKAGES = ("torch", "deepspeed", "triton", "datasets", "numpy", "pillow", "ijepa-scale")
+
+
+class RunFolder:
+    """RUN/: config.yaml, environment.json, metrics.jsonl, bad_images.jsonl, checkpoints/, pictures and report.json."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.bad_images = self.path / "bad_images.jsonl"
+        self._lock: TextIO | None = None
+
+    def lock(self) -> None:
+        """Claim the folder for this process until it ends. Raises ValueError naming the process that has it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the run
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            raise ValueError(f"run_dir {self.path} is in use by {owner}; stop it or choose another run_dir") from None
+        file.truncate(0)
+        file.write(f"{socket.gethostname()}, pid {os.getpid()}\n")
+        file.flush()
+        self._lock = file
+
+    def describe(self, config_yaml: str, **facts: Any) -> None:
+        """Write the resolved config, and what ran it: versions, git revision, command, device."""
+        (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        environment = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "packages": {name: _version(name) for name in PACKAGES},
+            "git_revision": _git_revision(),
+            "host": socket.gethostname(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
+            **facts,
+        }
+        (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+
+
+class BadImages:
+    """The unreadable images that a run has met, by index; the same on all ranks."""
+
+    def __init__(self, path: Path, known: dict[int, dict[str, Any]]):
+        self.path = path
+        self.known = known
+
+    @staticmethod
+    def read(path: Path) -> dict[int, dict[str, Any]]:
+        if not path.exists():
+            return {}
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {record["index"]: record for record in records}
+
+    def add(self, step: int, bad: list[tuple[int, str, str]], *, write: bool) -> list[dict[str, Any]]:
+        """Take up (index, sample id, reason) triples; returns the new ones. write: append them to the file (rank 0)."""
+        new = []
+        for index, sample, reason in sorted(set(bad)):
+            if index not in self.known:
+                record = {"step": step, "index": index, "sample": sample, "reason": reason}
+                self.known[index] = record
+                new.append(record)
+        if write and new:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in new)
+        return new
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _git_revision() -> str:
+    """This source tree's revision, with "+changes" where it differs from it; "" outside a git checkout."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return revision.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

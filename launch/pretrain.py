@@ -1,0 +1,68 @@
+"""Pre-train I-JEPA.
+
+deepspeed launch/pretrain.py --config configs/vith14.yaml data.source=/data/imagenet     many GPUs, or CPU processes
+python launch/pretrain.py --config configs/tiny.yaml optimization.max_steps=100          one process
+torchrun --nproc-per-node 8 launch/pretrain.py --config configs/vitb16.yaml data.source=/data/images
+
+Exit codes: 0 finished, 1 training failed, 2 wrong input, 75 stopped by a signal with a checkpoint (run again to go on).
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="config values over the file's, e.g. optimization.lr=5e-4"
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): from the run folder's newest whole checkpoint, if any; PATH: from that checkpoint",
+    )
+    parser.add_argument("--allow-changes", action="store_true", help="resume although settings that alter training differ")
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, tokens, FLOPs and steps; train nothing")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    from ijepa_scale.config import load_config
+
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            from ijepa_scale.plan import dry_run
+
+            print(dry_run(config))
+            return 0
+    except ValueError as error:
+        return fail(error, 2)
+
+    from ijepa_scale.train import InputError, RunError, pretrain
+
+    try:
+        return pretrain(config, resume=options.resume, allow_changes=options.allow_changes)
+    except InputError as error:
+        return fail(error, 2)
+    except RunError as error:
+        return fail(error, 1)
+
+
+def fail(error: Exception, code: int) -> int:
+    from ijepa_scale.engine.distributed import launcher_rank
+
+    if launcher_rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,420 @@
+import io
+import json
+import math
+import os
+import pty
+import re
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from ijepa_scale import metrics
+from ijepa_scale.metrics import (
+    JsonlWriter,
+    Progress,
+    WandbWriter,
+    drift,
+    feature_std,
+    health_verdict,
+    memory_bytes,
+    rankme,
+    read_records,
+)
+
+
+def step(number, **values):
+    return {"kind": "step", "step": number, **values}
+
+
+# metrics.jsonl
+
+
+def test_each_record_is_readable_as_soon_as_it_is_written(tmp_path):
+    path = tmp_path / "new folder" / "metrics.jsonl"
+    with JsonlWriter(path, None) as writer:
+        for number in range(3):
+            writer.write(step(number, loss=0.5))
+            assert [record["step"] for record in read_records(path)] == list(range(number + 1))
+    assert path.read_bytes().count(b"\n") == 3
+
+
+def test_what_json_lacks_is_written_as_null_or_as_a_plain_number(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    record = step(
+        1, nan=math.nan, infinite=-math.inf, numpy=np.float32(0.5), count=np.int64(3), tensor=torch.tensor(2.5)
+    )
+    record |= {"nested": {"list": [1, math.nan], "none": None}, "text": "größer\n", "bad": torch.tensor(math.nan)}
+    with JsonlWriter(path, None) as writer:
+        writer.write(record)
+    assert "NaN" not in path.read_text() and "Infinity" not in path.read_text()
+    expected = step(1, nan=None, infinite=None, numpy=0.5, count=3, tensor=2.5)
+    expected |= {"nested": {"list": [1, None], "none": None}, "text": "größer\n", "bad": None}
+    assert read_records(path) == [expected]
+
+
+@pytest.mark.parametrize(
+    "tail", ["", '{"kind": "step", "step": 9, "lo', "\0\0\0\0", '{"text": "gr\N{LATIN SMALL LETTER O}']
+)
+def test_resume_keeps_the_records_before_its_step(tmp_path, tail):
+    path = tmp_path / "metrics.jsonl"
+    records = [
+        step(0),
+        {"kind": "health", "step": 0, "rankme": 3.0},
+        step(1),
+        step(2),
+        {"kind": "health", "step": 2},
+        step(3),
+    ]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records) + tail)
+    with JsonlWriter(path, 2) as writer:
+        assert read_records(path) == records[:3]
+        writer.write(step(2, again=True))
+    assert read_records(path) == [*records[:3], step(2, again=True)]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_last_line_cut_inside_a_character_or_just_before_its_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 0}\n{"step": 1, "text": "gr\xc3')
+    assert read_records(path) == [{"step": 0}]
+    path.write_bytes(b'{"step": 0}\n{"step": 1}')  # whole but for its newline
+    with JsonlWriter(path, 5) as writer:
+        writer.write({"step": 2})
+    assert [record["step"] for record in read_records(path)] == [0, 1, 2]
+
+
+def test_half_a_line_elsewhere_is_an_error_that_changes_nothing(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        JsonlWriter(path, 2)
+    assert path.read_text() == '{"step": 0}\n{"step"\n{"step": 2}\n'
+
+
+def test_a_fresh_run_starts_a_fresh_file_and_resume_needs_none(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    JsonlWriter(path, 3).close()
+    assert path.read_text() == ""
+    path.write_text('{"step": 0}\n')
+    JsonlWriter(path, None).close()
+    assert path.read_text() == ""
+
+
+# wandb
+
+OFFLINE_RUN = """
+import socket, sys
+reached = []
+def no_network(*arguments, **options):
+    reached.append(arguments)
+    raise OSError("no network in this test")
+socket.getaddrinfo = no_network
+
+from ijepa_scale.metrics import WandbWriter
+writer = WandbWriter("offline", project="p", name="n", run_dir=sys.argv[1], config={"a": {"b": 1}}, run_id=None)
+writer.log({"kind": "step", "loss": 0.5, "skipped": None, "grad_norm": float("nan")}, 4)
+writer.finish()
+again = WandbWriter("offline", project="p", name="n", run_dir=sys.argv[1], config={}, run_id=writer.run_id)
+again.log({"loss": 0.25}, 2)
+again.finish()
+assert again.run_id == writer.run_id
+import atexit
+atexit._run_exitfuncs()
+print(writer.run_id, len(reached), reached)
+"""
+
+
+def test_wandb_offline_writes_to_the_run_folder_asks_nothing_and_keeps_its_id(tmp_path):
+    pytest.importorskip("wandb")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE_RUN, str(tmp_path)],
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path), "HOME": str(tmp_path / "home")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    run_id, reached = done.stdout.split(maxsplit=2)[:2]
+    assert reached == "0", done.stdout
+    assert done.stderr == "" and done.stdout.count("\n") == 1  # nothing that would tear the progress line
+    files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
+    assert b"loss" in files[0].read_bytes()
+
+
+def test_wandb_disabled_is_silent_and_is_never_imported(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
+    writer = WandbWriter("disabled", project="p", name=None, run_dir=tmp_path, config={}, run_id="kept")
+    writer.log({"loss": 1.0}, 0)
+    writer.finish()
+    assert writer.run_id == "kept" and not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="disabled, offline or online, got 'on'"):
+        WandbWriter("on", project="p", name=None, run_dir=tmp_path, config={}, run_id=None)
+
+
+# health
+
+
+def random_features(n, width, rank=None, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    if rank is None:
+        return torch.randn(n, width, generator=generator)
+    return torch.randn(n, rank, generator=generator) @ torch.randn(rank, width, generator=generator)
+
+
+def test_feature_std_is_zero_for_constants_one_for_noise_and_free_of_scale():
+    noise = random_features(2000, 16)
+    assert feature_std(noise) == pytest.approx(1.0, abs=0.02)
+    assert feature_std(torch.arange(8.0).expand(50, 8)) == 0.0
+    assert feature_std(torch.zeros(50, 8)) == 0.0
+    assert feature_std(1000 * noise) == pytest.approx(feature_std(noise))
+    values = noise[:40].tolist()  # by hand
+    means = [sum(row[d] for row in values) / 40 for d in range(16)]
+    stds = [math.sqrt(sum((row[d] - means[d]) ** 2 for row in values) / 40) for d in range(16)]
+    rms = math.sqrt(sum(x * x for row in values for x in row) / 640)
+    assert feature_std(noise[:40]) == pytest.approx(sum(stds) / 16 / rms)
+    assert feature_std(noise + 3.0) == pytest.approx(1 / math.sqrt(10), rel=0.03)  # what is shared counts against it
+    noise[0, 0] = math.nan
+    assert math.isnan(feature_std(noise))
+
+
+def test_rankme_counts_equal_directions():
+    for rank in (1, 3, 16):
+        equal = torch.zeros(64, 20)
+        equal[torch.arange(rank), torch.arange(rank)] = 5.0  # singular values 5, rank times
+        assert rankme(equal) == pytest.approx(rank, rel=1e-3)
+
+
+def test_rankme_agrees_with_the_entropy_of_the_gram_matrix():
+    features = random_features(40, 12)
+    features[:, 0] *= 10
+    singular = np.sqrt(np.linalg.eigvalsh((features.double().T @ features.double()).numpy()).clip(0))
+    shares = singular / singular.sum()
+    assert rankme(features) == pytest.approx(math.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+
+
+def test_rankme_of_odd_input():
+    assert rankme(torch.ones(50, 8)) == pytest.approx(1.0, abs=1e-3)
+    assert rankme(torch.zeros(50, 8)) == 1.0
+    assert rankme(random_features(5, 100)) <= 5.01
+    assert rankme(random_features(1, 8)) == pytest.approx(1.0, abs=1e-3)
+    assert math.isnan(rankme(torch.full((4, 4), math.inf)))
+    assert rankme(random_features(64, 32).bfloat16()) > 20
+
+
+def test_drift_is_zero_for_the_same_one_for_unrelated_and_ignores_what_images_share():
+    target = random_features(500, 32)
+    assert drift(target, target) == pytest.approx(0.0, abs=1e-6)
+    assert drift(target, 3 * target + 7) == pytest.approx(0.0, abs=1e-6)
+    assert drift(target, random_features(500, 32, seed=1)) == pytest.approx(1.0, abs=0.05)
+    assert drift(target, -target) == pytest.approx(2.0, abs=1e-6)
+    assert drift(target + 100, random_features(500, 32, seed=1) + 100) > 0.9  # not hidden by the shared part
+    assert drift(torch.ones(5, 4), torch.ones(5, 4)) == 1.0  # nothing sets the images apart
+
+
+def health(number, features, **values):
+    return {
+        "kind": "health",
+        "step": number,
+        "feature_std": feature_std(features),
+        "rankme": rankme(features),
+        **values,
+    }
+
+
+def test_constant_features_are_called_collapsed():
+    constant = torch.randn(1, 32, generator=torch.Generator().manual_seed(0)).expand(256, 32)
+    history = [health(0, random_features(256, 32)), health(500, constant)]
+    assert health_verdict(history).startswith("collapsed: features constant")
+    assert health_verdict(history[1:]).startswith("collapsed")
+    nearly = constant + 1e-3 * random_features(256, 32)
+    assert health_verdict([history[0], health(500, nearly)]).startswith("collapsed")
+
+
+def test_healthy_histories_are_called_healthy():
+    for seed in range(10):  # noise from record to record trips nothing
+        generator = np.random.default_rng(seed)
+        history = []
+        for number in range(20):
+            features = random_features(256, 32, seed=100 * seed + number) + 1.0
+            knn = 30 + 0.3 * number + generator.normal()
+            history.append(health(500 * number, features, knn=knn, loss=0.2 + 0.01 * generator.normal()))
+            if number:
+                assert health_verdict(history).startswith("healthy"), health_verdict(history)
+
+
+def test_falling_rank_is_called_likely_collapse_and_a_rising_loss_normal():
+    ranks = (23, 12, 6, 3)
+    history = [
+        health(number, random_features(256, 32, rank), loss=0.1 + 0.1 * number) for number, rank in enumerate(ranks)
+    ]
+    verdict = health_verdict(history)
+    assert verdict.startswith("likely collapse: rank is falling") and "loss rising is normal here" in verdict
+    assert f"{history[0]['rankme']:.1f} -> {history[-1]['rankme']:.1f}" in verdict
+    assert metrics.COLLAPSE_HELP in verdict
+    recovering = health_verdict([*history, health(4, random_features(256, 32, 5))])
+    assert recovering.startswith("watch: rank fell to")
+    assert health_verdict([*history, health(5, random_features(256, 32, 25))]).startswith("healthy")
+
+
+def test_features_growing_alike_and_a_falling_knn():
+    base, shared = random_features(256, 32), random_features(1, 32, seed=9)
+    history = [health(0, base + shared), health(1, 0.05 * base + shared)]
+    history[1]["rankme"] = history[0]["rankme"]  # the spread alone
+    assert health_verdict(history).startswith("likely collapse: features grow alike")
+    history = [health(0, base, knn=30.0), health(1, base, knn=22.9)]
+    assert health_verdict(history).startswith("watch: k-NN is below its first value")
+
+
+def test_verdicts_on_short_and_broken_histories(tmp_path):
+    assert health_verdict([]) == "no health record yet"
+    first = health(0, random_features(256, 32))
+    assert health_verdict([first]).startswith("first record")
+    broken = health(1, torch.full((8, 4), math.nan))
+    assert health_verdict([first, broken]).startswith("collapsed: features are not finite")
+    with JsonlWriter(tmp_path / "metrics.jsonl", None) as writer:  # from the file, where NaN is null
+        for record in (first, broken, health(2, random_features(256, 32))):
+            writer.write(record)
+    read = read_records(tmp_path / "metrics.jsonl")
+    assert health_verdict(read[:2]).startswith("collapsed: features are not finite")
+    assert health_verdict(read).startswith("healthy")
+    assert health_verdict([first, health(1, random_features(256, 32), knn=None, loss=None)]).startswith("healthy")
+
+
+# memory and progress
+
+
+def test_memory_on_the_cpu_is_the_peak_of_the_process():
+    script = """
+import sys
+from ijepa_scale.metrics import memory_bytes
+before = memory_bytes()
+block = b"x" * (300 * 2**20)
+del block
+print(before, memory_bytes())
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert 250 * 2**20 < after - before < 350 * 2**20
+    assert 10 * 2**20 < memory_bytes() < 2**45
+
+
+RECORD = {
+    "loss": 0.25,
+    "lr": 1e-3,
+    "images_per_second": 123.4,
+    "data_wait_seconds": 0.1,
+    "step_seconds": 0.5,
+    "memory_bytes": 3 * 2**30,
+}
+
+
+class Clock:
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(metrics.time, "monotonic", lambda: self.now)
+
+
+def test_a_log_file_gets_a_plain_line_every_ten_seconds_and_at_the_end(monkeypatch):
+    clock, stream = Clock(monkeypatch), io.StringIO()
+    with Progress(100, stream=stream) as progress:
+        for number in range(1, 101):
+            clock.now += 1.0
+            progress.update(number, RECORD)
+            if number == 50:
+                progress.message("checkpoint saved [bold]")
+    lines = stream.getvalue().splitlines()
+    assert "checkpoint saved [bold]" in lines
+    lines.remove("checkpoint saved [bold]")
+    assert [line.split()[1] for line in lines] == [f"{n}/100" for n in (*range(1, 101, 10), 100)]
+    assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
+    assert lines[4] == (
+        "step 41/100 (41.0%) | ETA 0:00:59 | loss 0.2500 | lr 1.00e-03 | 123.4 images/s | data wait 20% | 3.0 GiB"
+    )
+    assert lines[-1].startswith("step 100/100 (100.0%) | ETA 0:00:00")
+
+
+def test_resumed_runs_count_the_steps_that_are_left(monkeypatch):
+    clock, stream = Clock(monkeypatch), io.StringIO()
+    with Progress(200_000, 100_000, stream=stream, seconds_between_lines=0.0) as progress:
+        clock.now += 20.0
+        progress.update(100_010, {"loss": None, "grad_norm": None})
+        clock.now += 2.0
+        progress.update(100_020, {"loss": 0.5, "mfu": 0.4, "images_per_second": math.nan})
+    first, second = stream.getvalue().splitlines()
+    assert first == "step 100010/200000 (50.0%) | ETA 2d 7:33:00"
+    assert second == "step 100020/200000 (50.0%) | ETA 1d 6:32:58 | loss 0.5000 | MFU 40.0%"
+
+
+def test_the_loss_is_smoothed_and_skipped_steps_leave_it(monkeypatch):
+    Clock(monkeypatch)
+    stream = io.StringIO()
+    with Progress(100, stream=stream, seconds_between_lines=0.0) as progress:
+        for number, loss in enumerate((1.0, 1.0, 2.0, None, math.nan), start=1):
+            progress.update(number, {"loss": loss})
+    shown = [float(line.split("loss ")[1]) for line in stream.getvalue().splitlines()]
+    assert shown[1] == 1.0 and 1.0 < shown[2] < 2.0 and shown[2] == shown[3] == shown[4]
+
+
+def on_terminal(work):
+    """What `work` writes to a terminal."""
+    master, slave = pty.openpty()
+    written = bytearray()
+
+    def read():
+        try:
+            while chunk := os.read(master, 4096):
+                written.extend(chunk)
+        except OSError:  # the other end was closed
+            return
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with open(slave, "w", encoding="utf-8") as stream:
+        work(stream)
+    reader.join(timeout=10)
+    os.close(master)
+    return written.decode()
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+def test_a_terminal_gets_one_live_line_that_fits(columns, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    clock = Clock(monkeypatch)
+
+    def work(stream):
+        with Progress(20, stream=stream) as progress:
+            for number in range(1, 21):
+                clock.now += 1.0
+                progress.update(number, RECORD)
+                if number == 10:
+                    progress.message("checkpoint saved [bold]")
+
+    text = on_terminal(work)
+    assert "\x1b" in text and "checkpoint saved [bold]" in text
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    lines = [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
+    assert max(len(line.rstrip()) for line in lines) <= columns
+    assert sum("step 20/20" in line for line in lines) >= 1
+    assert plain.count("\n") <= 3  # redrawn in place: a newline for the message and one at the end, not one a step
+    assert ("3.0 GiB" in plain) == (columns == 200)
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    Clock(monkeypatch)
+
+    def work(stream):
+        with Progress(2, stream=stream) as progress:
+            progress.update(1, RECORD)
+
+    text = on_terminal(work)
+    assert text.startswith("step 1/2") and "\x1b" not in text
