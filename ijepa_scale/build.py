@@ -89,14 +89,18 @@ def build_blocks(config: PretrainConfig) -> MultiBlock:
     return blocks
 
 
-def _prepared_source(config: PretrainConfig) -> str:
-    """The folder or hub id to open; scenes are rendered first, once."""
-    data = config.data
-    if not data.source:
+def check_source_given(config: PretrainConfig) -> None:
+    if not config.data.source:
         raise ValueError(
             "data.source is not set: give a folder of images or of Parquet files, or a hub id, for example "
             "data.source=/data/my_images; or data.source=scenes for rendered scenes"
         )
+
+
+def _prepared_source(config: PretrainConfig) -> str:
+    """The folder or hub id to open; scenes are rendered first, once."""
+    check_source_given(config)
+    data = config.data
     if data.source != "scenes":
         return data.source
     folder = Path(data.cache_dir or "~/.cache/ijepa-scale").expanduser() / "scenes"
@@ -142,11 +146,10 @@ def build_eval_images(config: PretrainConfig) -> EvalImages:
     source = _prepared_source(config)
     splits = splits_of(source, data.cache_dir or None)
     named = [data.eval_split] if data.eval_split else [s for s in ("validation", "val", "valid", "test") if s in splits]
-    options = {"cache_dir": data.cache_dir or None, "min_side": 1}
-    train = open_images(source, split=data.split, **options)
+    train = open_images(source, split=data.split, cache_dir=data.cache_dir or None)
     if not named or named[0] == data.split:
         return EvalImages(train, train, held_out=False)
-    return EvalImages(train, open_images(source, split=named[0], **options), held_out=True)
+    return EvalImages(train, open_images(source, split=named[0], cache_dir=data.cache_dir or None), held_out=True)
 
 
 def build_micro_batches(

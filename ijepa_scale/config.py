@@ -3,7 +3,7 @@
 import difflib
 import json
 import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,21 @@ class ModelConfig:
     heads: int = 0
     mlp_width: int = 0  # 0: as the name says, or 4 x width where width is given
 
+    def __post_init__(self) -> None:
+        _require(self.patch_size >= 1, f"model.patch_size must be 1 or more, got {self.patch_size}")
+        for key in ("width", "depth", "heads", "mlp_width"):
+            _require(getattr(self, key) >= 0, f"model.{key} must be 0 or more, got {getattr(self, key)}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PredictorConfig:
     width: int = 384
     depth: int = 12
     heads: int = 0  # 0: the encoder's
+
+    def __post_init__(self) -> None:
+        for key, least in (("width", 1), ("depth", 1), ("heads", 0)):
+            _require(getattr(self, key) >= least, f"predictor.{key} must be {least} or more, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +85,7 @@ class MaskConfig:
         _require(0.0 < low <= high, f"mask.target_aspect_ratio must satisfy 0 < low <= high, got {[low, high]}")
         _require(self.num_target_blocks >= 1, f"mask.num_target_blocks must be 1 or more, got {self.num_target_blocks}")
         _require(self.min_keep >= 1, f"mask.min_keep must be 1 or more, got {self.min_keep}")
-        budget = self.context.isdigit() and int(self.context) >= 1
+        budget = self.context.isdecimal() and int(self.context) >= 1
         _require(
             self.context in ("all", "batch_min") or budget,
             f"mask.context must be all, batch_min or a number of patches an image, got {self.context!r}",
@@ -117,6 +126,14 @@ class OptimizationConfig:
         _require(
             0 <= self.warmup_epochs <= self.epochs,
             f"optimization.warmup_epochs must lie in 0..epochs ({self.epochs}), got {self.warmup_epochs}",
+        )
+        _require(
+            min(self.weight_decay) >= 0,
+            f"optimization.weight_decay must not be negative, got {list(self.weight_decay)}",
+        )
+        _require(
+            all(0.0 <= beta < 1.0 for beta in self.betas),
+            f"optimization.betas must lie in 0..1 (1 excluded), got {list(self.betas)}",
         )
         low, high = self.ema
         _require(0.0 <= low <= high <= 1.0, f"optimization.ema must satisfy 0 <= start <= end <= 1, got {[low, high]}")
@@ -164,6 +181,9 @@ class LoggingConfig:
             self.wandb in ("disabled", "offline", "online"),
             f"logging.wandb must be disabled, offline or online, got {self.wandb!r}",
         )
+        _require(
+            self.health_every_steps >= 0, f"logging.health_every_steps must be 0 or more, got {self.health_every_steps}"
+        )
         _require(self.health_images >= 32, f"logging.health_images must be 32 or more, got {self.health_images}")
 
 
@@ -171,6 +191,10 @@ class LoggingConfig:
 class ReportConfig:
     train_images: int = 4000  # labelled images the probes are fitted on; 0: no report
     test_images: int = 2000
+
+    def __post_init__(self) -> None:
+        for key in ("train_images", "test_images"):
+            _require(getattr(self, key) >= 0, f"report.{key} must be 0 or more, got {getattr(self, key)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +225,6 @@ FREE_KEYS = (
     "run_dir",
     "data.workers",
     "data.cache_dir",
-    "data.num_images",
     "data.eval_split",
     "data.max_bad_fraction",
     "optimization.micro_batch_size",
@@ -227,8 +250,10 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Pretrai
         if "=" not in override:
             raise ValueError(f"override {override!r} is not of the form key.sub=value")
     try:
-        user = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
-    except (OmegaConfBaseException, OSError) as error:
+        user: Any = OmegaConf.load(path)
+        if isinstance(user, DictConfig):
+            user = OmegaConf.merge(user, OmegaConf.from_dotlist(overrides or []))
+    except (OmegaConfBaseException, OSError, TypeError) as error:
         raise ValueError(f"{path}: {_first_line(error)}") from error
     except Exception as error:
         if type(error).__module__.startswith("yaml"):
@@ -236,22 +261,18 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Pretrai
         raise
     if not isinstance(user, DictConfig):
         raise ValueError(f"{path} must hold sections of keys, got a {type(user).__name__}")
-    _check_keys(OmegaConf.to_container(user), PretrainConfig, "")
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), user))
-    except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or _key_of_failure(user)
-        raise ValueError(f"config key {key}: {_first_line(error)}") from error
-    assert isinstance(config, PretrainConfig)
-    if not config.run_dir:
-        config = _with_run_dir(config, f"runs/{path.stem}")
-    return config
+    config = from_dict(typing.cast(dict, OmegaConf.to_container(user)))
+    return config if config.run_dir else replace(config, run_dir=f"runs/{path.stem}")
 
 
 def from_dict(values: dict[str, Any]) -> PretrainConfig:
     """The inverse of to_dict(); raises ValueError as load_config does."""
     _check_keys(values, PretrainConfig, "")
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(values)))
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(values)))
+    except (OmegaConfBaseException, TypeError) as error:
+        key = getattr(error, "full_key", None) or _key_of_failure(values)
+        raise ValueError(f"config key {key}: {_first_line(error)}") from error
     assert isinstance(config, PretrainConfig)
     return config
 
@@ -281,11 +302,6 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return flat
-
-
-def _with_run_dir(config: PretrainConfig, run_dir: str) -> PretrainConfig:
-    values = {item.name: getattr(config, item.name) for item in fields(config)}
-    return PretrainConfig(**{**values, "run_dir": run_dir})
 
 
 def valid_keys(section: type = PretrainConfig, prefix: str = "") -> list[str]:
@@ -319,15 +335,16 @@ def _check_keys(values: Any, section: type, prefix: str) -> None:
             _check_keys(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
 
 
-def _key_of_failure(user: DictConfig) -> str:
+def _key_of_failure(values: dict[str, Any]) -> str:
     """OmegaConf leaves the key out of some errors: find it by merging one key at a time."""
-    for key, value in _flatten(typing.cast(dict, OmegaConf.to_container(user))).items():
+    for key, value in _flatten(values).items():
         try:
-            OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.from_dotlist([f"{key}={json.dumps(value)}"]))
-        except OmegaConfBaseException:
+            OmegaConf.update(OmegaConf.structured(PretrainConfig), key, value)
+        except (OmegaConfBaseException, TypeError):
             return key
     return "?"
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
+    # OmegaConf 2.4.0 leaves the placeholders unfilled for a tuple's element.
+    return str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value in it")

@@ -12,6 +12,7 @@ import resource
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO, TypeGuard
@@ -29,7 +30,43 @@ RANK_FALL = 0.5  # of the first record: RankMe of a run that learns grows, after
 RANK_RECOVERY = 1.2  # of the lowest so far: the early dip is over
 KNN_FALL = 6.0  # percent points: two standard errors of 30% on 256 images, half of what a health check looks at
 LOSS_RISE = 1.1  # of the lowest so far
+CLEAR = 2.0  # standard errors from which on a difference of scores counts: about 95% confidence
 COLLAPSE_HELP = "see docs/small_compute.md"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One probe's accuracy in percent, on the same num_test test images, before and after training."""
+
+    probe: str  # "k-NN count", "linear distance", ...
+    initial: float
+    trained: float
+    chance: float
+    num_test: int
+
+    @property
+    def initial_error(self) -> float:
+        """Binomial standard error, in percent points, as are the two below."""
+        return math.sqrt(self.initial * (100.0 - self.initial) / self.num_test)
+
+    @property
+    def trained_error(self) -> float:
+        return math.sqrt(self.trained * (100.0 - self.trained) / self.num_test)
+
+    @property
+    def difference(self) -> float:
+        return self.trained - self.initial
+
+    @property
+    def difference_error(self) -> float:
+        """As if the two scores were of different images: an upper bound as long as their errors go together."""
+        return math.hypot(self.initial_error, self.trained_error)
+
+    @property
+    def verdict(self) -> str:
+        if abs(self.difference) <= CLEAR * self.difference_error:
+            return "no clear difference"
+        return "better" if self.difference > 0 else "worse"
 
 
 class JsonlWriter:

@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 
-from ijepa_scale.models.ijepa import IJepa
 
-
-def parameter_groups(model: IJepa) -> list[dict[str, Any]]:
+def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Context encoder and predictor, each with and without weight decay (none on biases and 1-D parameters).
 
-    Keys besides params: name; decay, whether the weight-decay schedule applies; ema, whether the target encoder follows.
+    Keys besides params: name; decay, whether the weight-decay schedule applies; ema, whether the target encoder
+    follows.
     """
     groups = []
     for part in ("context_encoder", "predictor"):

@@ -97,7 +97,9 @@ def _git_revision() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True)
+        changes = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return revision.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

@@ -4,79 +4,29 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from rich.console import Console
 
 from ijepa_scale import build
-from ijepa_scale.config import PretrainConfig, changed_keys, to_dict, to_yaml
-from ijepa_scale.data.collate import Batch, MicroBatches, micro_batch_stream
-from ijepa_scale.data.images import BadImageError, ImageSet
-from ijepa_scale.data.order import permuted_index
-from ijepa_scale.data.transforms import center_crop
+from ijepa_scale.assess import measure_health, preview_masks, report
+from ijepa_scale.config import PretrainConfig, to_dict
+from ijepa_scale.data.collate import Batch, micro_batch_stream
+from ijepa_scale.data.images import BadImageError
 from ijepa_scale.engine import checkpoint as checkpoints
-from ijepa_scale.engine import distributed, zero
-from ijepa_scale.engine.checkpoint import Checkpoint
-from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.engine import distributed
 from ijepa_scale.engine.signals import STOP_EXIT_CODE, StopRequest
-from ijepa_scale.evals.features import pooled_features
-from ijepa_scale.evals.knn import knn_top1
-from ijepa_scale.evals.probes import Features, probe_scores
-from ijepa_scale.masking.packing import Packed
-from ijepa_scale.metrics import (
-    JsonlWriter,
-    Progress,
-    WandbWriter,
-    drift,
-    feature_std,
-    health_verdict,
-    memory_bytes,
-    rankme,
-    read_records,
-)
-from ijepa_scale.models.ijepa import initial_weight, initialize_weights
-from ijepa_scale.models.vit import VisionTransformer
-from ijepa_scale.optim import adamw, parameter_groups, set_schedules
-from ijepa_scale.run_folder import BadImages, RunFolder
+from ijepa_scale.metrics import JsonlWriter, Progress, WandbWriter, memory_bytes, read_records
+from ijepa_scale.optim import set_schedules
+from ijepa_scale.run import InputError, Run, check, set_up
 from ijepa_scale.schedules import cosine, ema_momentum, learning_rate
-from ijepa_scale.visualize.masks import draw_masks
-from ijepa_scale.visualize.report import draw_loss_curve, draw_scores, report_table, write_report
 
 STRIKES = 3  # steps in a row that were skipped, or checkpoints in a row that could not be written, before a run stops
-EVAL_STREAM = 1_000_003  # the "epoch" of the permutation that picks evaluation images
-MASK_PREVIEW_IMAGES = 8
-
-
-class InputError(Exception):
-    """What the user gave cannot be trained on; found before training starts."""
 
 
 class RunError(RuntimeError):
     """Training cannot go on; the message tells the user why and what to do."""
-
-
-@dataclass
-class Run:
-    """All that one process of a run holds."""
-
-    config: PretrainConfig
-    ranks: Ranks
-    folder: RunFolder
-    images: ImageSet
-    evaluation: build.EvalImages
-    dataset: MicroBatches
-    horizon: build.Horizon
-    engine: Any
-    ema: ShardedEMA
-    bad: BadImages
-    start_step: int = 0
-    wandb_id: str | None = None
-    notes: list[str] = field(default_factory=list)  # to be shown once there is a progress line
 
 
 def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: bool = False) -> int:
@@ -85,11 +35,15 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: boo
     resume: "auto" (the newest good checkpoint of the run folder, or a fresh start where there is none), "never", or a
     checkpoint's path. Raises InputError, before training, for what the user can mend, and RunError during it.
     """
+    try:
+        blocks = check(config)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     ranks = distributed.start()
     stop_request = StopRequest()
     try:
         try:
-            run = set_up(config, ranks, resume=resume, allow_changes=allow_changes)
+            run = set_up(config, blocks, ranks, resume=resume, allow_changes=allow_changes)
         except ValueError as error:
             raise InputError(str(error)) from error
         if run.start_step < run.horizon.stop:
@@ -103,90 +57,6 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: boo
     finally:
         stop_request.close()
         ranks.close()
-
-
-def set_up(config: PretrainConfig, ranks: Ranks, *, resume: str, allow_changes: bool) -> Run:
-    """Everything that can fail for a user's reason, and in the order of its cost."""
-    folder = RunFolder(config.run_dir)
-    blocks = build.build_blocks(config)
-    micro_batch_size = build.build_micro_batch_size(config, ranks.world_size)
-    cuda = ranks.device.type == "cuda"
-    precision = config.engine.precision if config.engine.precision != "auto" else "bf16" if cuda else "fp32"
-    settings = zero.deepspeed_config(
-        zero_stage=config.engine.zero_stage,
-        precision=precision,
-        micro_batch_size=micro_batch_size,
-        accumulation_steps=config.optimization.global_batch_size // (micro_batch_size * ranks.world_size),
-        clip_grad_norm=config.optimization.clip_grad_norm,
-        extra=config.engine.deepspeed,
-    )
-    ranks.together(lambda: folder.lock() if ranks.first else None)
-    images = ranks.together(lambda: build.build_images(config), on="node")
-    evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
-    horizon = build.build_horizon(config, len(images))
-    found = find_checkpoint(config, folder, ranks, resume=resume, allow_changes=allow_changes)
-
-    with zero.building_context(settings):
-        model = build.build_model(config, initialize=False)
-    engine = zero.initialize(
-        model,
-        settings,
-        lambda name, shape: initial_weight(name, shape, config.seed),
-        lambda module: adamw(parameter_groups(module), config.optimization.betas),
-    )
-    ema = ShardedEMA(engine, model.twins())
-    dataset = build.build_micro_batches(
-        config, images, blocks, micro_batch_size=micro_batch_size, rank=ranks.rank, ranks=ranks.world_size
-    )
-    known = ranks.from_first(BadImages.read(folder.bad_images))
-    bad = BadImages(folder.bad_images, known)
-    run = Run(config, ranks, folder, images, evaluation, dataset, horizon, engine, ema, bad)
-    if found:
-        checkpoints.restore(found, engine, ema)
-        run.start_step = found.step
-        run.wandb_id = found.manifest.get("wandb_id")
-        run.notes.append(f"resumed from {found.path}, step {found.step}")
-    if ranks.first:
-        folder.describe(
-            to_yaml(config), world_size=ranks.world_size, precision=precision, images=len(images), source=images.name
-        )
-    return run
-
-
-def find_checkpoint(
-    config: PretrainConfig, folder: RunFolder, ranks: Ranks, *, resume: str, allow_changes: bool
-) -> Checkpoint | None:
-    """The checkpoint to go on from, verified by all ranks; None for a fresh start. ValueError if it does not fit."""
-    if resume == "never":
-        there = ranks.from_first(checkpoints.candidates(folder.checkpoints))
-        if there:
-            raise ValueError(
-                f"{folder.path} holds checkpoints up to {there[0].name}; for a fresh start choose another run_dir "
-                "or delete that folder, to go on leave --resume at auto"
-            )
-        return None
-    if resume == "auto":
-        found, skipped = checkpoints.newest_good(folder.checkpoints, ranks)
-        if skipped and ranks.first:
-            print("warning: skipped checkpoints that are not whole:\n  " + "\n  ".join(skipped), flush=True)
-    else:
-        found, complaint = checkpoints.verify(Path(resume), ranks)
-        if found is None:
-            raise ValueError(f"--resume {resume} cannot be used: {complaint}")
-    if found is None:
-        return None
-    theirs, ours = found.manifest["architecture"], build.architecture(config)
-    if theirs != ours:
-        differing = ", ".join(f"{key} {theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key])
-        raise ValueError(f"{found.path} holds another architecture: {differing}; choose another run_dir or its config")
-    changed = changed_keys(found.manifest["config"], to_dict(config))
-    if changed and not allow_changes:
-        listed = "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
-        raise ValueError(
-            f"these settings alter training and differ from {found.path}:\n  {listed}\n"
-            "restore them, pass --allow-changes to go on all the same, or choose another run_dir"
-        )
-    return found
 
 
 def train(run: Run, stop_request: StopRequest) -> str:
@@ -409,141 +279,3 @@ def save_checkpoint(run: Run, step: int, say: Callable[[str], None]) -> bool:
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         say(f"checkpoint {path} ({size:.1f} MB, {time.perf_counter() - started:.1f} s)")
     return True
-
-
-def eval_crops(run: Run, images: ImageSet, indices: list[int]) -> Iterator[torch.Tensor]:
-    """Centre crops of this rank's share of the images, in batches; every rank yields equally many of each size."""
-    own = indices[run.ranks.rank :: run.ranks.world_size]
-    size, batch = run.config.data.image_size, run.dataset.micro_batch_size
-    for start in range(0, len(own), batch):
-        crops = [center_crop(images.read_or_substitute(i)[0], size) for i in own[start : start + batch]]
-        yield torch.from_numpy(np.stack(crops))
-
-
-def features_of(run: Run, encoder: torch.nn.Module, images: ImageSet, indices: list[int]) -> torch.Tensor:
-    """Pooled features of images, each rank computing its share: (len(indices), D) on every rank."""
-    shares = run.ranks.gather(pooled_features(encoder, eval_crops(run, images, indices)))
-    features = torch.empty(len(indices), shares[0].shape[1])
-    for rank, share in enumerate(shares):
-        features[rank :: run.ranks.world_size] = share
-    return features
-
-
-def eval_indices(run: Run, images: ImageSet, count: int, *, skip: int = 0) -> list[int]:
-    """A fixed random choice of images, as many as every rank can take an equal share of."""
-    count = min(count, len(images) - skip) // run.ranks.world_size * run.ranks.world_size
-    return [permuted_index(0, EVAL_STREAM, len(images), skip + i) for i in range(count)]
-
-
-def measure_health(
-    run: Run,
-    step: int,
-    history: list[dict[str, Any]],
-    log: Callable[[dict[str, Any]], None],
-    say: Callable[[str], None],
-) -> None:
-    """Are the features still worth something? Collective: every rank computes its share of the features."""
-    images = run.evaluation.train
-    indices = eval_indices(run, images, run.config.logging.health_images)
-    model = run.engine.module
-    target, context = (features_of(run, e, images, indices) for e in (model.target_encoder, model.context_encoder))
-    if not run.ranks.first:
-        return
-    record: dict[str, Any] = {
-        "kind": "health",
-        "step": step,
-        "feature_std": feature_std(target),
-        "rankme": rankme(target),
-        "drift": drift(target, context),
-    }
-    fit = len(indices) * 3 // 4
-    for name, column in list(images.label_columns().items())[:1]:
-        labels = torch.from_numpy(column.values[indices])
-        if bool((labels >= 0).all()) and bool(torch.isfinite(target).all()):
-            record["knn"] = knn_top1(target[:fit], labels[:fit], target[fit:], labels[fit:])
-            record["knn_label"] = name
-    history.append(record)
-    log(record)
-    say(f"health at step {step}: {health_verdict(history)}")
-
-
-def preview_masks(run: Run) -> None:
-    """masks.png: what the networks see of the run's first images."""
-    batch = run.dataset[run.start_step * run.dataset.accumulation_steps]
-    count = min(MASK_PREVIEW_IMAGES, len(batch.indices))
-    num_patches = batch.masks.num_patches
-
-    def per_image(packed: Packed) -> list[np.ndarray]:
-        indices, bounds = packed.indices_T.numpy(), packed.cu_seqlens.numpy()
-        return [indices[low:high] % num_patches for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
-
-    blocks = per_image(batch.masks.target_blocks)
-    each = len(blocks) // len(batch.indices)
-    grid = run.dataset.blocks.grid
-    draw_masks(
-        run.folder.path / "masks.png",
-        batch.images[:count].numpy(),
-        grid.rows,
-        grid.columns,
-        per_image(batch.masks.context)[:count],
-        [blocks[i * each : (i + 1) * each] for i in range(count)],
-    )
-
-
-def report(run: Run) -> None:
-    """Curves, and scores of the target encoder beside the same model at initialisation. Collective."""
-    config, ranks, folder = run.config, run.ranks, run.folder
-    if ranks.first:
-        draw_loss_curve(folder.path / "loss_curve.png", read_records(folder.metrics))
-    train_images, test_images = run.evaluation.train, run.evaluation.test
-    labels = {
-        name: column for name, column in test_images.label_columns().items() if name in train_images.label_columns()
-    }
-    found, _ = checkpoints.newest_good(folder.checkpoints, ranks)
-    if not labels or not found or not config.report.train_images:
-        if ranks.first:
-            why = "the source has no labels to probe with" if not labels else "report.train_images is 0"
-            write_report(folder.path / "report.json", [], step=run.horizon.stop, note=why)
-            print(f"no probes: {why}; curves are in {folder.path / 'loss_curve.png'}")
-        return
-    if ranks.first:
-        print("probing the target encoder and the same encoder at initialisation ...", flush=True)
-    fit = eval_indices(run, train_images, config.report.train_images)
-    skip = 0 if run.evaluation.held_out else len(fit)
-    held = eval_indices(run, test_images, config.report.test_images, skip=skip)
-    encoder = build.build_encoder(config).to(ranks.device)
-    features = {}
-    for which in ("initial", "trained"):
-        if which == "initial":
-            initialize_weights(encoder, config.seed, prefix="context_encoder.")
-        else:
-            load_target_encoder(encoder, found)
-        features[which] = Features(
-            *(features_of(run, encoder, images, chosen) for images, chosen in ((train_images, fit), (test_images, held)))
-        )
-    if ranks.first:
-        both = {name: (train_images.label_columns()[name].values[fit], labels[name].values[held]) for name in labels}
-        scores = probe_scores(both, **features)
-        facts = {
-            "step": found.step,
-            "checkpoint": found.path.name,
-            "seed": config.seed,
-            "train_images": len(fit),
-            "held_out": run.evaluation.held_out,
-        }
-        write_report(folder.path / "report.json", scores, **facts)
-        draw_scores(folder.path / "scores.png", scores)
-        Console().print(report_table(scores))
-        if not run.evaluation.held_out:
-            print("the source has no validation split: the probes' test images were among the training images")
-        print(f"report: {folder.path}/report.json, loss_curve.png, scores.png, masks.png")
-    ranks.barrier()
-
-
-def load_target_encoder(encoder: VisionTransformer, found: Checkpoint) -> None:
-    """Fill a plain encoder with a checkpoint's EMA weights."""
-    shapes = {f"context_encoder.{name}": p.shape for name, p in encoder.named_parameters()}
-    weights = checkpoints.read_weights(found, shapes, "ema")
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            parameter.copy_(weights[f"context_encoder.{name}"])

@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="auto|never|PATH",
         help="auto (default): from the run folder's newest whole checkpoint, if any; PATH: from that checkpoint",
     )
-    parser.add_argument("--allow-changes", action="store_true", help="resume although settings that alter training differ")
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="resume although settings that alter training differ"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print sizes, tokens, FLOPs and steps; train nothing")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     return parser

@@ -60,7 +60,8 @@ class MicroBatches(Dataset):
         first = (micro * self.ranks + self.rank) * self.micro_batch_size
         positions = range(first, first + self.micro_batch_size)
         sizes = block_sizes(self.blocks, generator_for(self.seed, SIZES, step))
-        crops, contexts, targets, indices, bad = [], [], [], [], []
+        crops, contexts, targets, indices = [], [], [], []
+        bad: list[BadImage] = []
         for position in positions:
             index = image_at(
                 self.seed,

@@ -6,6 +6,7 @@ folder of images in any tree, or the id of a data set on the HuggingFace Hub. Im
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 SUBSTITUTE_SEED = 20230119  # fixed: the substitute of an image is a property of the data set, not of the run
 MAX_SUBSTITUTES = 100
-_MAX_INTEGER_CLASSES = 10_000  # an integer column with as many values is an id, not a class
+_MAX_CLASSES = 10_000  # an integer column with larger values holds ids, not classes
 _SPLIT_NAMES = {  # as `datasets` reads them in the names of files and folders
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -113,33 +114,21 @@ class ImageSet:
     def label_columns(self) -> dict[str, LabelColumn]:
         """Columns of class labels by name, without decoding an image.
 
-        These are the ClassLabel columns, and integer ones called label, labels or class with under 10,000 values, whose
-        classes are the distinct values in order. A column without a single label is left out.
+        These are the ClassLabel columns, and integer ones called label, labels or class if all values are below 10,000:
+        the values number the classes, so that splits agree. A column without a single label is left out.
         """
         import datasets
 
         columns = {}
         for name, feature in self._dataset.features.items():
-            if isinstance(feature, datasets.ClassLabel):
-                names, values = list(feature.names), self._integers(name)
-            elif name in ("label", "labels", "class") and "int" in getattr(feature, "dtype", ""):
-                raw = self._integers(name)
-                distinct = np.unique(raw[raw >= 0])
-                if len(distinct) >= _MAX_INTEGER_CLASSES:
-                    continue
-                names, values = (
-                    [str(value) for value in distinct],
-                    np.where(raw < 0, -1, np.searchsorted(distinct, raw)),
-                )
-            else:
-                continue
-            if (values >= 0).any():
-                columns[name] = LabelColumn(name, names, values)
+            is_class = isinstance(feature, datasets.ClassLabel)
+            if is_class or (name in ("label", "labels", "class") and "int" in getattr(feature, "dtype", "")):
+                column = self._dataset.select_columns([name]).with_format("arrow")[:].column(0)
+                values = np.maximum(column.cast("int64").fill_null(-1).to_numpy(), -1)
+                names = feature.names if is_class else [str(i) for i in range(min(values.max() + 1, _MAX_CLASSES))]
+                if 0 <= values.max() < len(names):
+                    columns[name] = LabelColumn(name, list(names), values)
         return columns
-
-    def _integers(self, column: str) -> np.ndarray:
-        values = self._dataset.select_columns([column]).with_format("arrow")[:].column(0)
-        return np.array(values.cast("int64").fill_null(-1).to_numpy())
 
     def _encoded(self, index: int) -> tuple[bytes | None, str]:
         """(content of the file, its path): one of the two may be missing."""
@@ -170,7 +159,7 @@ def open_images(source: str, *, split: str = "train", cache_dir: str | None = No
     dataset = splits[names[0]]()
     if len(dataset) == 0:
         raise ValueError(f"split {names[0]!r} of {source!r} has no rows; it must hold at least one image")
-    name = f"{Path(source).name}:{names[0]}"
+    name = f"{os.path.basename(os.path.abspath(source))}:{names[0]}"
     return ImageSet(dataset, _image_column(dataset, source), name=name, split=names[0], min_side=min_side)
 
 
@@ -249,7 +238,7 @@ def _list_files(root: str) -> dict[str, list[str]]:
 
 
 def _walk(root: str, folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Relative paths of all files below root/folder that are not hidden. Follows links, but none to its own ancestor."""
+    """Relative paths of all files below root/folder that are not hidden. Follows links, except in circles."""
     here = os.path.join(root, folder)
     stat = os.stat(here)
     if (stat.st_dev, stat.st_ino) in ancestors:
@@ -273,7 +262,10 @@ def _splits(source: str, cache_dir: str | None) -> dict[str, Callable[[], datase
     kind, files = _inspect(source)
     path = Path(source).expanduser().absolute()
     if kind == "saved":
-        saved = datasets.load_from_disk(str(path))
+        if not any(path.rglob("*.arrow")):
+            raise ValueError(f"{source!r} has no rows; it must hold at least one image")
+        with _explained(f"cannot read {source!r}"):
+            saved = datasets.load_from_disk(str(path))
         saved = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
         return {str(name): functools.partial(saved.__getitem__, name) for name in saved}
     if kind == "arrow":
@@ -290,8 +282,8 @@ def _arrow_splits(root: str, files: list[str]) -> dict[str, Callable[[], dataset
     import datasets
 
     def load(paths: list[str]) -> datasets.Dataset:
-        parts = [datasets.Dataset.from_file(os.path.join(root, path)) for path in paths]
-        return datasets.concatenate_datasets(parts)
+        with _explained(f"cannot read the .arrow files of {root!r}"):
+            return datasets.concatenate_datasets([datasets.Dataset.from_file(os.path.join(root, p)) for p in paths])
 
     by_split: dict[str, list[str]] = {}
     for file in files:
@@ -331,10 +323,9 @@ def _folder_dataset(root: str, parts: list[list[str]], classes: list[str]) -> da
     import datasets
     import pyarrow as pa
 
-    full = pa.array(
-        [os.fsencode("/".join((root, *part))) for part in parts], type=pa.large_binary()
-    )  # may not be UTF-8
-    columns = {"image": pa.StructArray.from_arrays([pa.nulls(len(parts), pa.binary()), full], ["bytes", "path"])}
+    paths = [os.fsencode("/".join((root, *part))) for part in parts]  # bytes: a name need not be UTF-8
+    arrays = [pa.nulls(len(parts), pa.binary()), pa.array(paths, pa.large_binary())]
+    columns = {"image": pa.StructArray.from_arrays(arrays, ["bytes", "path"])}
     features: dict[str, Any] = {"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("large_binary")}}
     if len(classes) > 1:
         number = {name: i for i, name in enumerate(classes)}
@@ -349,13 +340,11 @@ def _builder(source: str, cache_dir: str | None) -> Any:
     import datasets
 
     path = Path(source).expanduser().absolute()
-    try:
+    missing = "" if path.exists() else f" on the Hub, and there is no folder {str(path)!r} either"
+    with _explained(f"cannot open {source!r}{missing}"):
         if path.is_file():
             return datasets.load_dataset_builder("parquet", data_files=str(path), cache_dir=cache_dir or None)
         return datasets.load_dataset_builder(str(path) if path.is_dir() else source, cache_dir=cache_dir or None)
-    except Exception as error:
-        missing = "" if path.exists() else f" on the Hub, and there is no folder {str(path)!r} either"
-        raise ValueError(f"cannot open {source!r}{missing}: {_root_cause(error)}") from error
 
 
 def _prepare(builder: Any, split: str, source: str, cache_dir: str | None) -> datasets.Dataset:
@@ -368,14 +357,12 @@ def _prepare(builder: Any, split: str, source: str, cache_dir: str | None) -> da
         raise ValueError(f"{sizes}; make room there, or set data.cache_dir to a folder on a larger disk")
     if needed:
         _log.info("%s; copying", sizes)
-    try:
-        empty = [file for file in _local_files(builder) if needed and not pyarrow.parquet.read_metadata(file).num_rows]
-        if not empty:
-            builder.download_and_prepare()
-            return builder.as_dataset(split=split)
-    except Exception as error:
-        raise ValueError(f"cannot read {source!r}: {_root_cause(error)}") from error
-    raise ValueError(f"{source!r} holds Parquet files with no rows, which `datasets` cannot read; remove {empty}")
+    with _explained(f"cannot read {source!r}"):
+        for file in _local_files(builder) if needed else []:
+            if pyarrow.parquet.read_metadata(file).num_rows == 0:  # `datasets` fails on it, and does not say why
+                raise ValueError(f"{file} has no rows; remove it")
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
 
 
 def _local_files(builder: Any) -> list[str]:
@@ -395,11 +382,16 @@ def _cache_need(builder: Any, cache_dir: str | None) -> tuple[int, int, str]:
     return local or (builder.info.download_size or 0) + (builder.info.dataset_size or 0), free, str(folder)
 
 
-def _root_cause(error: BaseException) -> str:
-    """`datasets` says "An error occurred"; what occurred is at the end of the chain."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {error}"
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Turns any error into a ValueError that says what failed, and why: `datasets` hides that at the end of a chain."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"{what}: {type(cause).__name__}: {cause}") from error
 
 
 def _image_column(dataset: datasets.Dataset, source: str) -> str:
@@ -424,9 +416,6 @@ def _holds_images(dataset: datasets.Dataset, column: str, feature: Any) -> bool:
         return False
     images = ImageSet(dataset, column, name="", split="")
     for index in range(0, len(images), -(-len(images) // 16)):
-        try:
-            images.size(index)
-            return True
-        except BadImageError:  # the next may be one
-            continue
+        with contextlib.suppress(BadImageError):  # the next may be an image
+            return bool(images.size(index))
     return False

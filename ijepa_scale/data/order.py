@@ -41,9 +41,9 @@ def _mix(value: int, key: int) -> int:
 def permuted_index(seed: int, epoch: int, num_images: int, index: int) -> int:
     """Where `index` goes in the random permutation of range(num_images) of that epoch, in O(1) time and memory.
 
-    A Feistel network on pairs (left, right) of a rows x columns rectangle that just holds num_images (Black and Rogaway,
-    "Ciphers with arbitrary finite domains", 2002). A result past num_images goes through again: about sqrt(num_images)
-    of the pairs lie there, so this is rare.
+    A Feistel network on the pairs (left, right) of a rows x columns rectangle that just holds num_images (Black and
+    Rogaway, "Ciphers with arbitrary finite domains", 2002). A result past num_images goes through again: that is rare,
+    as at most about sqrt(num_images) pairs lie there.
     """
     if not 0 <= index < num_images:
         raise ValueError(f"index {index} is outside 0..{num_images - 1}; num_images is {num_images}")

@@ -56,42 +56,42 @@ class Scene:
 class Layout:
     """Where everything is, float64. World axes: z is up, the ground is z = 0.
 
-    Object k is a unit shape placed at `centres_K3[k] + axes_K33[k] @ p`, with p in: sphere |p| <= 1; box |p_i| <= 1;
+    Object k is a unit shape placed at `centres[k] + axes[k] @ p`, with p in: sphere |p| <= 1; box |p_i| <= 1;
     cylinder x^2 + y^2 <= 1 and |z| <= 1; cone x^2 + y^2 <= ((1 - z) / 2)^2 and |z| <= 1.
     The point (u, v) of the image, u rightward and v upward in [-HALF_VIEW, HALF_VIEW], looks along view.T @ (1, u, v).
     """
 
     kinds: tuple[str, ...]
-    centres_K3: np.ndarray
-    axes_K33: np.ndarray
+    centres: np.ndarray  # (K, 3)
+    axes: np.ndarray  # (K, 3, 3)
     camera: np.ndarray  # (3,) position
     view: np.ndarray  # (3, 3) orthonormal rows: forward, right, up
 
     @functools.cached_property
-    def to_unit_K33(self) -> np.ndarray:
-        return np.linalg.inv(self.axes_K33)
+    def to_unit(self) -> np.ndarray:
+        return np.linalg.inv(self.axes)
 
     @property
     def distance(self) -> float:
-        return float(np.linalg.norm(self.centres_K3 - self.camera, axis=1).min())
+        return float(np.linalg.norm(self.centres - self.camera, axis=1).min())
 
 
 @dataclass(frozen=True)
 class Look:
     """Colours (linear RGB), materials and light, float32."""
 
-    lights_3S: np.ndarray  # unit vectors to the sun, one for each sample in a pixel: their spread softens the shadows
-    sun: np.ndarray
+    lights: np.ndarray  # (3, S) unit vectors to the sun, one for each sample in a pixel: their spread softens shadows
+    sun: np.ndarray  # (3,), as the next two
     zenith: np.ndarray
     horizon: np.ndarray
-    ground_23: np.ndarray  # the two colours of the ground texture
+    ground: np.ndarray  # (2, 3) the two colours of the ground texture
     texture: str
-    waves_43: np.ndarray  # wave vector and phase of the plane waves that the texture is made of
+    waves: np.ndarray  # (4, 3) wave vector and phase of the plane waves that the texture is made of
     fog: float  # share of light lost in a scene unit
-    albedo_K23: np.ndarray  # two colours of each object
-    stripes_K4: np.ndarray  # wave vector and phase, in unit-shape space, by which they alternate
-    mirror_K: np.ndarray  # share of light reflected head-on
-    polish_K: np.ndarray  # exponent of the highlight
+    albedo: np.ndarray  # (K, 2, 3) two colours of each object
+    stripes: np.ndarray  # (K, 4) wave vector and phase, in unit-shape space, by which they alternate
+    mirror: np.ndarray  # (K,) share of light reflected head-on
+    polish: np.ndarray  # (K,) exponent of the highlight
 
 
 def render_scene(seed: int, index: int, size: int) -> Scene:
@@ -196,9 +196,9 @@ def _draw_look(rng: np.random.Generator, count: int) -> Look:
     polish = np.where(shiny | metal, rng.uniform(25, 120, count), 4.0)
     warmth = rng.uniform(-0.1, 0.1)
     parts = {
-        "lights_3S": _draw_lights(rng), "sun": rng.uniform(0.9, 1.5) * np.array([1 + warmth, 1, 1 - warmth]),
-        "zenith": sky[0], "horizon": sky[1], "ground_23": ground, "waves_43": _draw_waves(rng, texture),
-        "albedo_K23": albedo, "stripes_K4": stripes, "mirror_K": mirror, "polish_K": polish,
+        "lights": _draw_lights(rng), "sun": rng.uniform(0.9, 1.5) * np.array([1 + warmth, 1, 1 - warmth]),
+        "zenith": sky[0], "horizon": sky[1], "ground": ground, "waves": _draw_waves(rng, texture),
+        "albedo": albedo, "stripes": stripes, "mirror": mirror, "polish": polish,
     }  # fmt: skip
     arrays = {name: np.asarray(value, dtype=np.float32) for name, value in parts.items()}
     return Look(texture=texture, fog=float(rng.uniform(0.0, 0.05)), **arrays)
@@ -254,7 +254,7 @@ def _windows(layout: Layout, points_KN3: np.ndarray, size: int) -> list[tuple[sl
 
 def _corners(layout: Layout, reach: float = 1.0) -> np.ndarray:
     """(K, 8, 3) corners of the boxes around all objects, `reach` times as large."""
-    return layout.centres_K3[:, None] + (layout.axes_K33 @ (reach * UNIT_CORNERS)).transpose(0, 2, 1)
+    return layout.centres[:, None] + (layout.axes @ (reach * UNIT_CORNERS)).transpose(0, 2, 1)
 
 
 @np.errstate(all="ignore")  # rays along a face divide by 0; rays that miss take roots of negative numbers
@@ -300,8 +300,8 @@ def _trace(layout: Layout, rays_3SHW: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def _unit_rays(layout: Layout, k: int, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Origin and directions, components first, of camera rays in the space where object k is a unit shape."""
-    to_unit = layout.to_unit_K33[k]
-    origin = (to_unit @ (layout.camera - layout.centres_K3[k])).astype(np.float32)
+    to_unit = layout.to_unit[k]
+    origin = (to_unit @ (layout.camera - layout.centres[k])).astype(np.float32)
     return origin.reshape(3, *[1] * (rays.ndim - 1)), _turn(to_unit @ layout.view.T, rays)
 
 
@@ -322,7 +322,7 @@ def _render(layout: Layout, look: Look, size: int) -> np.ndarray:
     shown = np.flatnonzero(owner >= 0)
     shown = shown[np.argsort(owner.ravel()[shown], kind="stable")]
     owner_M, depth_M, lit_M = (array.ravel()[shown] for array in (owner, depth, lit))
-    rays_3M, lights_3M = rays_3SHW.reshape(3, -1)[:, shown], look.lights_3S[:, shown // (size * size)]
+    rays_3M, lights_3M = rays_3SHW.reshape(3, -1)[:, shown], look.lights[:, shown // (size * size)]
     colour.reshape(3, -1)[:, shown] = _shade_objects(layout, look, owner_M, rays_3M, depth_M, lit_M, lights_3M)
     pixels = np.sqrt(np.clip(colour.mean(axis=1), 0, 1)) * 255 + 0.5
     return np.ascontiguousarray(pixels.astype(np.uint8).transpose(1, 2, 0))
@@ -334,12 +334,12 @@ def _shadows(
     """Of each sample: 1 where nothing stands before the sun, else 0; and how open the sky is, less close to objects."""
     lit, contact = np.ones_like(depth), np.ones_like(depth)
     around = _corners(layout, reach=1.6)
-    fallen = [around - light * (around[:, :, 2:] / light[2]) for light in look.lights_3S.T]
+    fallen = [around - light * (around[:, :, 2:] / light[2]) for light in look.lights.T]
     windows = _windows(layout, np.concatenate([around, *fallen], axis=1), depth.shape[-1])
     for k, (kind, window) in enumerate(zip(layout.kinds, windows, strict=True)):
         o, d = _unit_rays(layout, k, rays_3SHW[:, *window])
         points = o + d * depth[window]
-        sun = _turn(layout.to_unit_K33[k], look.lights_3S)
+        sun = _turn(layout.to_unit[k], look.lights)
         t_in, t_out = _crossing(kind, points, sun[:, :, None, None])
         hit = (t_in < t_out) & (t_out > 0) & (owner[window] != k)
         lit[window][hit] = 0
@@ -354,13 +354,13 @@ def _shade_ground(
     """(3, S, H, W) colours of the textured ground and the sky; depth is that of the nearest surface."""
     x, y = (np.float32(layout.camera[axis]) + depth * directions[axis] for axis in (0, 1))
     blend = 0.5 + (_texture(look, x, y) - 0.5) * np.exp(-0.03 * depth)  # far away it is finer than a pixel
-    sun = look.sun * look.lights_3S[2].mean()
+    sun = look.sun * look.lights[2].mean()
     ambient = 0.25 * look.zenith + 0.08
     high = np.clip(directions[2] * 3, 0, 1)
     haze = np.where(directions[2] < -1e-4, np.exp(-look.fog * depth), 0)
     colour = np.empty_like(directions)
     for c in range(3):
-        albedo = look.ground_23[0, c] + blend * (look.ground_23[1, c] - look.ground_23[0, c])
+        albedo = look.ground[0, c] + blend * (look.ground[1, c] - look.ground[0, c])
         ground = albedo * (0.8 * sun[c] * lit + ambient[c] * contact)
         sky = look.horizon[c] + high * (look.zenith[c] - look.horizon[c])
         colour[c] = sky + haze * (ground - sky)
@@ -370,7 +370,7 @@ def _shade_ground(
 def _texture(look: Look, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Share, 0 to 1, of the second ground colour at points of the ground."""
     count = {"gradient": 1, "stripes": 1, "checker": 2, "tiles": 2}.get(look.texture, 4)
-    waves = [np.sin(kx * x + ky * y + phase) for kx, ky, phase in look.waves_43[:count]]
+    waves = [np.sin(kx * x + ky * y + phase) for kx, ky, phase in look.waves[:count]]
     match look.texture:
         case "gradient":
             return 0.5 + 0.5 * waves[0]
@@ -395,10 +395,10 @@ def _surface(
         part = slice(starts[k], starts[k + 1])
         o, d = _unit_rays(layout, k, rays_3M[:, part])
         points = o + d * depth[part]
-        normals_3M[:, part] = _turn(layout.to_unit_K33[k].T, _unit_normals(kind, points))
-        blend[part] = np.clip(0.5 + 4 * np.sin(look.stripes_K4[k, :3] @ points + look.stripes_K4[k, 3]), 0, 1)
+        normals_3M[:, part] = _turn(layout.to_unit[k].T, _unit_normals(kind, points))
+        blend[part] = np.clip(0.5 + 4 * np.sin(look.stripes[k, :3] @ points + look.stripes[k, 3]), 0, 1)
     normals_3M /= np.sqrt((normals_3M * normals_3M).sum(axis=0))
-    first_3M, second_3M = look.albedo_K23.transpose(1, 2, 0)[:, :, owner]
+    first_3M, second_3M = look.albedo.transpose(1, 2, 0)[:, :, owner]
     return normals_3M, first_3M + blend * (second_3M - first_3M)
 
 
@@ -420,10 +420,10 @@ def _shade_objects(
     facing = (directions * normals_3M).sum(axis=0)
     mirrored = directions - 2 * facing * normals_3M
     diffuse = np.clip((normals_3M * lights_3M).sum(axis=0), 0, 1) * lit
-    highlight = np.clip((mirrored * lights_3M).sum(axis=0), 0, 1) ** look.polish_K[owner] * lit
-    mirror, grazing = look.mirror_K[owner], np.clip(1 + facing, 0, 1)
+    highlight = np.clip((mirrored * lights_3M).sum(axis=0), 0, 1) ** look.polish[owner] * lit
+    mirror, grazing = look.mirror[owner], np.clip(1 + facing, 0, 1)
     share = np.where(mirror > 0, mirror + (1 - mirror) * 0.6 * grazing * np.square(np.square(grazing)), 0)
-    ground = look.ground_23.mean(axis=0) * (0.5 + 0.5 * look.sun * look.lights_3S[2].mean())
+    ground = look.ground.mean(axis=0) * (0.5 + 0.5 * look.sun * look.lights[2].mean())
     sky, bounce = (0.3 * look.zenith + 0.12)[:, None], 0.35 * ground[:, None]
     open_sky = 0.5 + 0.5 * normals_3M[2]
     ambient = (bounce + open_sky * (sky - bounce)) * (0.55 + 0.45 * np.clip(height / 0.6, 0, 1))

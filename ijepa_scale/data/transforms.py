@@ -5,9 +5,13 @@ import io
 import math
 import os
 import struct
+import warnings
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+# ImageNet has some. The pixels are good, and every loader process would say so anew.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 # EPS would run Ghostscript on the data; the others are stubs without a decoder of their own.
 _NOT_PICTURES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -93,7 +97,7 @@ def random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     flip: bool = False,
 ) -> np.ndarray:
-    """A random box of an RGB image, resized (bicubic, antialiased) to (3, size, size) uint8 (GoogLeNet, arXiv:1409.4842).
+    """A random box of an RGB image, resized (bicubic, antialiased) to (3, size, size) uint8 (arXiv:1409.4842).
 
     scale: area of the box / area of the image, uniform. ratio: width / height of the box, uniform in its logarithm.
     flip: mirror it left to right half of the time. The draws are made with `rng.random()` only, the flip's last.
@@ -128,7 +132,7 @@ def _random_box(
 def center_crop(image: Image.Image, size: int, *, shorter_side: int | None = None) -> np.ndarray:
     """The centre of an RGB image for evaluation, (3, size, size) uint8.
 
-    The shorter side is resized (bicubic, antialiased) to `shorter_side`, and the middle of that is cut out, in one pass.
+    The shorter side is resized (bicubic, antialiased) to `shorter_side`, and the middle of that is cut out, in one go.
     shorter_side: size * 256 / 224 if None, the usual margin; then an image of exactly size x size stays as it is.
     """
     if shorter_side is None:

@@ -1,7 +1,7 @@
 """Checkpoints that are complete or do not exist, and that any ZeRO stage and any number of ranks can read.
 
-A checkpoint is a folder step-00001000 with one safetensors file a rank, holding the runs of each parameter that the rank
-owns (keys "kind|name|first element"), and manifest.json with every file's size and SHA-256.
+A checkpoint is a folder step-00001000 with one safetensors file a rank, holding the runs of each parameter that it owns
+(keys "kind|name|first element"), and manifest.json with every file's size and SHA-256.
 """
 
 import contextlib
@@ -53,11 +53,16 @@ def _state(engine: Any, ema: ShardedEMA) -> dict[str, list[torch.Tensor | None]]
     optimizer = engine.optimizer
     flats = masters(optimizer)
     state: dict[str, list[torch.Tensor | None]] = {"master": [*flats], "ema": [*ema.shards]}
-    for kind in ("exp_avg", "exp_avg_sq"):
-        state[kind] = [optimizer.optimizer.state[flat].setdefault(kind, torch.zeros_like(flat)) for flat in flats]
+    moments = optimizer.optimizer.state
     for flat in flats:
-        zero = torch.zeros((), dtype=torch.float32, device=flat.device)
-        optimizer.optimizer.state[flat].setdefault("step", zero)
+        if not moments[flat]:
+            moments[flat].update(
+                step=torch.zeros((), device=flat.device),
+                exp_avg=torch.zeros_like(flat),
+                exp_avg_sq=torch.zeros_like(flat),
+            )
+    for kind in ("exp_avg", "exp_avg_sq"):
+        state[kind] = [moments[flat][kind] for flat in flats]
     return state
 
 
@@ -74,12 +79,11 @@ def _own_pieces(engine: Any, ema: ShardedEMA) -> Iterator[tuple[str, str, int, t
 def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int, meta: dict[str, Any]) -> Path:
     """Write folder/step-XXXXXXXX; on return it is on disk, verified by its writers, on every rank's word.
 
-    Order: files under a temporary name, fsync, read back; manifest; fsync; rename; pointer. Raises OSError on every rank
-    when any rank could not write; what was there before is then untouched and the temporary folder is gone.
+    Order: files under a temporary name, fsync, read back; manifest; fsync; rename; pointer. Raises OSError on
+    every rank when any could not write; what was there before is then untouched, the temporary folder gone.
     """
     pieces = {
-        f"{kind}|{name}|{start}": values.cpu().contiguous()
-        for kind, name, start, values in _own_pieces(engine, ema)
+        f"{kind}|{name}|{start}": values.cpu().contiguous() for kind, name, start, values in _own_pieces(engine, ema)
     }
     flats = masters(engine.optimizer)
     applied_steps = int(engine.optimizer.optimizer.state[flats[0]]["step"].item())
@@ -94,7 +98,9 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
                 shutil.rmtree(leftover)
             free = shutil.disk_usage(folder).free
             if free < total_bytes * 1.05:
-                raise OSError(f"a checkpoint takes {total_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free")
+                raise OSError(
+                    f"a checkpoint takes {total_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free"
+                )
             partial.mkdir()
 
     def write() -> dict[str, Any]:
@@ -193,7 +199,7 @@ def newest_good(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, list[str
 
     Agreed on before any state is touched. Raises ValueError where checkpoints exist and none can be used.
     """
-    skipped = []
+    skipped: list[str] = []
     for path in ranks.from_first(candidates(folder)):
         found, complaint = verify(path, ranks)
         if found:

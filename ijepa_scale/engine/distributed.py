@@ -1,10 +1,14 @@
 """Rank, world size and device; the one reader of the launchers' environment variables; agreement between ranks."""
 
+import contextlib
+import io
+import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +23,17 @@ CONTROL_TIMEOUT = timedelta(hours=24)
 def launcher_rank() -> int:
     """This process's rank as its launcher says, before any process group exists; 0 without a launcher."""
     return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """DeepSpeed prints its memory and warns of a missing GPU at every start; its errors are exceptions and pass."""
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 @dataclass(frozen=True)
@@ -101,9 +116,22 @@ def start() -> Ranks:
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)
-    import deepspeed
+    else:
+        _prepare_cpu()
+    with quiet():
+        import deepspeed
 
-    deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(rank, world_size, local_rank, device, control)
+
+
+def _prepare_cpu() -> None:
+    """Share the cores among the ranks of this machine, and give DeepSpeed's compiled CPU operation a folder."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+    # Versions of torch lock this folder in different ways: sharing one can wait for ever.
+    folder = Path("~/.cache/torch_extensions").expanduser() / f"torch-{torch.__version__}"
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))

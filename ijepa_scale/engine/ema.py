@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from ijepa_kernels.ema import ema_update
 
+from ijepa_kernels.ema import ema_update
 from ijepa_scale.engine.zero import flat_group, flat_parameters, is_stage3, masters
 
 
@@ -18,7 +18,7 @@ class ShardedEMA:
     target's weights are the EMA itself.
     """
 
-    def __init__(self, engine: Any, twins: Iterable[tuple[torch.nn.Parameter, torch.nn.Parameter]]):
+    def __init__(self, engine: Any, twins: Iterable[tuple[Any, Any]]):
         """twins: (context encoder parameter, target encoder parameter) pairs. The EMA starts at the masters."""
         self.optimizer = engine.optimizer
         self.stage3 = is_stage3(self.optimizer)

@@ -1,14 +1,14 @@
 """The model under DeepSpeed ZeRO: its config, initialize(), and where each rank keeps its part of the fp32 state."""
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
+
+from ijepa_scale.engine.distributed import quiet
 
 # Settings of engine.deepspeed that break what this package builds on ZeRO, with the reason.
 REFUSED = {
@@ -78,6 +78,8 @@ def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
 def building_context(config: dict[str, Any]) -> contextlib.AbstractContextManager:
     """Where to build the model: under ZeRO-3 parameters are cut as they are made, so no rank holds the whole."""
     if config["zero_optimization"]["stage"] == 3:
+        import deepspeed
+
         return deepspeed.zero.Init(config_dict_or_path=config)
     return contextlib.nullcontext()
 
@@ -90,6 +92,7 @@ def initialize(
 ) -> Any:
     """The DeepSpeed engine, its weights and fp32 masters at initial(name, shape): fp32, whatever the stage."""
     with torch.no_grad():
+        parameter: Any  # with what zero.Init attached
         for name, parameter in model.named_parameters():
             if not hasattr(parameter, "ds_tensor"):
                 parameter.copy_(initial(name, parameter.shape))
@@ -99,8 +102,10 @@ def initialize(
             values = initial(name, parameter.ds_shape).flatten()[start : start + shard.numel()]
             shard.zero_()
             shard[: values.numel()].copy_(values)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    import deepspeed
+
+    with quiet():
+        engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
     # DeepSpeed's masters start from the weights rounded to bf16; ours from the fp32 values.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
     flats = masters(engine.optimizer)
@@ -139,8 +144,8 @@ def masters(optimizer: Any) -> list[torch.Tensor]:
     raise AssertionError(f"no fp32 masters in {type(optimizer).__name__}")
 
 
-def flat_parameters(optimizer: Any) -> list[list[torch.nn.Parameter]]:
-    """The parameters in each flat of masters(), in order."""
+def flat_parameters(optimizer: Any) -> list[list[Any]]:
+    """The parameters, with what DeepSpeed attached to them, in each flat of masters(), in order."""
     for attribute in ("fp16_groups", "bit16_groups", "bf16_groups"):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))

@@ -7,7 +7,7 @@ import torch
 
 from ijepa_scale.evals.knn import knn_top1
 from ijepa_scale.evals.linear import linear_probe_top1
-from ijepa_scale.visualize.report import Score
+from ijepa_scale.metrics import Score
 
 
 @dataclass(frozen=True)

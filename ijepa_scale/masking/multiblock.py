@@ -1,7 +1,8 @@
 """Multi-block masking: M target blocks and a context block for each image (I-JEPA, arXiv:2301.08243, section 3)."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -46,8 +47,7 @@ class ImageBlocks:
     target_blocks: np.ndarray
 
 
-def _block_size(grid: PatchGrid, scale: float, aspect_ratio: float) -> tuple[int, int]:
-    area = int(grid.num_patches * scale)
+def _block_size(grid: PatchGrid, area: int, aspect_ratio: float) -> tuple[int, int]:
     height, width = round(math.sqrt(area * aspect_ratio)), round(math.sqrt(area / aspect_ratio))
     # A side is at most the grid's less one, so that no block is the whole image (as the reference).
     return max(1, min(height, grid.rows - 1)), max(1, min(width, grid.columns - 1))
@@ -63,9 +63,11 @@ def block_sizes(spec: MultiBlock, rng: np.random.Generator) -> BlockSizes:
         u_aspect = u_scale
     low, high = spec.target_scale
     flat, tall = spec.target_aspect_ratio
-    target = _block_size(spec.grid, low + u_scale * (high - low), flat + u_aspect * (tall - flat))
+    area = int(spec.grid.num_patches * (low + u_scale * (high - low)))
+    target = _block_size(spec.grid, area, flat + u_aspect * (tall - flat))
     low, high = spec.context_scale
-    return BlockSizes(target, _block_size(spec.grid, low + u_context * (high - low), 1.0))
+    area = int(spec.grid.num_patches * (low + u_context * (high - low)))
+    return BlockSizes(target, _block_size(spec.grid, area, 1.0))
 
 
 def _places(spec: MultiBlock, size: tuple[int, int]) -> tuple[int, int]:
@@ -89,7 +91,8 @@ def place_blocks(spec: MultiBlock, sizes: BlockSizes, rng: np.random.Generator) 
         )
         target_blocks = corners[:, None] + offsets
         visible = np.zeros(grid.num_patches, dtype=bool)
-        visible[grid.block(rng.integers(0, context_tops), rng.integers(0, context_lefts), *sizes.context)] = True
+        top, left = int(rng.integers(0, context_tops)), int(rng.integers(0, context_lefts))
+        visible[grid.block(top, left, *sizes.context)] = True
         visible[target_blocks] = False
         context = np.flatnonzero(visible)
         if context.size >= spec.min_keep:
@@ -100,18 +103,29 @@ def place_blocks(spec: MultiBlock, sizes: BlockSizes, rng: np.random.Generator) 
     )
 
 
-def all_block_sizes(spec: MultiBlock) -> set[BlockSizes]:
-    """Every pair of sizes that block_sizes() can draw, found on a fine grid of scales and aspect ratios."""
-    steps = np.linspace(0.0, 1.0, 41)
-    low, high = spec.target_scale
+def _areas(grid: PatchGrid, scale: tuple[float, float]) -> range:
+    """The areas, in patches, that a scale drawn from [low, high) gives."""
+    low, high = (grid.num_patches * side for side in scale)
+    return range(int(low), max(int(low) + 1, math.ceil(high)))
+
+
+def _target_sizes(spec: MultiBlock, area: int) -> set[tuple[int, int]]:
+    """Every size a target block of that area can have: between two aspect ratios where a side's rounding changes."""
+    low, high = (spec.grid.num_patches * side for side in spec.target_scale)
     flat, tall = spec.target_aspect_ratio
-    targets = {
-        _block_size(spec.grid, low + u * (high - low), flat + v * (tall - flat))
-        for u in steps
-        for v in ([u] if spec.reference_compat else steps)
-    }
-    low, high = spec.context_scale
-    contexts = {_block_size(spec.grid, low + u * (high - low), 1.0) for u in steps}
+    if spec.reference_compat and high > low:  # an area comes with its own slice of aspect ratios
+        ends = (min(max((end - low) / (high - low), 0.0), 1.0) for end in (area, area + 1))
+        flat, tall = (flat + u * (tall - flat) for u in ends)
+    halves = [(side + 0.5) ** 2 for side in range(max(spec.grid.rows, spec.grid.columns))]
+    changes = [ratio for half in halves for ratio in (half / max(area, 1), area / half) if flat < ratio < tall]
+    edges = sorted([flat, *changes, tall])
+    return {_block_size(spec.grid, area, (a + b) / 2) for a, b in pairwise(edges)}
+
+
+def all_block_sizes(spec: MultiBlock) -> set[BlockSizes]:
+    """Every pair of sizes that block_sizes() can draw."""
+    targets = set().union(*(_target_sizes(spec, area) for area in _areas(spec.grid, spec.target_scale)))
+    contexts = {_block_size(spec.grid, area, 1.0) for area in _areas(spec.grid, spec.context_scale)}
     return {BlockSizes(target, context) for target in targets for context in contexts}
 
 
@@ -124,7 +138,7 @@ def check_feasible(spec: MultiBlock, *, layouts: int = 32) -> None:
     name = f"mask.min_keep {spec.min_keep} on the {spec.grid.rows} x {spec.grid.columns} patch grid"
     sizes = sorted(all_block_sizes(spec), key=lambda pair: (pair.target, pair.context))
     smallest_target = min(pair.target[0] * pair.target[1] for pair in sizes)
-    free = MultiBlock(**{**spec.__dict__, "min_keep": 0})
+    free = replace(spec, min_keep=0)
     # In every size at least half of the layouts must do: then MAX_DRAWS is never reached (1 in 2**1000).
     median_context = min(
         sorted(place_blocks(free, pair, rng).context.size for _ in range(layouts))[layouts // 2 - 1] for pair in sizes
@@ -132,9 +146,9 @@ def check_feasible(spec: MultiBlock, *, layouts: int = 32) -> None:
     largest = min(smallest_target, median_context)
     if spec.min_keep > largest:
         what = (
-            f"a target block can be as small as {smallest_target} patches"
-            if spec.min_keep > smallest_target
-            else f"half of the layouts leave fewer than {median_context + 1} context patches"
+            f"a target block can be as small as {smallest_target}"
+            if smallest_target <= median_context
+            else f"half of the layouts leave at most {median_context} for the context"
         )
-        hint = f"use mask.min_keep <= {largest}" if largest >= 1 else "shrink mask.target_scale"
-        raise ValueError(f"{name} cannot be met: {what}; {hint}, larger images or smaller patches")
+        hint = f"mask.min_keep <= {largest}" if largest >= 1 else "fewer mask.num_target_blocks"
+        raise ValueError(f"{name} cannot be met: {what}; use {hint}, larger images or smaller patches")

@@ -1,4 +1,4 @@
-"""Ragged lists of patch indices -> packed tokens: flat indices and cu_seqlens, all on the host, without a device sync."""
+"""Ragged lists of patch indices -> packed tokens: flat indices and cu_seqlens, on the host, without a device sync."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -36,9 +36,9 @@ class Masks:
     """What the networks see of each image.
 
     context: one sequence an image. target_blocks: M sequences an image (image-major), all of one length.
-    prediction: the predictor's sequences, one a target block: the image's context tokens, then the block's mask tokens;
-    its indices_T name the patches. prediction_source_T: (T_p,) int32, row among the context tokens, -1 for a mask token.
-    target_rows_T: (T_t,) int64, rows of the predictor's output that answer target_blocks, in its order.
+    prediction: the predictor's sequences, one a target block: the image's context tokens, then the block's mask
+    tokens; its indices_T name the patches. prediction_source_T: (T_p,) int32, row among the context tokens, -1 for a
+    mask token. target_rows_T: (T_t,) int64, rows of the predictor's output that answer target_blocks, in its order.
     """
 
     context: Packed
@@ -68,16 +68,16 @@ def _packed(indices: list[np.ndarray], offsets: list[int]) -> Packed:
     )
 
 
-def pack_masks(
-    context: Sequence[np.ndarray], target_blocks: Sequence[Sequence[np.ndarray]], num_patches: int
-) -> Masks:
+def pack_masks(context: Sequence[np.ndarray], target_blocks: Sequence[Sequence[np.ndarray]], num_patches: int) -> Masks:
     """Pack explicit patch indices.
 
     context[b]: (n_b,) patch indices of image b, n_b >= 1. target_blocks[b][m]: (K,) patch indices of its block m;
     K is the same for all. Raises ValueError on an index outside 0..num_patches - 1, an empty list or unequal blocks.
     """
     if not len(context) or len(context) != len(target_blocks):
-        raise ValueError(f"need context and target blocks for the same images, got {len(context)}, {len(target_blocks)}")
+        raise ValueError(
+            f"need context and target blocks for the same images, got {len(context)}, {len(target_blocks)}"
+        )
     contexts = [np.asarray(part).reshape(-1) for part in context]
     blocks = [[np.asarray(block).reshape(-1) for block in image] for image in target_blocks]
     for name, parts in (("context", contexts), ("target_blocks", [block for image in blocks for block in image])):
@@ -101,7 +101,9 @@ def pack_masks(
     source_T = np.concatenate(sources).astype(np.int32)
     return Masks(
         context=_packed(contexts, starts),
-        target_blocks=_packed([block for image in blocks for block in image], np.repeat(starts, blocks_an_image).tolist()),
+        target_blocks=_packed(
+            [block for image in blocks for block in image], np.repeat(starts, blocks_an_image).tolist()
+        ),
         prediction=_packed(sequences, np.repeat(starts, blocks_an_image).tolist()),
         prediction_source_T=torch.from_numpy(source_T),
         target_rows_T=torch.from_numpy(np.flatnonzero(source_T < 0)),

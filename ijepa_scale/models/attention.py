@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ def packed_attention_reference(qkv_T3HE: torch.Tensor, sequences: Sequences) -> 
     """The definition, one sequence at a time."""
     bounds = sequences.cu_seqlens.tolist()
     outputs = []
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in pairwise(bounds):
         q, k, v = qkv_T3HE[start:stop].permute(1, 2, 0, 3)
         weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
         outputs.append((weights @ v).transpose(0, 1))

@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
-from ijepa_kernels.ema import ema_update
-from ijepa_kernels.target_loss import target_loss
 from torch import nn
 
+from ijepa_kernels.ema import ema_update
+from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VisionTransformer
@@ -51,9 +51,9 @@ class IJepa(nn.Module):
 def initial_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
     """One parameter's initial value, fp32 on the CPU: a function of its name, shape and the seed alone.
 
-    So it is the same at every ZeRO stage and world size, and no rank needs the whole model. Matrices and the mask token:
-    normal with std 0.02, cut at +-2 (the reference's, which re-applies it over its depth-dependent rescaling); biases 0;
-    norm weights 1. The target encoder starts as the context encoder.
+    So it is the same at every ZeRO stage and world size, and no rank needs the whole model. Matrices and the mask
+    token: normal with std 0.02, cut at +-2 (the reference's, which re-applies it over its depth-dependent rescaling);
+    biases 0; norm weights 1. The target encoder starts as the context encoder.
     """
     name = name.replace("target_encoder.", "context_encoder.")
     if len(shape) <= 1:

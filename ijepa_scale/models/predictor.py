@@ -1,10 +1,10 @@
 """The predictor: a narrow ViT from context tokens to target tokens. T packed tokens, D encoder width, P its own."""
 
 import torch
-from ijepa_kernels.assemble import assemble
-from ijepa_kernels.gather import gather_rows
 from torch import nn
 
+from ijepa_kernels.assemble import assemble
+from ijepa_kernels.gather import gather_rows
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention import Sequences

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from ijepa_kernels.patchify import patchify
 from torch import nn
 
+from ijepa_kernels.patchify import patchify
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Packed
 from ijepa_scale.models.attention import Sequences, packed_attention
@@ -20,10 +20,9 @@ class ViTSize:
     mlp_width: int
 
     def __post_init__(self) -> None:
-        if self.width % self.heads or self.width % 4:
+        if min(self.width, self.depth, self.heads, self.mlp_width) < 1 or self.width % self.heads or self.width % 4:
             raise ValueError(
-                f"a transformer's width must be a multiple of its heads and of 4, got width {self.width}, "
-                f"{self.heads} heads"
+                f"a transformer's sizes must be positive and its width a multiple of its heads and of 4, got {self}"
             )
 
 

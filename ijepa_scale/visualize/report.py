@@ -4,11 +4,13 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from ijepa_scale.metrics import CLEAR, Score
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,43 +18,7 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 1000  # drawn of one curve: more than a panel has pixels
 SMOOTHING = 0.02  # width of the moving average, as a share of the run
-CLEAR = 2.0  # standard errors from which on a difference counts: about 95% confidence
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#D55E00", "#009E73", "#B2182B", "#9E9E9E"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One probe's accuracy in percent, on the same num_test test images, before and after training."""
-
-    probe: str  # "k-NN count", "linear distance", ...
-    initial: float
-    trained: float
-    chance: float
-    num_test: int
-
-    @property
-    def initial_error(self) -> float:
-        """Binomial standard error, in percent points, as are the two below."""
-        return math.sqrt(self.initial * (100.0 - self.initial) / self.num_test)
-
-    @property
-    def trained_error(self) -> float:
-        return math.sqrt(self.trained * (100.0 - self.trained) / self.num_test)
-
-    @property
-    def difference(self) -> float:
-        return self.trained - self.initial
-
-    @property
-    def difference_error(self) -> float:
-        """As if the two scores were of different images: an upper bound as long as their errors go together."""
-        return math.hypot(self.initial_error, self.trained_error)
-
-    @property
-    def verdict(self) -> str:
-        if abs(self.difference) <= CLEAR * self.difference_error:
-            return "no clear difference"
-        return "better" if self.difference > 0 else "worse"
 
 
 def report_table(scores: Sequence[Score]) -> "Table":

@@ -27,7 +27,7 @@ def test_epochs_and_seeds_differ():
     orders = [tuple(permutation(seed, epoch, 100)) for seed in range(3) for epoch in range(3)]
     assert len(set(orders)) == len(orders)
     # As many places agree between two random orders as chance has it: one on average.
-    agreements = [sum(a == b for a, b in zip(x, y)) for x, y in itertools.combinations(orders, 2)]
+    agreements = [sum(a == b for a, b in zip(x, y, strict=True)) for x, y in itertools.combinations(orders, 2)]
     assert max(agreements) <= 6
 
 

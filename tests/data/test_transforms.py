@@ -216,7 +216,7 @@ def test_open_encoded_names_what_is_wrong(tmp_path):
     path = tmp_path / "notes.jpg"
     path.write_text("hello")
     for file in (str(path), b"hello"):
-        with pytest.raises(ValueError, match="^5 bytes that are no image of a known format"):
+        with pytest.raises(ValueError, match="5 bytes that are no image of a known format"):
             open_encoded(file)
     with pytest.raises(ValueError, match="there are no bytes"):
         open_encoded(b"")
@@ -307,8 +307,8 @@ def test_flip_mirrors_half_of_the_crops_and_changes_nothing_else():
     image = photo(50, 40)
     plain = [random_resized_crop(image, generator_for(0, i), 16) for i in range(200)]
     flipped = [random_resized_crop(image, generator_for(0, i), 16, flip=True) for i in range(200)]
-    mirrored = [np.array_equal(a, b[:, :, ::-1]) for a, b in zip(plain, flipped)]
-    assert all(same or np.array_equal(a, b) for same, a, b in zip(mirrored, plain, flipped))
+    mirrored = [np.array_equal(a, b[:, :, ::-1]) for a, b in zip(plain, flipped, strict=True)]
+    assert all(same or np.array_equal(a, b) for same, a, b in zip(mirrored, plain, flipped, strict=True))
     assert 65 < sum(mirrored) < 135
     assert all(crop.flags.c_contiguous for crop in flipped)
 
@@ -317,12 +317,18 @@ def test_flip_mirrors_half_of_the_crops_and_changes_nothing_else():
 @pytest.mark.parametrize("size", [16, 63, 224])
 def test_center_crop_agrees_with_torchvision(image_size, size):
     image = photo(*image_size)
-    resized = torchvision.resize(image, round(size * 256 / 224), torchvision.InterpolationMode.BICUBIC)
-    expected = np.asarray(torchvision.center_crop(resized, [size, size])).transpose(2, 0, 1)
+    bicubic, shorter_side = torchvision.InterpolationMode.BICUBIC, round(size * 256 / 224)
+    resized = torchvision.resize(image, shorter_side, bicubic)
+    # Pillow resizes rows or columns first, whichever is cheaper, and clips between: that choice may differ for a box.
+    columns_first = torchvision.resize(image, [resized.height, image.width], bicubic)
+    columns_first = torchvision.resize(columns_first, [resized.height, resized.width], bicubic)
     actual = center_crop(image, size)
     assert actual.shape == (3, size, size) and actual.dtype == np.uint8 and actual.flags.c_contiguous
-    difference = np.abs(actual.astype(int) - expected)
-    assert difference.max() <= 2 and difference.mean() < 0.05
+    differences = []
+    for whole in (resized, columns_first):
+        expected = np.asarray(torchvision.center_crop(whole, [size, size])).transpose(2, 0, 1)
+        differences.append(np.abs(actual.astype(int) - expected).max())
+    assert min(differences) <= 1
 
 
 def test_center_crop_keeps_an_image_of_the_right_size():

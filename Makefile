@@ -1,0 +1,31 @@
+# make pretrain and make test do all their own set-up on a machine with Python 3.11, make and a C++ compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+RANKS ?= 2
+ARGS ?=
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+
+.PHONY: help setup pretrain test test-all lint
+help:
+	@echo "make setup      create .venv, install, build DeepSpeed's CPU operation, render the scenes (once)"
+	@echo "make pretrain   train configs/tiny.yaml on $(RANKS) processes and report (ARGS='optimization.max_steps=50' ...)"
+	@echo "make test       the quick tests; make test-all adds the slow ones; make lint: ruff, mypy, layers"
+
+setup: .venv/.ready
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(BIN)/python launch/setup.py
+	@touch $@
+
+pretrain: setup
+	deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/tiny.yaml $(ARGS)
+
+test: setup
+	pytest $(ARGS)
+
+test-all: setup
+	pytest -m "slow or not slow" $(ARGS)
+
+lint: setup
+	ruff check . && ruff format --check . && mypy && PYTHONPATH=.:kernels lint-imports

@@ -1,0 +1,126 @@
+"""What a config amounts to: parameters, tokens, FLOPs, steps. Nothing is trained and no GPU is needed."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ijepa_scale import build
+from ijepa_scale.config import PretrainConfig
+from ijepa_scale.data.order import generator_for
+from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
+from ijepa_scale.models.vit import ViTSize
+
+SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are taken over
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Means over sampled layouts. Squares are the means of squared lengths, which attention's cost grows with."""
+
+    context: float
+    context_square: float
+    target_block: float
+    predictor: float  # tokens in one of the predictor's sequences
+    predictor_square: float
+
+
+def count_tokens(blocks: MultiBlock, context: str) -> Tokens:
+    lengths, block_tokens = [], []
+    for step in range(SAMPLED_STEPS):
+        sizes = block_sizes(blocks, generator_for(0, 0, step))
+        kept = [
+            place_blocks(blocks, sizes, generator_for(0, 1, step, image)).context.size
+            for image in range(SAMPLED_IMAGES)
+        ]
+        if context == "batch_min":
+            kept = [min(kept)] * SAMPLED_IMAGES
+        elif context != "all":
+            kept = [min(length, int(context)) for length in kept]
+        lengths.append(kept)
+        block_tokens.append([sizes.target[0] * sizes.target[1]] * SAMPLED_IMAGES)
+    seen, block = np.array(lengths, dtype=float), np.array(block_tokens, dtype=float)
+    both = seen + block
+    return Tokens(seen.mean(), (seen**2).mean(), block.mean(), both.mean(), (both**2).mean())
+
+
+def _forward_flops(size: ViTSize, tokens: float, squares: float) -> float:
+    """Of one sequence through the blocks: matrix products and attention, two FLOPs a multiply-add."""
+    per_token = 2 * (4 * size.width**2 + 2 * size.width * size.mlp_width)
+    return size.depth * (per_token * tokens + 4 * size.width * squares)
+
+
+def flops_per_image(config: PretrainConfig, tokens: Tokens) -> dict[str, float]:
+    """Model FLOPs of one image in one step, without recomputation: the target forward, the rest forward and backward."""
+    encoder, model = build.vit_size(config.model), config.predictor
+    predictor = ViTSize(
+        width=model.width, depth=model.depth, heads=model.heads or encoder.heads, mlp_width=4 * model.width
+    )
+    patches = (config.data.image_size // config.model.patch_size) ** 2
+    embed = 2 * 3 * config.model.patch_size**2 * encoder.width
+    blocks = config.mask.num_target_blocks
+    projections = 2 * encoder.width * model.width * (tokens.context + blocks * tokens.target_block)
+    # Backward costs twice the forward, less the patch embedding's gradient with respect to the pixels.
+    return {
+        "target encoder": _forward_flops(encoder, patches, patches**2) + embed * patches,
+        "context encoder": 3 * _forward_flops(encoder, tokens.context, tokens.context_square)
+        + 2 * embed * tokens.context,
+        "predictor": 3 * (blocks * _forward_flops(predictor, tokens.predictor, tokens.predictor_square) + projections),
+    }
+
+
+def dry_run(config: PretrainConfig) -> str:
+    """The text of --dry-run. Networks are built on the meta device: any size fits."""
+    blocks = build.build_blocks(config)
+    with torch.device("meta"):
+        model = build.build_model(config, initialize=False)
+    parameters = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in (("context encoder", model.context_encoder), ("predictor", model.predictor))
+    }
+    tokens = count_tokens(blocks, config.mask.context)
+    flops = flops_per_image(config, tokens)
+    total = sum(flops.values())
+    size = model.context_encoder.size
+    lines = [
+        f"encoder        {config.model.name}/{config.model.patch_size}: width {size.width}, depth {size.depth}, "
+        f"heads {size.heads}, MLP {size.mlp_width}; {config.data.image_size} px, "
+        f"{blocks.grid.rows} x {blocks.grid.columns} patches",
+        f"parameters     context encoder {parameters['context encoder'] / 1e6:,.1f} M, predictor "
+        f"{parameters['predictor'] / 1e6:,.1f} M, target encoder as the context encoder (EMA)",
+        f"state          {_state_gib(parameters):,.1f} GiB in all for weights, fp32 masters, moments and EMA in bf16 "
+        f"(sharded by ZeRO-{config.engine.zero_stage})",
+        f"tokens         an image, means: target encoder {blocks.grid.num_patches}, context {tokens.context:.1f} "
+        f"(mask.context={config.mask.context}), {config.mask.num_target_blocks} target blocks of "
+        f"{tokens.target_block:.1f}, predictor {config.mask.num_target_blocks} x {tokens.predictor:.1f}",
+        f"model FLOPs    {total / 1e9:,.2f} G an image: "
+        + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in flops.items()),
+        _steps_line(config, total),
+    ]
+    return "\n".join(lines)
+
+
+def _state_gib(parameters: dict[str, int]) -> float:
+    trained, encoder = sum(parameters.values()), parameters["context encoder"]
+    # bf16 weights and gradients, fp32 master and two moments; the EMA in fp32 and the target's bf16 weights
+    return (16 * trained + 6 * encoder) / 2**30
+
+
+def _steps_line(config: PretrainConfig, flops_an_image: float) -> str:
+    options = config.optimization
+    images = config.data.num_images
+    if not images and not options.max_steps:
+        return (
+            "steps          unknown: give data.num_images=N (how many images the source has) or optimization.max_steps"
+        )
+    horizon = build.build_horizon(config, images)
+    if not options.max_steps and horizon.steps_per_epoch == 0:
+        raise ValueError(
+            f"data.num_images {images} is fewer than optimization.global_batch_size {options.global_batch_size}"
+        )
+    run_flops = horizon.total * options.global_batch_size * flops_an_image
+    epochs = f" ({options.epochs} epochs of {horizon.steps_per_epoch:,})" if not options.max_steps else ""
+    return (
+        f"steps          {horizon.total:,}{epochs} of {options.global_batch_size:,} images, warm-up {horizon.warmup:,}; "
+        f"{run_flops:.2e} FLOPs in all"
+    )

@@ -1,0 +1,595 @@
+import io
+import json
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from ijepa_scale.data.images import (
+    BadImageError,
+    bytes_needed,
+    check_images,
+    open_images,
+    splits_of,
+)
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """No test touches the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
+
+
+def pixels(i, width=10, height=8):
+    return np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(i, file_format="PNG", **options):
+    file = io.BytesIO()
+    Image.fromarray(pixels(i)).save(file, file_format, **options)
+    return file.getvalue()
+
+
+def write_parquet(path, count=5, first=0, **columns):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": encoded(first + i), "path": f"{first + i}.png"} for i in range(count)]
+    pq.write_table(pa.table({"image": pa.array(images, IMAGE), **columns}), path)
+
+
+IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def write_files(root, files):
+    """files: name -> index of the image, or bytes."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(content) if isinstance(content, int) else content)
+
+
+def contents(images):
+    """Which of the images of `pixels` are in a set, in its order."""
+    known = {pixels(i).tobytes(): i for i in range(60)}
+    return [known[np.asarray(images.read(i)).tobytes()] for i in range(len(images))]
+
+
+def hf_dataset(first, count, label=True):
+    columns = {"image": [{"bytes": encoded(first + i), "path": None} for i in range(count)]}
+    features = {"image": datasets.Image()}
+    if label:
+        columns["label"] = [i % 2 for i in range(count)]
+        features["label"] = datasets.ClassLabel(names=["cat", "dog"])
+    return datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+
+
+# Sources
+
+
+def test_folder_of_parquet(tmp_path, cache):
+    write_parquet(tmp_path / "set/data/train-00000-of-00002.parquet", 4, 0)
+    write_parquet(tmp_path / "set/data/train-00001-of-00002.parquet", 3, 4)
+    write_parquet(tmp_path / "set/data/validation-00000-of-00001.parquet", 2, 10)
+    source = str(tmp_path / "set")
+    assert splits_of(source) == ["train", "validation"]
+    images = open_images(source)
+    assert (images.name, images.num_images, len(images)) == ("set:train", 7, 7)
+    assert contents(images) == list(range(7))
+    assert images.sample_id(5) == "5.png"
+    assert images.label_columns() == {}
+    for split in ("validation", "val"):
+        assert contents(open_images(source, split=split)) == [10, 11]
+    assert any(cache.iterdir())
+
+
+def test_one_parquet_file_and_its_cache(tmp_path):
+    write_parquet(tmp_path / "x.parquet", 3)
+    source, cache_dir = str(tmp_path / "x.parquet"), str(tmp_path / "a/cache")
+    needed, free = bytes_needed(source, cache_dir)
+    assert needed == os.path.getsize(source) and free > 0
+    assert splits_of(source, cache_dir) == ["train"]
+    assert contents(open_images(source, cache_dir=cache_dir)) == [0, 1, 2]
+    assert bytes_needed(source, cache_dir)[0] == 0
+    (tmp_path / "x.parquet").unlink()
+    write_parquet(tmp_path / "x.parquet", 2, 20)  # a changed file is not taken from the cache
+    assert contents(open_images(source, cache_dir=cache_dir)) == [20, 21]
+
+
+def test_saved_dataset(tmp_path):
+    hf_dataset(0, 6).select([4, 0, 1]).save_to_disk(tmp_path / "one")
+    assert splits_of(str(tmp_path / "one")) == ["train"]
+    images = open_images(str(tmp_path / "one"))
+    assert contents(images) == [4, 0, 1]
+    assert images.sample_id(2) == "train[2]"
+    assert images.label_columns()["label"].values.tolist() == [0, 0, 1]
+    assert bytes_needed(str(tmp_path / "one"))[0] == 0
+
+    datasets.DatasetDict(train=hf_dataset(0, 2), val=hf_dataset(7, 3)).save_to_disk(tmp_path / "two")
+    assert splits_of(str(tmp_path / "two")) == ["train", "val"]
+    assert contents(open_images(str(tmp_path / "two"), split="val")) == [7, 8, 9]
+    assert contents(open_images(str(tmp_path / "two"), split="validation")) == [7, 8, 9]
+    assert contents(open_images(str(tmp_path / "two"))) == [0, 1]
+
+
+def test_arrow_files(tmp_path, cache):
+    for name, first, count in [("x-train-00000-of-00002", 0, 2), ("x-train-00001-of-00002", 2, 3), ("x-test", 9, 1)]:
+        hf_dataset(first, count).save_to_disk(tmp_path / "saved" / name)
+        (tmp_path / "set").mkdir(exist_ok=True)
+        (tmp_path / "saved" / name / "data-00000-of-00001.arrow").rename(tmp_path / f"set/{name}.arrow")
+    (tmp_path / "set/cache-1234.arrow").write_bytes(b"left by a map")
+    assert sorted(splits_of(str(tmp_path / "set"))) == ["test", "train"]
+    images = open_images(str(tmp_path / "set"))
+    assert contents(images) == [0, 1, 2, 3, 4]
+    assert images.label_columns()["label"].names == ["cat", "dog"]
+    assert contents(open_images(str(tmp_path / "set"), split="test")) == [9]
+    assert contents(open_images(str(tmp_path / "set/x-test.arrow"), split="test")) == [9]
+    assert not any(cache.iterdir()), "Arrow files are mapped where they are"
+
+
+def test_folder_of_images_in_any_tree(tmp_path, cache):
+    odd = os.fsdecode(b"caf\xe9.png")  # a name that is not UTF-8
+    files = {
+        "b/deep/er/3.PNG": 3,
+        "a.png": 1,
+        "b/2.jpg.png": 2,
+        "c d/é.webp": encoded(5, "WEBP", lossless=True),
+        odd: 6,
+    }
+    write_files(tmp_path / "set", files)
+    write_files(tmp_path / "set", {".hidden.png": 9, ".git/x.png": 9, "__MACOSX/x.png": 9, "notes.txt": b"", "x": 9})
+    images = open_images(str(tmp_path / "set"))
+    assert splits_of(str(tmp_path / "set")) == ["train"]
+    paths = sorted(["a.png", "b/2.jpg.png", "b/deep/er/3.PNG", "c d/é.webp", odd])
+    assert contents(images) == [
+        {"a.png": 1, "b/2.jpg.png": 2, "b/deep/er/3.PNG": 3, "c d/é.webp": 5, odd: 6}[path] for path in paths
+    ]
+    assert images.sample_id(0) == str(tmp_path / "set/a.png")
+    for i in range(len(images)):
+        images.sample_id(i).encode()
+    assert images.label_columns() == {}
+    assert not any(cache.iterdir())
+    assert bytes_needed(str(tmp_path / "set"))[0] == 0
+
+
+def test_order_of_files_does_not_depend_on_the_file_system(tmp_path):
+    order = np.random.default_rng(0).permutation(40).tolist()
+    write_files(tmp_path / "one", {f"{i:02d}.png": i for i in range(40)})
+    write_files(tmp_path / "two", {f"{i:02d}.png": i for i in order})
+    assert (
+        contents(open_images(str(tmp_path / "one"))) == contents(open_images(str(tmp_path / "two"))) == list(range(40))
+    )
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_files(tmp_path / "elsewhere", {"1.png": 1, "more/2.png": 2})
+    write_files(tmp_path / "set", {"3.png": 3})
+    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/z.png").symlink_to(tmp_path / "elsewhere/1.png")
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set")
+    (tmp_path / "set/self").symlink_to(tmp_path / "set")
+    assert contents(open_images(str(tmp_path / "set"))) == [3, 1, 2, 1]
+    (tmp_path / "set/broken.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "set/loop.png").symlink_to(tmp_path / "set/loop.png")
+    images = open_images(str(tmp_path / "set"))
+    assert len(images) == 6
+    for i, path in enumerate(["3.png", "broken.png", "linked/1.png", "linked/more/2.png", "loop.png", "z.png"]):
+        assert images.sample_id(i) == str(tmp_path / "set" / path)
+        if path in ("broken.png", "loop.png"):
+            with pytest.raises(BadImageError, match=path):
+                images.read(i)
+
+
+def test_class_folders_are_labels(tmp_path):
+    write_files(tmp_path, {"cat/1.png": 1, "dog/2.png": 2, "ant/3.png": 3, "cat/4.png": 4})
+    label = open_images(str(tmp_path)).label_columns()["label"]
+    assert (label.name, label.names, label.values.tolist()) == ("label", ["ant", "cat", "dog"], [0, 1, 1, 2])
+    assert label.values.dtype == np.int64
+    (tmp_path / "loose.png").write_bytes(encoded(5))
+    assert open_images(str(tmp_path)).label_columns() == {}
+
+
+def test_one_folder_is_no_label(tmp_path):
+    write_files(tmp_path, {"images/1.png": 1, "images/2.png": 2})
+    assert open_images(str(tmp_path)).label_columns() == {}
+
+
+def test_split_folders(tmp_path, caplog):
+    files = {"train/cat/1.png": 1, "train/dog/2.png": 2, "val/dog/3.png": 3, "test/4.png": 4}
+    write_files(tmp_path, files)
+    source = str(tmp_path)
+    assert splits_of(source) == ["test", "train", "validation"]
+    train, validation, test = (open_images(source, split=split) for split in ("train", "val", "test"))
+    assert [contents(images) for images in (train, validation, test)] == [[1, 2], [3], [4]]
+    assert train.label_columns()["label"].values.tolist() == [0, 1]
+    label = validation.label_columns()["label"]
+    assert (label.names, label.values.tolist()) == (["cat", "dog"], [1])  # numbered as in train
+    assert test.label_columns() == {}
+    assert not caplog.records
+
+    write_files(tmp_path, {"extra/5.png": 5, "6.png": 6})
+    assert contents(open_images(source)) == [1, 2]
+    assert "left out: extra, images at the top" in caplog.text
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    write_files(tmp_path, {"train/1.png": 1, "boat/2.png": 2, "car/3.png": 3})
+    images = open_images(str(tmp_path))
+    assert images.label_columns()["label"].names == ["boat", "car", "train"]
+    assert splits_of(str(tmp_path)) == ["train"]
+
+
+# Columns
+
+
+def test_the_first_image_column_or_the_one_called_image(tmp_path, caplog):
+    def saved(name, *columns):
+        data = {column: [{"bytes": encoded(i), "path": None}] for i, column in enumerate(columns)}
+        features = datasets.Features(dict.fromkeys(columns, datasets.Image()))
+        datasets.Dataset.from_dict(data, features=features).save_to_disk(tmp_path / name)
+        return open_images(str(tmp_path / name))
+
+    assert contents(saved("a", "photo")) == [0]
+    assert not caplog.records
+    assert contents(saved("b", "left", "right")) == [0]
+    assert "several columns of images (left, right); reading 'left'" in caplog.text
+    assert contents(saved("c", "left", "image")) == [1]
+
+
+def test_plain_bytes_are_found(tmp_path):
+    table = pa.table({"id": [b"x", b"y"], "jpeg": [encoded(0), encoded(1)], "size": [1, 2]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    images = open_images(str(tmp_path / "x.parquet"))
+    assert contents(images) == [0, 1]
+    assert images.sample_id(1) == "train[1]"
+
+
+def test_bytes_are_found_though_the_first_is_bad(tmp_path):
+    pq.write_table(pa.table({"picture": [b"", b"oops", None, encoded(1)]}), tmp_path / "x.parquet")
+    images = open_images(str(tmp_path / "x.parquet"))
+    assert np.array_equal(np.asarray(images.read(3)), pixels(1))
+    with pytest.raises(BadImageError, match=r"train\[2\]: .*there are no bytes"):
+        images.read(2)
+
+
+def test_integer_labels(tmp_path):
+    columns = {
+        "label": pa.array([3, 1, None, 3, -1], pa.int16()),
+        "labels": pa.array([1, 2, 3, 4, 10_000]),
+        "class": pa.array([0, 9_999, 0, 0, 0]),
+        "size": pa.array([1, 2, 3, 4, 5]),
+        "name": pa.array(list("abcde")),
+    }
+    write_parquet(tmp_path / "x.parquet", 5, **columns)
+    labels = open_images(str(tmp_path / "x.parquet")).label_columns()
+    assert labels.keys() == {"label", "class"}  # labels holds too large a value, the rest are no labels
+    assert labels["label"].values.tolist() == [3, 1, -1, 3, -1]
+    assert labels["label"].values.dtype == np.int64
+    assert labels["label"].names == ["0", "1", "2", "3"]
+    assert len(labels["class"].names) == 10_000
+
+
+def test_class_labels_without_an_image_read(tmp_path):
+    columns = {"image": [{"bytes": b"bad", "path": None}] * 3, "breed": [1, -1, 0], "none": [-1, -1, -1]}
+    features = {"image": datasets.Image(), "breed": datasets.ClassLabel(names=["x", "y"])}
+    features["none"] = datasets.ClassLabel(names=["x", "y"])
+    datasets.Dataset.from_dict(columns, features=datasets.Features(features)).save_to_disk(tmp_path / "set")
+    labels = open_images(str(tmp_path / "set")).label_columns()
+    assert labels.keys() == {"breed"}  # test sets come with labels that are all -1
+    assert (labels["breed"].names, labels["breed"].values.tolist()) == (["x", "y"], [1, -1, 0])
+
+
+# Bad images
+
+
+def bad_files():
+    jpeg, png = encoded(0, "JPEG", quality=95), encoded(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return {
+        "cut.jpg": jpeg[: len(jpeg) * 2 // 3],
+        "cut.png": png[: len(png) // 2],
+        "cut.webp": encoded(0, "WEBP")[:60],
+        "cut.gif": encoded(0, "GIF")[:-60],
+        "cut.bmp": encoded(0, "BMP")[:-60],
+        "cut.tiff": encoded(0, "TIFF")[:60],
+        "empty.jpg": b"",
+        "header_only.jpg": jpeg[:20],
+        "garbage.jpg": bytes(range(256)) * 4,
+        "page.jpg": b"<html>404 Not Found</html>",
+        "flipped.png": png[:60] + bytes([png[60] ^ 255]) + png[61:],
+        "not_finite.tiff": not_finite_tiff(),
+    }
+
+
+def not_finite_tiff():
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 8), np.nan, dtype=np.float32)).save(file, "TIFF")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", sorted(bad_files()))
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_bad_images_are_named(tmp_path, name):
+    write_files(tmp_path, {name: bad_files()[name], "good.png": 1})
+    images = open_images(str(tmp_path))
+    index = 1 - [images.sample_id(i).endswith("good.png") for i in range(2)].index(True)
+    with pytest.raises(BadImageError, match=f"cannot read .*{name}: .+") as error:
+        images.read(index)
+    assert error.value.reason and error.value.reason in str(error.value) and "0x" not in str(error.value)
+    again = pickle.loads(pickle.dumps(error.value))
+    assert (str(again), again.reason) == (str(error.value), error.value.reason)
+    assert np.array_equal(np.asarray(images.read_or_substitute(index)[0]), pixels(1))
+
+
+def test_decompression_bomb(tmp_path):
+    write_files(tmp_path, {"bomb.png": bomb(), "good.png": 1})
+    images = open_images(str(tmp_path))
+    with pytest.raises(BadImageError, match=r"bomb\.png: DecompressionBombError"):
+        images.read(0)
+    assert [bad.sample_id for bad in images.read_or_substitute(0)[1]] == [str(tmp_path / "bomb.png")]
+
+
+def bomb():
+    """A one-bit PNG of 400 million pixels in 50 kB."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header, rows = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0), zlib.compress(bytes(2501 * 20_000))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_images_below_min_side_are_bad(tmp_path):
+    write_files(tmp_path, {"small.png": 1})
+    source = str(tmp_path)
+    assert open_images(source, min_side=8).read(0).size == (10, 8)
+    with pytest.raises(BadImageError, match=r"small\.png: 10 x 8 pixels, less than 9 a side"):
+        open_images(source, min_side=9).read(0)
+
+
+def test_images_are_upright_and_rgb(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    gray = io.BytesIO()
+    Image.fromarray(np.array([[0, 65535], [257, 514]], dtype=np.uint16)).save(gray, "PNG")
+    write_files(tmp_path, {"1.png": encoded(1, exif=exif), "2.png": gray.getvalue()})
+    images = open_images(str(tmp_path))
+    assert np.array_equal(np.asarray(images.read(0)), np.rot90(pixels(1), -1))
+    assert np.asarray(images.read(1))[..., 1].tolist() == [[0, 255], [1, 2]]
+    assert images.read(1).mode == "RGB"
+    assert images.size(0) == (10, 8)
+
+
+def test_an_index_outside_is_an_error_not_a_bad_image(tmp_path):
+    write_files(tmp_path, {"1.png": 1})
+    for read in (open_images(str(tmp_path)).read, open_images(str(tmp_path)).read_or_substitute):
+        with pytest.raises(IndexError):
+            read(1)
+
+
+# Substitutes
+
+
+def half_bad(folder, count=40):
+    write_files(folder, {f"{i:02d}.png": i if i % 2 else b"bad" for i in range(count)})
+    return open_images(str(folder))
+
+
+def read_all(images, order):
+    found = {}
+    for i in order:
+        image, bad = images.read_or_substitute(i)
+        found[i] = (np.asarray(image).tobytes(), [(b.index, Path(b.sample_id).name, b.reason) for b in bad])
+    return [found[i] for i in sorted(found)]
+
+
+def test_substitutes_depend_on_the_index_alone(tmp_path):
+    images = half_bad(tmp_path / "set")
+    forward = read_all(images, range(40))
+    assert read_all(images, reversed(range(40))) == forward
+    assert read_all(pickle.loads(pickle.dumps(images)), range(40)) == forward
+    good = [pixels(i).tobytes() for i in range(1, 40, 2)]
+    for i, (content, bad) in enumerate(forward):
+        if i % 2:
+            assert content == pixels(i).tobytes() and bad == []
+        else:
+            assert content in good
+            assert bad[0] == (i, f"{i:02d}.png", "ValueError: 3 bytes that are no image of a known format")
+            assert len({index for index, *_ in bad}) == len(bad) and all(index % 2 == 0 for index, *_ in bad)
+    # They differ between bad images: a favourite would be seen twenty times as often.
+    assert len({content for content, bad in forward if bad}) > 8
+    assert max(len(bad) for _, bad in forward) > 1  # a bad substitute is passed over, and told of
+
+
+def test_substitutes_are_the_same_in_workers_and_in_another_process(tmp_path):
+    images = half_bad(tmp_path / "set", 20)
+    expected = read_all(images, range(20))
+    loader = torch.utils.data.DataLoader(_Reader(images), batch_size=None, num_workers=2, collate_fn=tuple)
+    assert list(loader) == expected
+    script = f"""
+import sys, hashlib
+sys.path.insert(0, {str(REPOSITORY)!r})
+from ijepa_scale.data.images import open_images
+images = open_images({str(tmp_path / "set")!r})
+import json
+print(json.dumps([[images.read_or_substitute(i)[0].tobytes().hex(), [b.index for b in images.read_or_substitute(i)[1]]]
+    for i in reversed(range(20))]))
+"""
+    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    fresh = [(bytes.fromhex(content), bad) for content, bad in reversed(json.loads(output))]
+    assert fresh == [(content, [index for index, *_ in bad]) for content, bad in expected]
+
+
+class _Reader(torch.utils.data.Dataset):
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return read_all(self.images, [index])[0]
+
+
+def test_no_image_is_good(tmp_path):
+    write_files(tmp_path, {"1.png": b"bad", "2.png": b""})
+    with pytest.raises(BadImageError, match=r"1\.png is bad \(.*\) and so are 100 random images drawn in its place"):
+        open_images(str(tmp_path)).read_or_substitute(0)
+
+
+# What users get wrong
+
+
+def test_missing_folders(tmp_path, monkeypatch):
+    missing = str(tmp_path / "nowhere")
+    for function in (open_images, splits_of, bytes_needed):
+        with pytest.raises(ValueError, match=f"there is no folder '{missing}'"):
+            function(missing)
+    monkeypatch.chdir(tmp_path)
+    for source in ("./data", "../a/b", "data/imagenet/train", "my data"):
+        with pytest.raises(ValueError, match=f"there is no folder '{tmp_path}"):
+            open_images(source)
+
+
+def test_hub_ids_are_looked_up_and_a_failure_names_both(tmp_path, monkeypatch):
+    asked = []
+
+    def offline(path, **options):
+        asked.append(path)
+        raise ConnectionError(f"Couldn't reach {path!r} on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", offline)
+    monkeypatch.chdir(tmp_path)
+    for source in ("someone/pictures", "cifar10"):
+        message = (
+            f"cannot open '{source}' on the Hub, and there is no folder '{tmp_path}/{source}' either: ConnectionError"
+        )
+        with pytest.raises(ValueError, match=message):
+            open_images(source)
+    assert asked == ["someone/pictures", "cifar10"]
+    (tmp_path / "cifar10").mkdir()
+    write_files(tmp_path / "cifar10", {"1.png": 1})
+    assert contents(open_images("cifar10")) == [1]  # a folder of that name comes first
+    assert len(asked) == 2
+
+
+def test_unknown_split(tmp_path):
+    write_files(tmp_path / "files", {"train/1.png": 1, "val/2.png": 2})
+    write_parquet(tmp_path / "parquet/train.parquet")
+    hf_dataset(0, 1).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="files' has no split 'test'; it has: train, validation"):
+        open_images(str(tmp_path / "files"), split="test")
+    for name in ("parquet", "saved"):
+        with pytest.raises(ValueError, match=f"{name}' has no split 'test'; it has: train"):
+            open_images(str(tmp_path / name), split="test")
+
+
+def test_folders_and_files_without_images(tmp_path):
+    (tmp_path / "empty/sub").mkdir(parents=True)
+    (tmp_path / "empty/readme.txt").write_text("")
+    with pytest.raises(ValueError, match=f"the folder '{tmp_path}/empty' holds no Parquet, Arrow or image files"):
+        open_images(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match=r"readme\.txt' is a single file; wants a \.parquet or \.arrow file"):
+        open_images(str(tmp_path / "empty/readme.txt"))
+
+
+def test_no_image_column(tmp_path):
+    pq.write_table(pa.table({"text": ["a"], "blob": [b"b"], "label": [1]}), tmp_path / "x.parquet")
+    with pytest.raises(
+        ValueError, match=r"no column of images; its columns are: text .*string.*blob .*binary.*label .*int"
+    ):
+        open_images(str(tmp_path / "x.parquet"))
+
+
+def test_no_rows(tmp_path):
+    write_parquet(tmp_path / "x.parquet", 0)
+    with pytest.raises(ValueError, match="no rows"):
+        open_images(str(tmp_path / "x.parquet"))
+    hf_dataset(0, 1).select([]).save_to_disk(tmp_path / "saved")
+    with pytest.raises(ValueError, match="no rows"):
+        open_images(str(tmp_path / "saved"))
+
+
+def test_damaged_parquet(tmp_path):
+    write_parquet(tmp_path / "set/train-0.parquet")
+    content = (tmp_path / "set/train-0.parquet").read_bytes()
+    for damaged in (b"", content[:-10], b"PAR1 and so on"):
+        (tmp_path / "set/train-1.parquet").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"set': ArrowInvalid: .*[Pp]arquet"):
+            open_images(str(tmp_path / "set"))
+
+
+@pytest.mark.parametrize("keep", [0, 40, 0.5])
+def test_damaged_arrow(tmp_path, keep):
+    hf_dataset(0, 3).save_to_disk(tmp_path / "saved")
+    file = tmp_path / "saved/data-00000-of-00001.arrow"
+    content = file.read_bytes()
+    file.write_bytes(content[: keep if keep >= 1 else int(keep * len(content))])
+    with pytest.raises(ValueError, match=r"cannot read .*saved'"):
+        open_images(str(tmp_path / "saved"))
+    with pytest.raises(ValueError, match=r"cannot read the \.arrow files of .*saved'"):
+        open_images(str(file))
+
+
+def test_names_of_sets(tmp_path, monkeypatch):
+    write_files(tmp_path / "pets", {"1.png": 1})
+    monkeypatch.chdir(tmp_path / "pets")
+    names = [open_images(source).name for source in (".", str(tmp_path / "pets"), str(tmp_path / "pets/"), "../pets")]
+    assert names == ["pets:train"] * 4
+
+
+def test_full_disk(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    write_parquet(tmp_path / "x.parquet")
+    source, cache_dir = str(tmp_path / "x.parquet"), str(tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+        assert bytes_needed(source, cache_dir) == (os.path.getsize(source), 100)
+        with pytest.raises(
+            ValueError, match=f"needs about .* GB in the cache {cache_dir}, .* GB free; .*data.cache_dir"
+        ):
+            open_images(source, cache_dir=cache_dir)
+        assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.arrow"))
+    open_images(source, cache_dir=cache_dir)
+    assert f"in the cache {cache_dir}, which has" in caplog.text and "copying" in caplog.text
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    assert len(open_images(source, cache_dir=cache_dir)) == 5  # nothing left to copy
+
+
+def test_check_images(tmp_path):
+    write_files(tmp_path / "good", {f"{i:03d}.png": i for i in range(30)})
+    images = open_images(str(tmp_path / "good"))
+    for sample in (1, 7, 64):
+        check_images(images, min_side=8, sample=sample)
+    with pytest.raises(
+        ValueError, match=r"000\.png is 10 x 8 pixels, less than the patch size of 16 .*model.patch_size"
+    ):
+        check_images(images, min_side=16)
+
+    write_files(tmp_path / "good", {"029.png": b"bad"})
+    check_images(images, min_side=8)  # a few bad ones are dealt with in training
+    write_files(tmp_path / "good", {f"{i:03d}.png": b"bad" for i in range(14, 30)})
+    with pytest.raises(
+        ValueError, match=r"16 of 30 images sampled cannot be read, the first because: .*014\.png: .*source"
+    ):
+        check_images(images, min_side=8)
+
+
+def test_check_images_reads_no_pixels(tmp_path):
+    write_files(tmp_path, {"cut.png": encoded(0)[:60], "bomb.png": encoded(0)[:60]})
+    check_images(open_images(str(tmp_path)), min_side=8)
