@@ -1,6 +1,7 @@
 """What a config amounts to: parameters, tokens, FLOPs, steps. Nothing is trained and no GPU is needed."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,7 +52,7 @@ def _forward_flops(size: ViTSize, tokens: float, squares: float) -> float:
 
 
 def flops_per_image(config: PretrainConfig, tokens: Tokens) -> dict[str, float]:
-    """Model FLOPs of one image in one step, without recomputation: the target forward, the rest forward and backward."""
+    """Model FLOPs of one image in one step, without recomputation: of the target encoder the forward alone."""
     encoder, model = build.vit_size(config.model), config.predictor
     predictor = ViTSize(
         width=model.width, depth=model.depth, heads=model.heads or encoder.heads, mlp_width=4 * model.width
@@ -106,9 +107,16 @@ def _state_gib(parameters: dict[str, int]) -> float:
     return (16 * trained + 6 * encoder) / 2**30
 
 
+def _num_images(config: PretrainConfig) -> int:
+    """Of the source where it is a folder here, else data.num_images."""
+    if config.data.source and Path(config.data.source).expanduser().is_dir():
+        return len(build.build_images(config))
+    return config.data.num_images
+
+
 def _steps_line(config: PretrainConfig, flops_an_image: float) -> str:
     options = config.optimization
-    images = config.data.num_images
+    images = _num_images(config)
     if not images and not options.max_steps:
         return (
             "steps          unknown: give data.num_images=N (how many images the source has) or optimization.max_steps"
@@ -121,6 +129,6 @@ def _steps_line(config: PretrainConfig, flops_an_image: float) -> str:
     run_flops = horizon.total * options.global_batch_size * flops_an_image
     epochs = f" ({options.epochs} epochs of {horizon.steps_per_epoch:,})" if not options.max_steps else ""
     return (
-        f"steps          {horizon.total:,}{epochs} of {options.global_batch_size:,} images, warm-up {horizon.warmup:,}; "
-        f"{run_flops:.2e} FLOPs in all"
+        f"steps          {horizon.total:,}{epochs} of {options.global_batch_size:,} images, "
+        f"warm-up {horizon.warmup:,}; {run_flops:.2e} FLOPs in all"
     )

@@ -219,8 +219,8 @@ def explained_memory_errors(run: Run) -> Iterator[None]:
         micro = run.dataset.micro_batch_size
         raise RunError(
             f"out of memory on {run.ranks.device} with {micro} images a micro-batch; lower "
-            f"optimization.micro_batch_size (for example {max(1, micro // 2)}: gradients are accumulated, so the global "
-            f"batch stays), raise engine.zero_stage, or use more ranks\n{error}"
+            f"optimization.micro_batch_size (for example {max(1, micro // 2)}; accumulated gradients keep the global batch "
+            f"as it is), raise engine.zero_stage, or use more ranks\n{error}"
         ) from error
 
 
