@@ -326,7 +326,7 @@ def _check_keys(values: Any, section: type, prefix: str) -> None:
         if key not in hints:
             keys = valid_keys()
             leaves = {full.rsplit(".", 1)[-1]: full for full in keys}
-            sections = list(typing.get_type_hints(PretrainConfig))
+            sections = [] if prefix else list(hints)
             near = difflib.get_close_matches(f"{prefix}{key}", keys + sections, n=1, cutoff=0.6)
             near = near or [leaves[leaf] for leaf in difflib.get_close_matches(str(key), leaves, n=1, cutoff=0.6)]
             hint = f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(hints)}"

@@ -14,6 +14,7 @@ from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.masking.multiblock import MultiBlock
+from ijepa_scale.metrics import read_records
 from ijepa_scale.models.ijepa import initial_weight
 from ijepa_scale.optim import adamw, parameter_groups
 from ijepa_scale.run_folder import BadImages, RunFolder
@@ -81,13 +82,13 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
     dataset = build.build_micro_batches(
         config, images, blocks, micro_batch_size=micro_batch_size, rank=ranks.rank, ranks=ranks.world_size
     )
-    known = ranks.from_first(BadImages.read(folder.bad_images))
-    bad = BadImages(folder.bad_images, known)
-    run = Run(config, ranks, folder, images, evaluation, dataset, horizon, engine, ema, bad)
+    run = Run(config, ranks, folder, images, evaluation, dataset, horizon, engine, ema, BadImages())
     if found:
         checkpoints.restore(found, engine, ema)
         run.start_step = found.step
         run.wandb_id = found.manifest.get("wandb_id")
+        earlier = read_records(folder.metrics) if ranks.first and folder.metrics.exists() else []
+        run.bad = BadImages(ranks.from_first([r for r in earlier if r["step"] < found.step]))
         run.notes.append(f"resumed from {found.path}, step {found.step}")
     if ranks.first:
         folder.describe(

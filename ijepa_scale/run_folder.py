@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,13 +18,12 @@ PACKAGES = ("torch", "deepspeed", "triton", "datasets", "numpy", "pillow", "ijep
 
 
 class RunFolder:
-    """RUN/: config.yaml, environment.json, metrics.jsonl, bad_images.jsonl, checkpoints/, pictures and report.json."""
+    """RUN/: config.yaml, environment.json, metrics.jsonl, checkpoints/, pictures and report.json."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
-        self.bad_images = self.path / "bad_images.jsonl"
         self._lock: TextIO | None = None
 
     def lock(self) -> None:
@@ -58,30 +58,20 @@ class RunFolder:
 
 
 class BadImages:
-    """The unreadable images that a run has met, by index; the same on all ranks."""
+    """The unreadable images that a run has met, by index: the same on all ranks, and through restarts."""
 
-    def __init__(self, path: Path, known: dict[int, dict[str, Any]]):
-        self.path = path
-        self.known = known
+    def __init__(self, records: Iterable[dict[str, Any]] = ()):
+        """records: what earlier parts of the run wrote to metrics.jsonl."""
+        self.known = {record["index"]: record for record in records if record.get("kind") == "bad_image"}
 
-    @staticmethod
-    def read(path: Path) -> dict[int, dict[str, Any]]:
-        if not path.exists():
-            return {}
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return {record["index"]: record for record in records}
-
-    def add(self, step: int, bad: list[tuple[int, str, str]], *, write: bool) -> list[dict[str, Any]]:
-        """Take up (index, sample id, reason) triples; returns the new ones. write: append them to the file (rank 0)."""
+    def add(self, step: int, bad: Iterable[tuple[int, str, str]]) -> list[dict[str, Any]]:
+        """Take up (index, sample id, reason) triples; returns a record for each that is new."""
         new = []
         for index, sample, reason in sorted(set(bad)):
             if index not in self.known:
-                record = {"step": step, "index": index, "sample": sample, "reason": reason}
+                record = {"kind": "bad_image", "step": step, "index": index, "sample": sample, "reason": reason}
                 self.known[index] = record
                 new.append(record)
-        if write and new:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in new)
         return new
 
 

@@ -1,7 +1,6 @@
 """Pre-training, top to bottom: set up, the loop over steps, the report at the end. The file to read first."""
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,9 @@ from ijepa_scale.metrics import JsonlWriter, Progress, WandbWriter, memory_bytes
 from ijepa_scale.optim import set_schedules
 from ijepa_scale.run import InputError, Run, check, set_up
 from ijepa_scale.schedules import cosine, ema_momentum, learning_rate
+
+Say = Callable[[str], None]  # a line for the user
+Log = Callable[[dict[str, Any]], None]  # a record for metrics.jsonl
 
 STRIKES = 3  # steps in a row that were skipped, or checkpoints in a row that could not be written, before a run stops
 
@@ -79,7 +81,8 @@ def train(run: Run, stop_request: StopRequest) -> str:
     def log(record: dict[str, Any]) -> None:
         if writer and wandb:
             writer.write(record)
-            wandb.log(record, record["step"])
+            if record["kind"] in ("step", "health"):
+                wandb.log(record, record["step"])
 
     batches = micro_batch_stream(
         run.dataset, start_step=run.start_step, stop_step=horizon.stop, workers=config.data.workers
@@ -104,10 +107,10 @@ def train(run: Run, stop_request: StopRequest) -> str:
             if progress:
                 progress.update(step + 1, outcome.record)
             if outcome.bad:
-                handle_bad_images(run, step, outcome, say)
+                handle_bad_images(run, step, outcome, say, log)
             skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
             if not outcome.applied:
-                handle_skip(run, step, outcome, skipped_in_a_row, say)
+                handle_skip(run, step, outcome, skipped_in_a_row, say, log)
             done = step + 1
             if outcome.stop:
                 reason = ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
@@ -219,37 +222,37 @@ def explained_memory_errors(run: Run) -> Iterator[None]:
         micro = run.dataset.micro_batch_size
         raise RunError(
             f"out of memory on {run.ranks.device} with {micro} images a micro-batch; lower "
-            f"optimization.micro_batch_size (for example {max(1, micro // 2)}; accumulated gradients keep the global batch "
-            f"as it is), raise engine.zero_stage, or use more ranks\n{error}"
+            f"optimization.micro_batch_size (for example {max(1, micro // 2)}; the global batch stays: gradients "
+            f"are accumulated), raise engine.zero_stage, or use more ranks\n{error}"
         ) from error
 
 
-def handle_bad_images(run: Run, step: int, outcome: StepOutcome, say: Callable[[str], None]) -> None:
+def handle_bad_images(run: Run, step: int, outcome: StepOutcome, say: Say, log: Log) -> None:
     """Name unreadable images, and stop on all ranks together when there are too many."""
     own = [(bad.index, bad.sample_id, bad.reason) for batch in outcome.batches for bad in batch.bad]
-    met = [bad for other in run.ranks.gather(own) for bad in other]
-    for record in run.bad.add(step, met, write=run.ranks.first):
+    for record in run.bad.add(step, [bad for other in run.ranks.gather(own) for bad in other]):
+        log(record)
         say(f"warning: step {step}: cannot read {record['sample']}: {record['reason']}; another image takes its place")
-    allowed = run.config.data.max_bad_fraction * len(run.images)
-    if len(run.bad.known) > allowed:
+    known, allowed = run.bad.known, run.config.data.max_bad_fraction
+    if len(known) > allowed * len(run.images):
+        listed = "".join(f"\n  {record['sample']}: {record['reason']}" for record in list(known.values())[:50])
         raise RunError(
-            f"{len(run.bad.known)} of {len(run.images)} images cannot be read, more than data.max_bad_fraction "
-            f"{run.config.data.max_bad_fraction:g} allows; they are listed in {run.bad.path}. Repair or remove them, "
-            "or raise data.max_bad_fraction"
+            f"{len(known)} of {len(run.images)} images cannot be read, more than data.max_bad_fraction {allowed:g} "
+            f"allows. Repair or remove them, or raise data.max_bad_fraction. All are in {run.folder.metrics} "
+            f'(kind "bad_image"):{listed}'
         )
 
 
-def handle_skip(run: Run, step: int, outcome: StepOutcome, in_a_row: int, say: Callable[[str], None]) -> None:
+def handle_skip(run: Run, step: int, outcome: StepOutcome, in_a_row: int, say: Say, log: Log) -> None:
     """Say which images a skipped step was made of; stop after STRIKES in a row."""
     indices = [index for rank in run.ranks.gather([b.indices for b in outcome.batches]) for b in rank for index in b]
     if run.ranks.first:
-        with open(run.folder.path / "skipped_steps.jsonl", "a", encoding="utf-8") as file:
-            samples = [run.images.sample_id(index) for index in indices]
-            file.write(json.dumps({"step": step, "images": indices, "samples": samples}) + "\n")
+        samples = [run.images.sample_id(index) for index in indices]
+        log({"kind": "skipped", "step": step, "images": indices, "samples": samples})
         few = ", ".join(samples[:4]) + (", ..." if len(samples) > 4 else "")
         say(
             f"warning: step {step}: loss or gradients not finite: weights, moments and EMA are left as they were; "
-            f"images {few} (all in {run.folder.path / 'skipped_steps.jsonl'})"
+            f'images {few} (all in {run.folder.metrics}, kind "skipped")'
         )
     if in_a_row == STRIKES:
         there = run.ranks.from_first(checkpoints.candidates(run.folder.checkpoints))
@@ -259,7 +262,7 @@ def handle_skip(run: Run, step: int, outcome: StepOutcome, in_a_row: int, say: C
         )
 
 
-def save_checkpoint(run: Run, step: int, say: Callable[[str], None]) -> bool:
+def save_checkpoint(run: Run, step: int, say: Say) -> bool:
     """Save and prune; False, on all ranks, when it could not be written: training then goes on without it."""
     started = time.perf_counter()
     meta = {

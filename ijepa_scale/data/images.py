@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ijepa_scale.data.folders import SPLIT_NAMES, FolderSplit, arrow_splits, image_splits, list_files, printable
 from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.transforms import image_extensions, open_encoded, to_rgb
+from ijepa_scale.data.transforms import open_encoded, to_rgb
 
 if TYPE_CHECKING:
     import datasets
@@ -31,11 +32,6 @@ _log = logging.getLogger(__name__)
 SUBSTITUTE_SEED = 20230119  # fixed: the substitute of an image is a property of the data set, not of the run
 MAX_SUBSTITUTES = 100
 _MAX_CLASSES = 10_000  # an integer column with larger values holds ids, not classes
-_SPLIT_NAMES = {  # as `datasets` reads them in the names of files and folders
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
 
 
 class BadImageError(ValueError):
@@ -109,7 +105,7 @@ class ImageSet:
     def sample_id(self, index: int) -> str:
         """The path of the image where it is known, else e.g. "train[17]"."""
         path = self._encoded(index)[1]
-        return _text(path) if path else f"{self.split}[{index}]"
+        return printable(path) if path else f"{self.split}[{index}]"
 
     def label_columns(self) -> dict[str, LabelColumn]:
         """Columns of class labels by name, without decoding an image.
@@ -153,7 +149,7 @@ def open_images(source: str, *, split: str = "train", cache_dir: str | None = No
     """
     splits = _splits(source, cache_dir)
     names = [name for name in splits if name == split]
-    names += [name for name in splits if _SPLIT_NAMES.get(name, name) == _SPLIT_NAMES.get(split, split)]
+    names += [name for name in splits if SPLIT_NAMES.get(name, name) == SPLIT_NAMES.get(split, split)]
     if not names:
         raise ValueError(f"{source!r} has no split {split!r}; it has: {', '.join(splits)}")
     dataset = splits[names[0]]()
@@ -202,11 +198,6 @@ def check_images(images: ImageSet, *, min_side: int, sample: int = 64) -> None:
         ) from errors[0]
 
 
-def _text(path: str) -> str:
-    """A path in printable form: names of files need not be UTF-8."""
-    return path.encode("utf-8", "backslashreplace").decode()
-
-
 def _inspect(source: str) -> tuple[str, list[str]]:
     """The kind of a source (saved, parquet, arrow, images, hub), and its files, relative to its folder."""
     path = Path(source).expanduser()
@@ -217,42 +208,13 @@ def _inspect(source: str) -> tuple[str, list[str]]:
     if path.is_dir():
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return "saved", []
-        kind, files = max(_list_files(str(path)).items(), key=lambda item: len(item[1]))
+        kind, files = max(list_files(str(path)).items(), key=lambda item: len(item[1]))
         if not files:
             raise ValueError(f"the folder {str(path.absolute())!r} holds no Parquet, Arrow or image files at any depth")
         return kind, files
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):  # nor has it the form of a Hub id
         raise ValueError(f"there is no folder {str(path.absolute())!r}; data.source must name an existing one")
     return "hub", []
-
-
-def _list_files(root: str) -> dict[str, list[str]]:
-    """Files below root that may be data, by kind, relative to root and sorted."""
-    kinds = dict.fromkeys(image_extensions(), "images") | {".parquet": "parquet", ".arrow": "arrow"}
-    files: dict[str, list[str]] = {"parquet": [], "arrow": [], "images": []}
-    for path in _walk(root, "", ()):
-        kind = kinds.get(os.path.splitext(path)[1].lower())
-        if kind and not (kind == "arrow" and os.path.basename(path).startswith("cache-")):  # left by `Dataset.map`
-            files[kind].append(path)
-    return {kind: sorted(paths) for kind, paths in files.items()}
-
-
-def _walk(root: str, folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Relative paths of all files below root/folder that are not hidden. Follows links, except in circles."""
-    here = os.path.join(root, folder)
-    stat = os.stat(here)
-    if (stat.st_dev, stat.st_ino) in ancestors:
-        return
-    ancestors += ((stat.st_dev, stat.st_ino),)
-    with os.scandir(here) as entries:
-        for entry in entries:
-            if entry.name.startswith((".", "__MACOSX")):
-                continue
-            path = os.path.join(folder, entry.name)
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                yield from _walk(root, path, ancestors)
-            else:
-                yield path
 
 
 def _splits(source: str, cache_dir: str | None) -> dict[str, Callable[[], datasets.Dataset]]:
@@ -269,68 +231,34 @@ def _splits(source: str, cache_dir: str | None) -> dict[str, Callable[[], datase
         saved = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
         return {str(name): functools.partial(saved.__getitem__, name) for name in saved}
     if kind == "arrow":
-        return _arrow_splits(str(path.parent if path.is_file() else path), files)
+        root = str(path.parent if path.is_file() else path)
+        return {split: functools.partial(_arrow_files, root, part) for split, part in arrow_splits(files).items()}
     if kind == "images":
-        return _folder_splits(str(path), files)
+        parts = image_splits(str(path), files)
+        return {split: functools.partial(_image_files, str(path), part) for split, part in parts.items()}
     builder = _builder(source, cache_dir)
     names = builder.config.data_files or builder.info.splits or {}
     return {str(name): functools.partial(_prepare, builder, str(name), source, cache_dir) for name in names}
 
 
-def _arrow_splits(root: str, files: list[str]) -> dict[str, Callable[[], datasets.Dataset]]:
-    """.arrow files by the split that their folder or name tells (data-train-00000-of-00002.arrow), else train."""
+def _arrow_files(root: str, files: list[str]) -> datasets.Dataset:
     import datasets
 
-    def load(paths: list[str]) -> datasets.Dataset:
-        with _explained(f"cannot read the .arrow files of {root!r}"):
-            return datasets.concatenate_datasets([datasets.Dataset.from_file(os.path.join(root, p)) for p in paths])
-
-    by_split: dict[str, list[str]] = {}
-    for file in files:
-        words = re.split(r"[^a-z]+", file.lower())
-        by_split.setdefault(next((_SPLIT_NAMES[w] for w in words if w in _SPLIT_NAMES), "train"), []).append(file)
-    return {split: functools.partial(load, paths) for split, paths in by_split.items()}
+    with _explained(f"cannot read the .arrow files of {root!r}"):
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(os.path.join(root, file)) for file in files])
 
 
-def _folder_splits(root: str, files: list[str]) -> dict[str, Callable[[], datasets.Dataset]]:
-    """Image files by split. The folders at the top are splits if all, or two of them, are named so; else all is train.
-
-    A split whose images all lie in one level of folders is labelled with these; numbers are the same in all splits.
-    """
-    parts = [file.split("/") for file in files]
-    tops = {part[0] if len(part) > 1 else "" for part in parts}  # "": images at the top itself
-    named = {top: _SPLIT_NAMES[top.lower()] for top in tops if top.lower() in _SPLIT_NAMES}
-    if len(named) < len(tops) and len(set(named.values())) < 2:
-        named = {}
-    by_split: dict[str, list[list[str]]] = {}
-    for part in parts:
-        split = named.get(part[0] if len(part) > 1 else "") if named else "train"
-        if split is not None:
-            by_split.setdefault(split, []).append(part)
-    ignored = sorted(_text(top) or "images at the top" for top in tops - named.keys()) if named else []
-    if ignored:
-        _log.warning("%s: in no split, so left out: %s", _text(root), ", ".join(ignored))
-    depth = 3 if named else 2
-    labelled = {split for split, parts in by_split.items() if all(len(part) == depth for part in parts)}
-    classes = sorted({part[-2] for split in labelled for part in by_split[split]})
-    return {
-        split: functools.partial(_folder_dataset, root, by_split[split], classes if split in labelled else [])
-        for split in sorted(by_split)
-    }
-
-
-def _folder_dataset(root: str, parts: list[list[str]], classes: list[str]) -> datasets.Dataset:
+def _image_files(root: str, split: FolderSplit) -> datasets.Dataset:
     import datasets
     import pyarrow as pa
 
-    paths = [os.fsencode("/".join((root, *part))) for part in parts]  # bytes: a name need not be UTF-8
-    arrays = [pa.nulls(len(parts), pa.binary()), pa.array(paths, pa.large_binary())]
+    paths = [os.fsencode(os.path.join(root, file)) for file in split.files]  # bytes: a name need not be UTF-8
+    arrays = [pa.nulls(len(paths), pa.binary()), pa.array(paths, pa.large_binary())]
     columns = {"image": pa.StructArray.from_arrays(arrays, ["bytes", "path"])}
     features: dict[str, Any] = {"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("large_binary")}}
-    if len(classes) > 1:
-        number = {name: i for i, name in enumerate(classes)}
-        columns["label"] = pa.array([number[part[-2]] for part in parts], type=pa.int64())
-        features["label"] = datasets.ClassLabel(names=[_text(name) for name in classes])
+    if split.classes:
+        columns["label"] = pa.array(split.labels(), type=pa.int64())
+        features["label"] = datasets.ClassLabel(names=[printable(name) for name in split.classes])
     info = datasets.DatasetInfo(features=datasets.Features(features))
     return datasets.Dataset(pa.table(columns), info=info, fingerprint="folder")  # else it hashes all of the paths
 

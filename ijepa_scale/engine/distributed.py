@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -135,3 +136,5 @@ def _prepare_cpu() -> None:
     # Versions of torch lock this folder in different ways: sharing one can wait for ever.
     folder = Path("~/.cache/torch_extensions").expanduser() / f"torch-{torch.__version__}"
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
+    # Versions of ninja take one another's output for stale and compile for a minute: always use this environment's.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

@@ -1,9 +1,11 @@
 """The loss against layer-normalized targets, gathered from the target encoder's dense output."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 
-LOSSES = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}
+LOSSES: dict[str, Callable[..., torch.Tensor]] = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}
 
 
 def target_loss(

@@ -1,5 +1,3 @@
-import dataclasses
-import functools
 import math
 import os
 import signal
@@ -14,98 +12,9 @@ import pytest
 from PIL import Image
 
 from ijepa_scale.data import scenes
+from tests.reference.marching import INSIDE, marched, nearest
 
-SIZE, STEP = 64, 0.02
 SCENES = [(0, 0), (0, 9), (4, 1), (4, scenes.VALIDATION_START)]
-INSIDE = {
-    "sphere": lambda x, y, z: x * x + y * y + z * z <= 1,
-    "box": lambda x, y, z: (abs(x) <= 1) & (abs(y) <= 1) & (abs(z) <= 1),
-    "cylinder": lambda x, y, z: (x * x + y * y <= 1) & (abs(z) <= 1),
-    "cone": lambda x, y, z: (np.hypot(x, y) <= (1 - z) / 2) & (abs(z) <= 1),
-}
-
-
-@functools.cache
-def marched(seed: int, index: int) -> np.ndarray:
-    """Depth (K, SIZE, SIZE) of each object alone, inf where it is missed, by small steps along each pixel's ray."""
-    layout = scenes.scene_layout(seed, index)
-    depth = np.full((len(layout.kinds), SIZE, SIZE), np.inf)
-    edge = math.tan(math.radians(21))
-    for row, column in np.ndindex(SIZE, SIZE):
-        u, v = ((column + 0.5) / SIZE * 2 - 1) * edge, (1 - (row + 0.5) / SIZE * 2) * edge
-        ray = layout.view[0] + u * layout.view[1] + v * layout.view[2]
-        closest = (layout.centres - layout.camera) @ ray / (ray @ ray)
-        missed_by = np.linalg.norm(layout.camera + closest[:, None] * ray - layout.centres, axis=1)
-        for k in np.flatnonzero(missed_by < 1.4):  # no shape reaches as far from its centre
-            steps = closest[k] + np.arange(-1.4, 1.4, STEP)
-            points = layout.camera + steps[:, None] * ray - layout.centres[k]
-            inside = INSIDE[layout.kinds[k]](*np.linalg.solve(layout.axes[k], points.T))
-            if inside.any():
-                depth[k, row, column] = steps[inside.argmax()]
-    return depth
-
-
-def nearest(depth: np.ndarray) -> np.ndarray:
-    return np.where(np.isfinite(depth).any(axis=0), depth.argmin(axis=0), -1)
-
-
-def without_sun(look: scenes.Look) -> scenes.Look:
-    """Black objects, and everything else lit from all sides."""
-    grey = np.full_like(look.ground, 0.8)
-    return dataclasses.replace(look, sun=0 * look.sun, albedo=0 * look.albedo, mirror=0 * look.mirror, ground=grey)
-
-
-@pytest.mark.parametrize("seed, index", SCENES)
-def test_rays_hit_what_small_steps_along_them_hit(seed, index):
-    expected = marched(seed, index)
-    depth, owner, outlines = scenes._trace(scenes.scene_layout(seed, index), scenes._pixel_rays(SIZE, 1))
-    agrees = owner[0] == nearest(expected)
-    assert agrees.mean() > 0.99  # a step may jump over a grazed edge
-    shown = agrees & (owner[0] >= 0)
-    assert np.abs(depth[0][shown] - expected.min(axis=0)[shown]).max() < 1.5 * STEP
-    np.testing.assert_allclose(outlines, np.isfinite(expected).sum(axis=(1, 2)), rtol=0.05, atol=4)
-
-
-@pytest.mark.parametrize("kind", scenes.KINDS)
-def test_crossing_is_the_part_of_a_ray_inside_the_shape(kind):
-    rng = np.random.default_rng(1)
-    starts, targets = rng.normal(size=(3, 600)), rng.uniform(-1.2, 1.2, (3, 600))
-    starts *= 4 / np.linalg.norm(starts, axis=0)  # all around, so that cones are also seen from above and below
-    times = np.linspace(0, 2.5, 2501)
-    t_in, t_out = scenes._crossing(kind, starts, targets - starts)
-    for ray, (start, target) in enumerate(zip(starts.T, targets.T, strict=True)):
-        inside = times[INSIDE[kind](*(start + times[:, None] * (target - start)).T)]
-        if len(inside) > 1:
-            assert (t_in[ray], t_out[ray]) == pytest.approx((inside[0], inside[-1]), abs=0.0011)
-        else:
-            assert not t_out[ray] - t_in[ray] > 0.0021
-
-
-def test_looking_only_where_an_object_or_its_shadow_can_be_changes_nothing(monkeypatch):
-    layouts = [scenes.scene_layout(4, index) for index in range(12)]
-    looks = [scenes._draw_look(np.random.default_rng(index), len(layout.kinds)) for index, layout in enumerate(layouts)]
-    images = [scenes._render(*scene, SIZE) for scene in zip(layouts, looks, strict=True)]
-    everywhere = (slice(None), slice(None), slice(None))
-    monkeypatch.setattr(scenes, "_windows", lambda layout, points, size: [everywhere] * len(layout.kinds))
-    for image, layout, look in zip(images, layouts, looks, strict=True):
-        difference = np.abs(image.astype(int) - scenes._render(layout, look, SIZE))
-        assert (difference > 3).sum() <= 3  # a sample on an edge may fall to either side: products are summed otherwise
-
-
-@pytest.mark.parametrize("seed, index", SCENES)
-def test_picture_shows_the_objects_of_the_layout_where_they_are(seed, index):
-    layout = scenes.scene_layout(seed, index)
-    look = without_sun(scenes._draw_look(np.random.default_rng(0), len(layout.kinds)))
-    black = scenes._render(layout, look, SIZE).max(axis=-1) == 0
-    expected = nearest(marched(seed, index)) >= 0
-    inner = expected.copy()  # pixels whose neighbours agree: the others are part object, part ground
-    outer = expected.copy()
-    for shift in [(0, 1), (0, -1), (1, 0), (-1, 0)]:
-        inner &= np.roll(expected, shift, axis=(0, 1))
-        outer |= np.roll(expected, shift, axis=(0, 1))
-    assert black[inner].mean() > 0.99
-    assert not black[~outer].any()
-    assert inner.sum() > 50
 
 
 @pytest.mark.parametrize("seed, index", SCENES)
@@ -131,24 +40,6 @@ def test_objects_stand_on_the_ground_and_apart():
         for k, (kind, centre, axes) in enumerate(zip(layout.kinds, layout.centres, layout.axes, strict=True)):
             others = np.concatenate(solids[:k] + solids[k + 1 :], axis=1)
             assert not INSIDE[kind](*np.linalg.solve(axes, others - centre[:, None])).any()
-
-
-def test_shadow_falls_away_from_the_sun():
-    centre = np.array([[0.0, 0.0, 1.5]])  # a ball in the air, seen from above: its shadow is beside it
-    view = np.array([[0.0, 0.0, -1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    layout = scenes.Layout(("sphere",), centre, 0.5 * np.eye(3)[None], np.array([0.0, 0.0, 10.0]), view)
-    look = scenes._draw_look(np.random.default_rng(0), 1)
-    grey, sun = np.full_like(look.ground, 0.5), np.array([0.6, 0.0, 0.8], dtype=np.float32)
-    look = dataclasses.replace(look, ground=grey, fog=0.0, lights=np.stack([sun] * 4, axis=1))
-    image = scenes._render(layout, look, 65).astype(float).mean(axis=-1)
-
-    def pixel(x: float, y: float) -> float:
-        return image[round(32 - y / 10 / scenes.HALF_VIEW * 32.5), round(32 + x / 10 / scenes.HALF_VIEW * 32.5)]
-
-    shadow = -1.5 * 0.6 / 0.8  # x of the shadow's centre; it reaches 0.5 in y
-    assert pixel(shadow - 0.2, 0) < 0.75 * pixel(-shadow + 0.2, 0)
-    assert pixel(shadow - 0.2, 0.3) < 0.75 * pixel(-shadow + 0.2, 0)
-    assert pixel(shadow - 0.2, 0.8) == pytest.approx(pixel(-shadow + 0.2, 0.8), abs=1)
 
 
 def test_scene_depends_on_its_arguments_only():

@@ -67,7 +67,7 @@ def test_works_on_views_and_on_parameters():
     assert parameter.is_leaf and parameter.grad_fn is None
 
 
-def test_float64_for_gradients_of_nothing_but_exactness():
+def test_float64_is_averaged_in_float64():
     ema, source = weights(9, dtype=torch.float64), weights(9, seed=1, dtype=torch.float64)
     exact = 0.996 * ema + (1 - 0.996) * source
     torch.testing.assert_close(ema_update(ema, source, 0.996), exact, rtol=1e-14, atol=1e-15)

@@ -1,0 +1,103 @@
+"""Files of a data folder, and the splits and classes that their names and folders tell."""
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ijepa_scale.data.transforms import image_extensions
+
+_log = logging.getLogger(__name__)
+
+SPLIT_NAMES = {  # as `datasets` reads them in the names of files and folders
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """Image files of one split, relative to the folder of all, and the names of their classes (none: no labels)."""
+
+    files: list[str]
+    classes: list[str]
+
+    def labels(self) -> list[int]:
+        """Indices into classes, one for each file: the class is the name of the folder it lies in."""
+        number = {name: i for i, name in enumerate(self.classes)}
+        return [number[file.split("/")[-2]] for file in self.files]
+
+
+def list_files(root: str) -> dict[str, list[str]]:
+    """Files below root that may be data, by kind, relative to root and sorted."""
+    kinds = dict.fromkeys(image_extensions(), "images") | {".parquet": "parquet", ".arrow": "arrow"}
+    files: dict[str, list[str]] = {"parquet": [], "arrow": [], "images": []}
+    for path in _walk(root, "", ()):
+        kind = kinds.get(os.path.splitext(path)[1].lower())
+        if kind and not (kind == "arrow" and os.path.basename(path).startswith("cache-")):  # left by `Dataset.map`
+            files[kind].append(path)
+    return {kind: sorted(paths) for kind, paths in files.items()}
+
+
+def _walk(root: str, folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
+    """Relative paths of all files below root/folder that are not hidden. Follows links, except in circles."""
+    here = os.path.join(root, folder)
+    stat = os.stat(here)
+    if (stat.st_dev, stat.st_ino) in ancestors:
+        return
+    ancestors += ((stat.st_dev, stat.st_ino),)
+    with os.scandir(here) as entries:
+        for entry in entries:
+            if entry.name.startswith((".", "__MACOSX")):
+                continue
+            path = os.path.join(folder, entry.name)
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                yield from _walk(root, path, ancestors)
+            else:
+                yield path
+
+
+def arrow_splits(files: list[str]) -> dict[str, list[str]]:
+    """.arrow files by the split that their folder or name tells (data-train-00000-of-00002.arrow), else train."""
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        words = re.split(r"[^a-z]+", file.lower())
+        by_split.setdefault(next((SPLIT_NAMES[w] for w in words if w in SPLIT_NAMES), "train"), []).append(file)
+    return by_split
+
+
+def image_splits(root: str, files: list[str]) -> dict[str, FolderSplit]:
+    """Image files by split. The folders at the top are splits if all, or two of them, are named so; else all is train.
+
+    A split whose images all lie in one level of folders is labelled with these; numbers are the same in all splits.
+    root: where the files are, for the warning that some are left out.
+    """
+    tops = {_top(file) for file in files}
+    named = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
+    if len(named) < len(tops) and len(set(named.values())) < 2:
+        named = {}
+    by_split: dict[str, list[str]] = {}
+    for file in files:
+        split = named.get(_top(file)) if named else "train"
+        if split is not None:
+            by_split.setdefault(split, []).append(file)
+    ignored = sorted(printable(top) or "images at the top" for top in tops - named.keys()) if named else []
+    if ignored:
+        _log.warning("%s: in no split, so left out: %s", printable(root), ", ".join(ignored))
+    depth = 2 if named else 1
+    labelled = {split for split, part in by_split.items() if all(file.count("/") == depth for file in part)}
+    classes = sorted({file.split("/")[-2] for split in labelled for file in by_split[split]})
+    classes = classes if len(classes) > 1 else []
+    return {split: FolderSplit(by_split[split], classes if split in labelled else []) for split in sorted(by_split)}
+
+
+def _top(file: str) -> str:
+    """The folder at the top that holds a file; "" for a file at the top itself."""
+    return file.partition("/")[0] if "/" in file else ""
+
+
+def printable(path: str) -> str:
+    """A path in printable form: names of files need not be UTF-8."""
+    return path.encode("utf-8", "backslashreplace").decode()

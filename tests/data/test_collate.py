@@ -1,0 +1,109 @@
+"""Micro-batches are pure functions of their position: ranks, accumulation and workers change nothing."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ijepa_scale.data.collate import BLOCKS, CROP, SIZES, MicroBatches, micro_batch_stream
+from ijepa_scale.data.images import open_images
+from ijepa_scale.data.order import generator_for, image_at
+from ijepa_scale.data.transforms import random_resized_crop
+from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
+
+GRID = PatchGrid(4, 4)
+BLOCKS_SPEC = MultiBlock(grid=GRID, min_keep=2)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(21):
+        pixels = rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:02}.png")
+    return open_images(str(folder))
+
+
+def micro_batches(images, **changes):
+    values = dict(
+        images=images,
+        blocks=BLOCKS_SPEC,
+        seed=3,
+        image_size=32,
+        crop_scale=(0.3, 1.0),
+        global_batch_size=8,
+        micro_batch_size=8,
+    )
+    return MicroBatches(**{**values, **changes})
+
+
+def sequences(packed):
+    bounds = packed.cu_seqlens.tolist()
+    return [packed.indices_T[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+
+
+@pytest.mark.parametrize("context", ["all", "3"])
+def test_any_cut_of_the_global_batch_holds_the_same_images_crops_and_masks(images, context):
+    whole = micro_batches(images, context=context)
+    for step in (0, 1, 5):
+        expected = whole[step]
+        for ranks, micro in ((2, 4), (2, 2), (4, 1), (1, 2)):
+            parts = []
+            accumulation = 8 // (ranks * micro)
+            for a in range(accumulation):
+                for rank in range(ranks):
+                    cut = micro_batches(images, context=context, micro_batch_size=micro, rank=rank, ranks=ranks)
+                    assert cut.accumulation_steps == accumulation
+                    parts.append(cut[step * accumulation + a])
+            assert sum((part.indices for part in parts), ()) == expected.indices
+            assert torch.equal(torch.cat([part.images for part in parts]), expected.images)
+            for name in ("context", "target_blocks"):
+                got = [s % 16 for part in parts for s in sequences(getattr(part.masks, name))]
+                want = [s % 16 for s in sequences(getattr(expected.masks, name))]
+                assert len(got) == len(want) and all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_batch_is_what_the_position_says(images):
+    batch = micro_batches(images)[4]
+    sizes = block_sizes(BLOCKS_SPEC, generator_for(3, SIZES, 4))
+    for position in range(8):
+        index = image_at(3, 4, position, num_images=21, global_batch_size=8)
+        crop = random_resized_crop(images.read(index), generator_for(3, CROP, 4, position), 32, scale=(0.3, 1.0))
+        placed = place_blocks(BLOCKS_SPEC, sizes, generator_for(3, BLOCKS, 4, position))
+        assert batch.indices[position] == index
+        assert np.array_equal(batch.images[position].numpy(), crop)
+        assert np.array_equal(sequences(batch.masks.context)[position] % 16, placed.context)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_and_restarts_change_nothing(images, workers):
+    dataset = micro_batches(images, micro_batch_size=4)
+    alone = list(micro_batch_stream(dataset, start_step=0, stop_step=3, workers=0))
+    shared = list(micro_batch_stream(dataset, start_step=1, stop_step=3, workers=workers))
+    assert len(alone) == 6 and len(shared) == 4
+    for a, b in zip(alone[2:], shared, strict=True):
+        assert a.indices == b.indices
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.masks.prediction.indices_T, b.masks.prediction.indices_T)
+
+
+def test_batch_min_cuts_every_context_to_the_shortest(images):
+    full, cut = micro_batches(images)[0], micro_batches(images, context="batch_min")[0]
+    shortest = min(len(s) for s in sequences(full.masks.context))
+    for whole, kept in zip(sequences(full.masks.context), sequences(cut.masks.context), strict=True):
+        assert torch.equal(kept, whole[:shortest])
+
+
+def test_an_unreadable_image_is_reported_and_replaced(images, tmp_path):
+    for i in range(12):
+        Image.fromarray(np.full((40, 40, 3), 20 * i, np.uint8)).save(tmp_path / f"{i:02}.png")
+    (tmp_path / "05.png").write_bytes(b"not an image")
+    dataset = micro_batches(open_images(str(tmp_path)), global_batch_size=12, micro_batch_size=12)
+    batch = dataset[0]
+    assert [bad.index for bad in batch.bad] == [5]
+    again = dataset[0]
+    assert torch.equal(batch.images, again.images)
+    place = batch.indices.index(5)
+    assert batch.images[place].float().std() == 0 and batch.images[place].unique().numel() == 1

@@ -1,0 +1,110 @@
+import os
+
+import numpy as np
+import pytest
+
+from ijepa_scale.data.folders import FolderSplit, arrow_splits, image_splits, list_files, printable
+
+
+def write_tree(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def splits(*files):
+    """What the tree of image files tells: split -> (its files, the class of each, if they have any)."""
+    return {
+        name: (split.files, [split.classes[label] for label in split.labels()] if split.classes else None)
+        for name, split in image_splits("/set", sorted(files)).items()
+    }
+
+
+def test_files_are_listed_by_kind_and_in_order(tmp_path):
+    names = [f"{i % 7}/{i}.{end}" for i, end in enumerate(["png", "JPEG", "webp", "parquet", "arrow", "txt"] * 10)]
+    for root in ("one", "two"):  # in two orders of creation
+        write_tree(tmp_path / root, *(names if root == "one" else np.random.default_rng(0).permutation(names)))
+    listed = list_files(str(tmp_path / "one"))
+    assert listed == list_files(str(tmp_path / "two"))
+    for kind, ends in [("images", ("png", "JPEG", "webp")), ("parquet", ("parquet",)), ("arrow", ("arrow",))]:
+        assert listed.pop(kind) == sorted(name for name in names if name.endswith(ends))
+    assert not listed
+
+
+def test_what_is_no_data_is_not_listed(tmp_path):
+    write_tree(tmp_path, ".hidden.png", ".git/x.png", "a/.cache/x.parquet", "__MACOSX/x.png", "png", "x.png.txt")
+    write_tree(tmp_path, "cache-12ab.arrow", "a/cache-12ab.arrow", "cache-1.png")
+    assert list_files(str(tmp_path)) == {"parquet": [], "arrow": [], "images": ["cache-1.png"]}
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_tree(tmp_path, "elsewhere/1.png", "elsewhere/more/2.png", "set/3.png")
+    (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set/twice").symlink_to(tmp_path / "elsewhere/more")  # no circle: listed at both places
+    (tmp_path / "set/z.png").symlink_to(tmp_path / "elsewhere/1.png")
+    (tmp_path / "set/broken.png").symlink_to(tmp_path / "nowhere")  # listed, so that reading it tells
+    (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set")
+    (tmp_path / "set/self").symlink_to(tmp_path / "set")
+    expected = ["3.png", "broken.png", "linked/1.png", "linked/more/2.png", "twice/2.png", "z.png"]
+    assert list_files(str(tmp_path / "set"))["images"] == expected
+
+
+def test_class_folders_are_labels():
+    assert splits("cat/1.png", "dog/2.png", "ant/3.png", "cat/4.png") == {
+        "train": (["ant/3.png", "cat/1.png", "cat/4.png", "dog/2.png"], ["ant", "cat", "cat", "dog"])
+    }
+    assert image_splits("/set", ["b/1.png", "a/2.png"]) == {"train": FolderSplit(["b/1.png", "a/2.png"], ["a", "b"])}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        ["1.png", "2.png"],
+        ["images/1.png", "images/2.png"],  # one folder tells nothing
+        ["cat/1.png", "dog/2.png", "loose.png"],
+        ["cat/1.png", "dog/deeper/2.png"],
+        ["a/cat/1.png", "a/dog/2.png"],
+    ],
+)
+def test_other_trees_have_no_labels(files):
+    assert splits(*files) == {"train": (sorted(files), None)}
+
+
+def test_split_folders_number_classes_alike(caplog):
+    files = ["Training/cat/1.png", "Training/dog/2.png", "val/dog/3.png", "test/4.png"]
+    found = image_splits("/set", files)
+    assert list(found) == ["test", "train", "validation"]
+    assert found["train"] == FolderSplit(files[:2], ["cat", "dog"])
+    assert (found["validation"].classes, found["validation"].labels()) == (["cat", "dog"], [1])
+    assert found["test"] == FolderSplit(["test/4.png"], [])
+    assert not caplog.records
+
+
+def test_what_is_in_no_split_is_left_out_and_told(caplog):
+    odd = os.fsdecode(b"caf\xe9")  # a name that is not UTF-8
+    assert splits("train/1.png", "val/2.png", "extra/3.png", "4.png", f"{odd}/5.png") == {
+        "train": (["train/1.png"], None),
+        "validation": (["val/2.png"], None),
+    }
+    assert r"/set: in no split, so left out: caf\udce9, extra, images at the top" in caplog.text
+
+
+def test_folders_of_one_name_for_a_split_are_classes_unless_all_are():
+    assert splits("train/1.png", "boat/2.png") == {"train": (["boat/2.png", "train/1.png"], ["boat", "train"])}
+    assert splits("val/1.png", "valid/2.png") == {"validation": (["val/1.png", "valid/2.png"], None)}
+    assert splits("train.png", "val.png") == {"train": (["train.png", "val.png"], None)}  # files, not folders
+
+
+def test_arrow_files_tell_their_split_by_name_or_folder():
+    files = ["data-00000-of-00001.arrow", "set-train-00000-of-00002.arrow", "val/a.arrow", "x_TEST.arrow"]
+    assert arrow_splits(files) == {
+        "train": ["data-00000-of-00001.arrow", "set-train-00000-of-00002.arrow"],
+        "validation": ["val/a.arrow"],
+        "test": ["x_TEST.arrow"],
+    }
+    assert arrow_splits(["contest.arrow"]) == {"train": ["contest.arrow"]}
+
+
+def test_printable_names_can_be_encoded():
+    assert printable("é/猫.png") == "é/猫.png"
+    assert printable(os.fsdecode(b"caf\xe9.png")) == r"caf\udce9.png"

@@ -1,0 +1,140 @@
+"""A tiny I-JEPA, its batches and its engine, for tests of engine/ that run inside ranks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ijepa_scale.engine import zero
+from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.masking.packing import Masks, pack_masks
+from ijepa_scale.models.ijepa import IJepa, initial_weight
+from ijepa_scale.models.predictor import Predictor
+from ijepa_scale.models.vit import VisionTransformer, ViTSize
+from ijepa_scale.optim import adamw, parameter_groups
+
+GLOBAL_BATCH = 8
+BETAS = (0.9, 0.95)
+SEED = 7
+GRID_SIDE = 4
+
+Weights = dict[str, torch.Tensor]
+
+
+def build_encoder() -> VisionTransformer:
+    return VisionTransformer(ViTSize(width=32, depth=2, heads=2, mlp_width=64), image_size=32, patch_size=8)
+
+
+def build_model() -> IJepa:
+    encoder = build_encoder()
+    predictor = Predictor(ViTSize(width=16, depth=1, heads=2, mlp_width=32), encoder_width=32, grid=encoder.grid)
+    return IJepa(encoder, predictor, build_encoder())
+
+
+def global_batch(step: int) -> tuple[torch.Tensor, list, list]:
+    """Images (GLOBAL_BATCH, 3, 32, 32) uint8, contexts of 3 to 8 patches and two target blocks of 4 an image."""
+    rng = np.random.default_rng(step)
+    images = torch.from_numpy(rng.integers(0, 256, (GLOBAL_BATCH, 3, 32, 32), dtype=np.uint8))
+    context = [np.sort(rng.choice(16, rng.integers(3, 9), replace=False)) for _ in range(GLOBAL_BATCH)]
+    corners = rng.integers(0, GRID_SIDE - 1, (GLOBAL_BATCH, 2, 2))
+    block = np.array([0, 1, GRID_SIDE, GRID_SIDE + 1])
+    return images, context, [[block + row * GRID_SIDE + column for row, column in image] for image in corners]
+
+
+def whole_batch(step: int) -> tuple[torch.Tensor, Masks]:
+    images, context, target_blocks = global_batch(step)
+    return images, pack_masks(context, target_blocks, GRID_SIDE**2)
+
+
+def micro_batches(step: int, ranks: Ranks, accumulation: int) -> list[tuple[torch.Tensor, Masks]]:
+    """This rank's micro-batches of a step, cut as data/collate.py cuts them."""
+    images, context, target_blocks = global_batch(step)
+    size = GLOBAL_BATCH // (ranks.world_size * accumulation)
+    parts = []
+    for micro in range(accumulation):
+        first = (micro * ranks.world_size + ranks.rank) * size
+        part = slice(first, first + size)
+        parts.append((images[part], pack_masks(context[part], target_blocks[part], GRID_SIDE**2)))
+    return parts
+
+
+def start_engine(
+    ranks: Ranks,
+    *,
+    zero_stage: int,
+    precision: str,
+    accumulation: int = 1,
+    clip: float = 0.0,
+    seed: int = SEED,
+    before_ema: Callable[[Any], None] = lambda engine: None,
+) -> tuple[Any, ShardedEMA]:
+    settings = zero.deepspeed_config(
+        zero_stage=zero_stage,
+        precision=precision,
+        micro_batch_size=GLOBAL_BATCH // (ranks.world_size * accumulation),
+        accumulation_steps=accumulation,
+        clip_grad_norm=clip,
+    )
+    with zero.building_context(settings):
+        model = build_model()
+    engine = zero.initialize(
+        model,
+        settings,
+        lambda name, shape: initial_weight(name, shape, seed),
+        lambda module: adamw(parameter_groups(module), BETAS),
+    )
+    before_ema(engine)
+    return engine, ShardedEMA(engine, model.twins())
+
+
+def moments(engine: Any, kind: str) -> list[torch.Tensor]:
+    """AdamW's exp_avg or exp_avg_sq, one a flat of masters(); zero before the first step."""
+    state = engine.optimizer.optimizer.state
+    return [state[flat].get(kind, torch.zeros_like(flat)) for flat in zero.masters(engine.optimizer)]
+
+
+def gathered(engine: Any, ranks: Ranks, flats: list[torch.Tensor | None]) -> Weights:
+    """Whole tensors by parameter name, put together from all ranks' parts of the flats, on every rank."""
+    own = []
+    for part in zero.fragments(engine.optimizer):
+        flat = flats[part.flat]
+        if flat is not None:
+            own.append((part.name, part.start, flat.detach().narrow(0, part.offset, part.numel).clone()))
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for name, start, values in (piece for rank in ranks.gather(own) for piece in rank):
+        pieces.setdefault(name, []).append((start, values))
+    whole = {}
+    for name, parts in pieces.items():
+        parts.sort(key=lambda piece: piece[0])
+        end = 0
+        for start, values in parts:
+            assert start == end, f"{name}: a part starts at {start}, the one before ends at {end}"
+            end += values.numel()
+        whole[name] = torch.cat([values for _, values in parts])
+    return whole
+
+
+def weights_of(engine: Any, prefix: str) -> Weights:
+    """The weights that the forward uses, whole and flat, as DeepSpeed itself gathers them. Collective under ZeRO-3."""
+    import deepspeed
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        if name.startswith(prefix):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                weights[name] = parameter.detach().clone().flatten()
+    if dist.is_initialized():
+        dist.barrier()
+    return weights
+
+
+def largest_difference(a: Weights, b: Weights) -> float:
+    assert a.keys() == b.keys(), a.keys() ^ b.keys()
+    return max(float((a[name].float().flatten() - b[name].float().flatten()).abs().max()) for name in a)
+
+
+def bits_equal(a: Weights, b: Weights) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name].flatten(), b[name].flatten()) for name in a)

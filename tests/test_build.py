@@ -1,0 +1,167 @@
+import dataclasses
+
+import pytest
+import torch
+
+from ijepa_scale import build
+from ijepa_scale.config import (
+    DataConfig,
+    LossConfig,
+    MaskConfig,
+    ModelConfig,
+    OptimizationConfig,
+    PredictorConfig,
+    PretrainConfig,
+)
+from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.models.vit import VIT_SIZES, ViTSize
+
+
+def config_of(**sections):
+    return PretrainConfig(
+        **{
+            "data": DataConfig(image_size=24),
+            "model": ModelConfig(name="vit_tiny", patch_size=4, width=16, depth=2, heads=2),
+            "predictor": PredictorConfig(width=8, depth=1),
+            **sections,
+        }
+    )
+
+
+@pytest.mark.parametrize("name", VIT_SIZES)
+def test_a_named_size(name):
+    assert build.vit_size(ModelConfig(name=name)) == VIT_SIZES[name]
+
+
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ({"depth": 3}, (192, 3, 3, 768)),
+        ({"heads": 6}, (192, 12, 6, 768)),
+        ({"mlp_width": 100}, (192, 12, 3, 100)),
+        ({"width": 96}, (96, 12, 3, 384)),  # the mlp follows the width
+        ({"width": 96, "mlp_width": 100, "depth": 1, "heads": 4}, (96, 1, 4, 100)),
+    ],
+)
+def test_explicit_sizes_win(overrides, expected):
+    width, depth, heads, mlp_width = expected
+    size = build.vit_size(ModelConfig(name="vit_tiny", **overrides))
+    assert size == ViTSize(width=width, depth=depth, heads=heads, mlp_width=mlp_width)
+
+
+def test_sizes_that_cannot_be():
+    with pytest.raises(ValueError, match=r"unknown model.name 'vit_enormous'; choose one of vit_tiny, vit_small"):
+        build.vit_size(ModelConfig(name="vit_enormous"))
+    with pytest.raises(ValueError, match="width a multiple of its heads"):
+        build.vit_size(ModelConfig(name="vit_tiny", heads=5))
+
+
+def test_the_model_is_what_the_config_says():
+    model = build.build_model(config_of(loss=LossConfig(kind="l2"), seed=5))
+    assert model.loss_kind == "l2"
+    for encoder in (model.context_encoder, model.target_encoder):
+        assert encoder.size == ViTSize(width=16, depth=2, heads=2, mlp_width=64)
+        assert encoder.grid == PatchGrid(6, 6) and encoder.patch_embed.proj.weight.shape == (16, 3, 4, 4)
+    assert model.predictor.size == ViTSize(width=8, depth=1, heads=2, mlp_width=32)  # the encoder's heads
+    assert model.predictor.predictor_pos_embed.shape == (1, 36, 8)
+    assert model.predictor.predictor_embed.in_features == model.predictor.predictor_proj.out_features == 16
+    assert all(torch.equal(source, target) for source, target in model.twins())
+    other = build.build_model(config_of(predictor=PredictorConfig(width=8, depth=1, heads=4), seed=5))
+    assert other.predictor.size.heads == 4 and other.loss_kind == "smooth_l1"
+
+
+def test_weights_are_a_function_of_the_seed():
+    models = [build.build_model(config_of(seed=seed)).state_dict() for seed in (5, 5, 6)]
+    name = "context_encoder.blocks.1.attn.qkv.weight"
+    assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
+    assert not torch.equal(models[0][name], models[2][name])
+    plain = build.build_model(config_of(seed=5), initialize=False).state_dict()
+    assert plain.keys() == models[0].keys() and not torch.equal(plain[name], models[0][name])
+
+
+def test_architecture_says_what_fixes_the_shapes():
+    config = config_of()
+    assert build.architecture(config) == {
+        "image_size": 24,
+        "patch_size": 4,
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "mlp_width": 64,
+        "predictor_width": 8,
+        "predictor_depth": 1,
+        "predictor_heads": 2,
+    }
+    for change in (
+        {"data": DataConfig(image_size=48)},
+        {"model": dataclasses.replace(config.model, mlp_width=60)},
+        {"predictor": PredictorConfig(width=8, depth=1, heads=1)},
+    ):
+        assert build.architecture(config_of(**change)) != build.architecture(config)
+
+
+def test_blocks_carry_the_mask_section():
+    mask = MaskConfig(
+        num_target_blocks=3,
+        target_scale=(0.1, 0.3),
+        target_aspect_ratio=(0.5, 2.0),
+        context_scale=(0.7, 0.9),
+        min_keep=2,
+        reference_compat=True,
+    )
+    blocks = build.build_blocks(config_of(mask=mask))
+    assert blocks.grid == PatchGrid(6, 6)
+    shared = [item.name for item in dataclasses.fields(blocks) if item.name != "grid"]
+    assert {name: getattr(blocks, name) for name in shared} == {name: getattr(mask, name) for name in shared}
+
+
+def test_a_grid_too_small_for_min_keep_is_refused():
+    config = config_of(data=DataConfig(image_size=32))
+    with pytest.raises(ValueError, match=r"mask.min_keep 10 on the 8 x 8 patch grid cannot be met") as caught:
+        build.build_blocks(config)
+    works = int(str(caught.value).split("mask.min_keep <= ")[1].split(",")[0])
+    assert build.build_blocks(dataclasses.replace(config, mask=MaskConfig(min_keep=works))).min_keep == works
+    with pytest.raises(ValueError, match="1 x 1 patch grid is too small to mask"):
+        build.build_blocks(config_of(data=DataConfig(image_size=4)))
+
+
+@pytest.mark.parametrize(
+    "options, images, expected",
+    [
+        # steps an epoch, horizon, stop, warm-up
+        ({}, 1_281_167, (625, 187_500, 187_500, 25_000)),
+        ({"global_batch_size": 10, "epochs": 3, "warmup_epochs": 1}, 99, (9, 27, 27, 9)),
+        ({"global_batch_size": 10, "epochs": 3, "warmup_epochs": 0.5}, 100, (10, 30, 30, 5)),
+        ({"max_steps": 600}, 1_281_167, (625, 600, 600, 80)),
+        ({"max_steps": 600, "stop_at_step": 100}, 1_281_167, (625, 600, 100, 80)),
+        ({"max_steps": 600, "stop_at_step": 900}, 1_281_167, (625, 600, 600, 80)),
+        ({"warmup_epochs": 0}, 1_281_167, (625, 187_500, 187_500, 0)),
+        ({"epochs": 40}, 2048, (1, 40, 40, 40)),
+    ],
+)
+def test_horizon(options, images, expected):
+    horizon = build.build_horizon(config_of(optimization=OptimizationConfig(**options)), images)
+    assert (horizon.steps_per_epoch, horizon.total, horizon.stop, horizon.warmup) == expected
+
+
+@pytest.mark.parametrize(
+    "whole, micro, ranks, expected", [(2048, 0, 16, 128), (2048, 32, 16, 32), (6, 0, 1, 6), (6, 3, 2, 3), (8, 0, 8, 1)]
+)
+def test_micro_batch_size(whole, micro, ranks, expected):
+    config = config_of(optimization=OptimizationConfig(global_batch_size=whole, micro_batch_size=micro))
+    assert build.build_micro_batch_size(config, ranks) == expected
+
+
+@pytest.mark.parametrize("whole, micro, ranks", [(100, 0, 3), (100, 30, 1), (4, 0, 8), (2048, 100, 16), (1, 7, 1)])
+def test_a_global_batch_that_cannot_be_cut_is_refused_and_the_advice_works(whole, micro, ranks):
+    config = config_of(optimization=OptimizationConfig(global_batch_size=whole, micro_batch_size=micro))
+    with pytest.raises(ValueError, match=rf"global_batch_size {whole} is not a multiple of .* {ranks} ranks") as caught:
+        build.build_micro_batch_size(config, ranks)
+    advised = int(str(caught.value).split("optimization.global_batch_size=")[1].split()[0])
+    config = config_of(optimization=OptimizationConfig(global_batch_size=advised, micro_batch_size=micro))
+    assert advised % (build.build_micro_batch_size(config, ranks) * ranks) == 0
+
+
+def test_a_run_needs_a_source():
+    with pytest.raises(ValueError, match=r"data.source is not set: .*data.source=scenes for rendered scenes"):
+        build.build_images(config_of())
