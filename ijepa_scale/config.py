@@ -143,6 +143,7 @@ class OptimizationConfig:
 class EngineConfig:
     zero_stage: int = 1  # 1, 2 or 3
     precision: str = "auto"  # auto (bf16 on a GPU, fp32 on CPU) | fp32 | bf16
+    hang_seconds: float = 1800.0  # a step with its save that takes longer prints all stacks and ends the run; 0: off
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged last into the generated DeepSpeed config
 
     def __post_init__(self) -> None:

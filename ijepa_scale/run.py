@@ -68,7 +68,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
     images = ranks.together(lambda: build.build_images(config), on="node")
     evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
     horizon = build.build_horizon(config, len(images))
-    found = find_checkpoint(config, folder, ranks, resume=resume, allow_changes=allow_changes)
+    found = find_checkpoint(config, folder, ranks, len(images), resume=resume, allow_changes=allow_changes)
 
     with zero.building_context(settings):
         model = build.build_model(config, initialize=False)
@@ -98,7 +98,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
 
 
 def find_checkpoint(
-    config: PretrainConfig, folder: RunFolder, ranks: Ranks, *, resume: str, allow_changes: bool
+    config: PretrainConfig, folder: RunFolder, ranks: Ranks, num_images: int, *, resume: str, allow_changes: bool
 ) -> Checkpoint | None:
     """The checkpoint to go on from, verified by all ranks; None for a fresh start. ValueError if it does not fit."""
     if resume == "never":
@@ -126,6 +126,8 @@ def find_checkpoint(
         )
         raise ValueError(f"{found.path} holds another architecture: {differing}; choose another run_dir or its config")
     changed = changed_keys(found.manifest["config"], to_dict(config))
+    if found.manifest["images"] != num_images:
+        changed["images in the source"] = (found.manifest["images"], num_images)
     if changed and not allow_changes:
         listed = "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
         raise ValueError(

@@ -1,6 +1,7 @@
 """Pre-training, top to bottom: set up, the loop over steps, the report at the end. The file to read first."""
 
 import contextlib
+import faulthandler
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -62,71 +63,88 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: boo
 
 
 def train(run: Run, stop_request: StopRequest) -> str:
-    """The loop. Returns why it was asked to stop early, or "" at the end of the run."""
-    config, ranks, horizon = run.config, run.ranks, run.horizon
-    writer = JsonlWriter(run.folder.metrics, run.start_step or None) if ranks.first else None
-    wandb = None
-    if ranks.first:
-        wandb = WandbWriter(
-            config.logging.wandb,
-            project=config.logging.wandb_project,
-            name=run.folder.path.name,
-            run_dir=run.folder.path,
-            config=to_dict(config),
-            run_id=run.wandb_id,
-        )
-        run.wandb_id = wandb.run_id
-        preview_masks(run)
+    """The loop, with its logs. Returns why it was asked to stop early, or "" at the end of the run."""
+    with contextlib.ExitStack() as stack:
+        log: Log = unlogged
+        progress = None
+        if run.ranks.first:
+            log = open_logs(run, stack)
+            preview_masks(run)
+            progress = stack.enter_context(Progress(run.horizon.stop, run.start_step))
+        stack.callback(faulthandler.cancel_dump_traceback_later)
+        return loop(run, stop_request, progress, log)
+
+
+def unlogged(record: dict[str, Any]) -> None:
+    """Ranks but the first write nothing."""
+
+
+def open_logs(run: Run, stack: contextlib.ExitStack) -> Log:
+    """metrics.jsonl, cut back to the restored step, and wandb."""
+    config = run.config
+    writer = stack.enter_context(JsonlWriter(run.folder.metrics, run.start_step or None))
+    wandb = WandbWriter(
+        config.logging.wandb,
+        project=config.logging.wandb_project,
+        name=run.folder.path.name,
+        run_dir=run.folder.path,
+        config=to_dict(config),
+        run_id=run.wandb_id,
+    )
+    stack.callback(wandb.finish)
+    run.wandb_id = wandb.run_id
 
     def log(record: dict[str, Any]) -> None:
-        if writer and wandb:
-            writer.write(record)
-            if record["kind"] in ("step", "health"):
-                wandb.log(record, record["step"])
+        writer.write(record)
+        if record["kind"] in ("step", "health"):
+            wandb.log(record, record["step"])
 
+    return log
+
+
+def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Log) -> str:
+    config, ranks, horizon = run.config, run.ranks, run.horizon
+    say: Say = progress.message if progress else lambda text: None
     batches = micro_batch_stream(
         run.dataset, start_step=run.start_step, stop_step=horizon.stop, workers=config.data.workers
     )
     health = [r for r in read_records(run.folder.metrics) if r.get("kind") == "health"] if ranks.first else []
     skipped_in_a_row = failed_saves = 0
     reason = ""
-    with Progress(horizon.stop, run.start_step) if ranks.first else contextlib.nullcontext() as progress:
-        say = progress.message if progress else lambda text: None
-        for note in run.notes:
-            say(note)
-        say(
-            f"{run.images.name}: {len(run.images):,} images, {horizon.steps_per_epoch} steps an epoch; "
-            f"{ranks.world_size} x {run.dataset.micro_batch_size} x {run.dataset.accumulation_steps} images a step; "
-            f"run folder {run.folder.path}"
-        )
-        for step in range(run.start_step, horizon.stop):
-            if config.logging.health_every_steps and step % config.logging.health_every_steps == 0:
-                measure_health(run, step, health, log, say)
-            outcome = train_step(run, step, batches, stop=bool(stop_request.pending()))
-            log(outcome.record)
-            if progress:
-                progress.update(step + 1, outcome.record)
-            if outcome.bad:
-                handle_bad_images(run, step, outcome, say, log)
-            skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
-            if not outcome.applied:
-                handle_skip(run, step, outcome, skipped_in_a_row, say, log)
-            done = step + 1
-            if outcome.stop:
-                reason = ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
-            if done % config.checkpoint.every_steps == 0 or done == horizon.stop or reason:
-                failed_saves = 0 if save_checkpoint(run, done, say) else failed_saves + 1
-                if failed_saves == STRIKES or (failed_saves and (reason or done == horizon.stop)):
-                    raise RunError("the checkpoint could not be written (see above); free space or mend the disk")
-            if reason:
-                say(f"stopped by {reason} after step {done}; the same command goes on from there")
-                break
-        else:
-            if config.logging.health_every_steps:
-                measure_health(run, horizon.stop, health, log, say)
-    if writer and wandb:
-        writer.close()
-        wandb.finish()
+    for note in run.notes:
+        say(note)
+    say(
+        f"{run.images.name}: {len(run.images):,} images, {horizon.steps_per_epoch} steps an epoch; "
+        f"{ranks.world_size} x {run.dataset.micro_batch_size} x {run.dataset.accumulation_steps} images a step; "
+        f"run folder {run.folder.path}"
+    )
+    for step in range(run.start_step, horizon.stop):
+        if config.engine.hang_seconds:  # a rank that hangs leaves the others waiting in a collective, for ever
+            faulthandler.dump_traceback_later(config.engine.hang_seconds, exit=True)
+        if config.logging.health_every_steps and step % config.logging.health_every_steps == 0:
+            measure_health(run, step, health, log, say)
+        outcome = train_step(run, step, batches, stop=bool(stop_request.pending()))
+        log(outcome.record)
+        if progress:
+            progress.update(step + 1, outcome.record)
+        if outcome.bad:
+            handle_bad_images(run, step, outcome, say, log)
+        skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
+        if not outcome.applied:
+            handle_skip(run, step, outcome, skipped_in_a_row, say, log)
+        done = step + 1
+        if outcome.stop:
+            reason = ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
+        if done % config.checkpoint.every_steps == 0 or done == horizon.stop or reason:
+            failed_saves = 0 if save_checkpoint(run, done, say) else failed_saves + 1
+            if failed_saves == STRIKES or (failed_saves and (reason or done == horizon.stop)):
+                raise RunError("the checkpoint could not be written (see above); free space or mend the disk")
+        if reason:
+            say(f"stopped by {reason} after step {done}; the same command goes on from there")
+            break
+    else:
+        if config.logging.health_every_steps:
+            measure_health(run, horizon.stop, health, log, say)
     return reason
 
 
@@ -269,6 +287,7 @@ def save_checkpoint(run: Run, step: int, say: Say) -> bool:
         "seed": run.config.seed,
         "config": to_dict(run.config),
         "architecture": build.architecture(run.config),
+        "images": len(run.images),
         "wandb_id": run.wandb_id,
     }
     try:

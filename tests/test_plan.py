@@ -62,5 +62,5 @@ def test_dry_run_needs_a_number_of_images_or_steps(tmp_path):
     assert "give data.num_images" in dry_run(load_config(path))
     assert "1,000 (" not in dry_run(load_config(path, ["optimization.max_steps=1000"]))
     assert "1,000 of" in dry_run(load_config(path, ["optimization.max_steps=1000"]))
-    with pytest.raises(ValueError, match="fewer than optimization.global_batch_size"):
+    with pytest.raises(ValueError, match=r"fewer than optimization\.global_batch_size"):
         dry_run(load_config(path, ["data.num_images=100"]))

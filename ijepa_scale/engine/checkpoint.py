@@ -1,7 +1,7 @@
 """Checkpoints that are complete or do not exist, and that any ZeRO stage and any number of ranks can read.
 
 A checkpoint is a folder step-00001000 with one safetensors file a rank, holding the runs of each parameter that it owns
-(keys "kind|name|first element"), and manifest.json with every file's size and SHA-256.
+(keys "kind|name|first element"), and manifest.json with every file's size and SHA-256, and its own.
 """
 
 import contextlib
@@ -105,12 +105,15 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
 
     def write() -> dict[str, Any]:
         path = partial / f"rank-{ranks.rank:05d}.safetensors"
-        save_file(pieces, path)
-        _fsync(path)
-        with safe_open(path, framework="pt") as file:
-            for key, values in pieces.items():
-                if not _same_bits(file.get_tensor(key), values):
-                    raise OSError(f"{path} reads back differently than it was written: {key}")
+        try:
+            save_file(pieces, path)
+            _fsync(path)
+            with safe_open(path, framework="pt") as file:
+                for key, values in pieces.items():
+                    if not _same_bits(file.get_tensor(key), values):
+                        raise OSError(f"{path} reads back differently than it was written: {key}")
+        except SafetensorError as error:  # what safetensors makes of a full disk
+            raise OSError(f"{path} cannot be written: {error}") from error
         return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
 
     def publish() -> None:
@@ -123,6 +126,7 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
                 "files": files,
                 **meta,
             }
+            manifest["sha256"] = _digest(manifest)
             _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
             _fsync(partial)
             replaced = folder / f".partial-replaced-{final.name}"
@@ -146,11 +150,16 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
     return final
 
 
-def prune(folder: Path, ranks: Ranks, *, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest keep_last checkpoints and those at multiples of keep_every (0: none of these)."""
+def prune(folder: Path, ranks: Ranks, *, keep_last: int, keep_every: int, newest: int | None = None) -> None:
+    """Delete all but the newest keep_last checkpoints and those at multiples of keep_every (0: none of these).
+
+    newest: the step just saved. Later ones, which a resume left behind as damaged, are not counted and stay.
+    """
     if ranks.first:
-        for path in candidates(folder)[keep_last:]:
-            if not keep_every or int(path.name.removeprefix("step-")) % keep_every:
+        steps = {path: int(path.name.removeprefix("step-")) for path in candidates(folder)}
+        reached = [path for path, step in steps.items() if newest is None or step <= newest]
+        for path in reached[keep_last:]:
+            if not keep_every or steps[path] % keep_every:
                 doomed = path.with_name(f".partial-{path.name}")  # so that a kill half-way leaves no broken candidate
                 os.rename(path, doomed)
                 shutil.rmtree(doomed)
@@ -167,6 +176,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is not of format {FORMAT}")
     if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("files"), list):
         raise ValueError(f"{MANIFEST} lacks its step or its files")
+    if manifest.get("sha256") != _digest(manifest):
+        raise ValueError(f"{MANIFEST} does not match its SHA-256: it was changed or damaged")
     return manifest
 
 
@@ -272,6 +283,12 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Of all of a manifest but the digest itself: a flipped digit of its step would otherwise be believed."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write_durably(path: Path, text: str) -> None:

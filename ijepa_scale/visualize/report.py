@@ -28,7 +28,7 @@ def report_table(scores: Sequence[Score]) -> "Table":
 
     table = Table(
         title="Top-1 accuracy (%) of frozen features, ± one standard error",
-        caption=f"better or worse: beyond {CLEAR:g} standard errors of the difference; one run, one seed",
+        caption=f"better, worse: beyond {CLEAR:g} standard errors; one run, one seed",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,

@@ -1,5 +1,7 @@
 """Micro-batches are pure functions of their position: ranks, accumulation and workers change nothing."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -41,7 +43,7 @@ def micro_batches(images, **changes):
 
 def sequences(packed):
     bounds = packed.cu_seqlens.tolist()
-    return [packed.indices_T[low:high] for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [packed.indices_T[low:high] for low, high in pairwise(bounds)]
 
 
 @pytest.mark.parametrize("context", ["all", "3"])

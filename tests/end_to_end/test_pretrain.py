@@ -3,14 +3,20 @@
 import json
 import os
 import re
-import socket
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from ijepa_scale.train import RunError, explained_memory_errors
+from tests.processes import assert_all, free_port, pretrain, run_ranks, start_ranks
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -49,10 +55,7 @@ def run(command, *, cwd, timeout=240):
 
 
 def launcher(ranks=2):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return ["deepspeed", "--num_gpus", ranks, "--master_port", port, ROOT / "launch" / "pretrain.py"]
+    return ["deepspeed", "--num_gpus", ranks, "--master_port", free_port(), ROOT / "launch" / "pretrain.py"]
 
 
 def test_help_needs_no_torch():
@@ -109,63 +112,107 @@ def test_a_folder_of_unlabelled_images_on_two_ranks_with_one_torn_file(config, t
     assert list((folder / "wandb").glob(f"offline-run-*-{manifest['wandb_id']}"))
 
 
-def test_one_process_with_classes_reports_probes_and_says_so_when_finished(config, tmp_path):
+def test_classes_on_two_ranks_report_probes_and_a_finished_run_says_so(config, tmp_path):
     draw_images(tmp_path / "images" / "train", 48, classes=("cat", "dog"))
-    draw_images(tmp_path / "images" / "val", 20, classes=("cat", "dog"))
-    command = [sys.executable, ROOT / "launch" / "pretrain.py", "--config", config, "data.source=images", "run_dir=out"]
-    command += [f"data.cache_dir={tmp_path / 'cache'}"]
-    result = run(command, cwd=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr
+    draw_images(tmp_path / "images" / "val", 21, classes=("cat", "dog"))
+    arguments = ["--config", str(config), f"data.source={tmp_path / 'images'}", f"run_dir={tmp_path / 'out'}"]
+    arguments += [f"data.cache_dir={tmp_path / 'cache'}"]
+    ends = run_ranks(pretrain, 2, tmp_path / "first", *arguments)
+    assert_all(ends)
+    assert "Traceback" not in ends[0].output and not ends[1].output, "only rank 0 speaks"
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["held_out"] and report["train_images"] == 32
     assert [score["probe"] for score in report["scores"]] == ["k-NN label", "linear label"]
     assert all(score["num_test"] == 16 and 0 <= score["trained"] <= 100 for score in report["scores"])
     assert (tmp_path / "out" / "scores.png").is_file()
-    knn = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert all("knn" in record for record in knn if record["kind"] == "health")
-    again = run(command, cwd=tmp_path)
-    assert again.returncode == 0 and "is finished at step 6" in again.stdout and "another run_dir" in again.stdout
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert all("knn" in record for record in records if record["kind"] == "health")
+    (again,) = run_ranks(pretrain, 1, tmp_path / "second", *arguments)
+    assert again.code == 0 and "is finished at step 6" in again.output and "another run_dir" in again.output
 
 
-def test_wrong_input_is_one_line_from_rank_0_with_exit_code_2(config, tmp_path):
-    draw_images(tmp_path / "few", 5)
-    (tmp_path / "empty").mkdir()
-    Image.new("RGB", (3, 3)).save(tmp_path / "empty" / "small.png")
-    alone = [sys.executable, ROOT / "launch" / "pretrain.py", "--config", config]
-    cases = [
-        ([*launcher(), "--config", config, "optimization.lrr=1"], "did you mean optimization.lr"),
-        (
-            [*launcher(), "--config", config, "data.source=few"],
-            "5 images, fewer than optimization.global_batch_size 16",
-        ),
-        ([*alone], "data.source is not set"),
-        ([*alone, "optimization.lr=fast"], "optimization.lr"),
-        ([*alone, "data.source=few", "mask.min_keep=60"], "mask.min_keep"),
-        ([*alone, "data.source=nowhere/at/all"], "nowhere/at/all"),
-        ([*alone, "data.source=empty", "optimization.global_batch_size=1"], "small.png"),
-        ([*alone, "data.source=few", "engine.deepspeed.fp16={enabled: true}"], "engine.deepspeed.fp16"),
-    ]
-    for command, words in cases:
-        result = run([*command, f"data.cache_dir={tmp_path / 'cache'}"], cwd=tmp_path)
-        lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and words in lines[0], (command, result.stderr)
-        assert "Traceback" not in result.stderr + result.stdout
-        if command[0] == sys.executable:
-            assert result.returncode == 2
-        else:
-            assert result.returncode != 0
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    draw_images(folder, 5)
+    return folder
 
 
-def test_too_many_bad_images_stop_the_run_with_their_list(config, tmp_path):
+@pytest.fixture(scope="module")
+def specks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("specks")
+    Image.new("RGB", (3, 3)).save(folder / "small.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "data.source is not set"),
+        (["optimization.lr=fast"], "optimization.lr"),
+        (["data.source={few}", "mask.min_keep=60"], "mask.min_keep"),
+        (["data.source=nowhere/at/all"], "nowhere/at/all"),
+        (["data.source={specks}", "optimization.global_batch_size=2"], "1 images, fewer than"),
+        (["data.source={specks}", "optimization.global_batch_size=1"], "small.png"),
+        (["data.source={few}", "engine.deepspeed.fp16={{enabled: true}}"], "engine.deepspeed.fp16"),
+        (["data.source={few}", "--resume", "{few}"], "manifest.json"),
+    ],
+)
+def test_wrong_input_is_one_line_with_exit_code_2(config, few, specks, tmp_path, arguments, words):
+    given = [argument.format(few=few, specks=specks) for argument in arguments]
+    common = [f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'out'}"]
+    if "--resume" in given:
+        common.append("optimization.global_batch_size=4")
+    (end,) = run_ranks(pretrain, 1, tmp_path, "--config", str(config), *common, *given)
+    lines = [line for line in end.output.splitlines() if line.startswith("error: ")]
+    assert end.code == 2 and len(lines) == 1 and words in lines[0], end.output
+    assert "Traceback" not in end.output
+
+
+def test_wrong_input_on_several_ranks_ends_all_and_is_said_once(config, few, tmp_path):
+    arguments = ["--config", str(config), f"data.source={few}", f"run_dir={tmp_path / 'out'}"]
+    ends = run_ranks(pretrain, 2, tmp_path, *arguments, f"data.cache_dir={tmp_path / 'cache'}")
+    assert_all(ends, code=2)
+    assert ends[0].output.count("5 images, fewer than optimization.global_batch_size 16") == 1
+    assert "error" not in ends[1].output
+
+
+def test_too_many_bad_images_stop_the_run_on_all_ranks_with_their_list(config, tmp_path):
     draw_images(tmp_path / "images", 40)
     for i in range(0, 40, 3):
         (tmp_path / "images" / "deep" / "er" / f"{i:03}.jpg").write_bytes(b"\xff\xd8 torn")
-    command = [sys.executable, ROOT / "launch" / "pretrain.py", "--config", config, "data.source=images", "run_dir=out"]
-    result = run([*command, f"data.cache_dir={tmp_path / 'cache'}"], cwd=tmp_path)
-    assert result.returncode == 1
-    assert "more than data.max_bad_fraction 0.2" in result.stderr and "Traceback" not in result.stderr
-    assert len(re.findall(r"deep/er/\d+\.jpg", result.stderr)) > 8
+    arguments = ["--config", str(config), f"data.source={tmp_path / 'images'}", f"run_dir={tmp_path / 'out'}"]
+    ends = run_ranks(pretrain, 2, tmp_path, *arguments, f"data.cache_dir={tmp_path / 'cache'}")
+    assert_all(ends, code=1)
+    output = ends[0].output
+    assert "more than data.max_bad_fraction 0.2" in output and "Traceback" not in output
+    assert len(set(re.findall(r"deep/er/\d+\.jpg", output.split("max_bad_fraction")[-1]))) > 8
+
+
+def test_a_rank_that_hangs_ends_the_others_with_their_stacks(config, tmp_path):
+    draw_images(tmp_path / "images", 40)
+    arguments = ["--config", str(config), f"data.source={tmp_path / 'images'}", f"run_dir={tmp_path / 'out'}"]
+    arguments += [f"data.cache_dir={tmp_path / 'cache'}", "optimization.max_steps=100000", "engine.hang_seconds=5"]
+    ranks = start_ranks(pretrain, 2, tmp_path, *arguments)
+    metrics, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("grad_norm") > 2):
+        assert time.monotonic() < deadline and ranks.processes[0].is_alive(), ranks.logs[0].read_text()
+        time.sleep(0.1)
+    os.kill(ranks.pid(1), signal.SIGSTOP)
+    ranks.processes[0].join(30)
+    os.kill(ranks.pid(1), signal.SIGKILL)
+    ends = ranks.wait()
+    assert ends[0].code == 1 and "Timeout (0:00:05)!" in ends[0].output and "in train_step" in ends[0].output
+
+
+def test_out_of_memory_names_the_micro_batch():
+    run = SimpleNamespace(ranks=SimpleNamespace(device="cuda:0"), dataset=SimpleNamespace(micro_batch_size=64))
+    message = r"64 images a micro-batch.*micro_batch_size \(for example 32"
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CPUAllocator: can't allocate memory")):
+        with pytest.raises(RunError, match=message), explained_memory_errors(run):
+            raise error
+    with pytest.raises(RuntimeError, match="another"), explained_memory_errors(run):
+        raise RuntimeError("another error passes as it is")
 
 
 def test_the_example_of_the_readme_runs(tmp_path):

@@ -125,9 +125,7 @@ def compare(ranks: Ranks, *, zero_stage: int, precision: str, accumulation: int,
     facts: dict[str, Any] = {
         "optimizer": type(optimizer).__name__,
         "initial_masters_exact": tiny.bits_equal(initial, expected),
-        "buffers_exact": tiny.bits_equal(
-            dict(engine.module.named_buffers()), dict(tiny.build_model().named_buffers())
-        ),
+        "buffers_exact": tiny.bits_equal(dict(engine.module.named_buffers()), dict(tiny.build_model().named_buffers())),
         "initial_target_error": target_error(engine, ema_by_hand),
     }
     loss_errors, norm_errors, target_errors, target_moves, ema_exact = [], [], [], [], []
