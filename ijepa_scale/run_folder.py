@@ -31,7 +31,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held as long as the run
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A record lock ends with this process; flock's would live on in the loader workers of a killed one.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"

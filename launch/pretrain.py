@@ -8,6 +8,7 @@ Exit codes: 0 finished, 1 training failed, 2 wrong input, 75 stopped by a signal
 """
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -48,8 +49,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         return fail(error, 2)
 
+    from ijepa_scale.engine.distributed import launcher_rank
     from ijepa_scale.train import InputError, RunError, pretrain
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("ijepa_scale").setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
     try:
         return pretrain(config, resume=options.resume, allow_changes=options.allow_changes)
     except InputError as error:

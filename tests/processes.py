@@ -62,6 +62,9 @@ class RankProcesses:
         assert pid is not None
         return pid
 
+    def running(self) -> bool:
+        return all(process.is_alive() for process in self.processes)
+
     def wait(self, timeout: float = 120) -> list[Ended]:
         """All ranks' ends; those that outlive the timeout are killed and the test fails."""
         deadline = time.monotonic() + timeout

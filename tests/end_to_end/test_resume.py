@@ -1,0 +1,244 @@
+"""A run that was stopped, killed or moved goes on as if nothing had happened."""
+
+import os
+import shutil
+import signal
+
+import pytest
+
+from ijepa_scale.engine import checkpoint
+from ijepa_scale.run_folder import RunFolder
+from tests.end_to_end import worker_faults
+from tests.end_to_end.runs import (
+    Runs,
+    assert_close_run,
+    assert_same_run,
+    checkpoints_of,
+    steps_of,
+    wait_for_step,
+)
+
+STEPS = 12
+STOP = 6  # between two checkpoints of every 4 steps, and before an epoch's end
+
+
+@pytest.fixture(scope="module")
+def runs(small_config, tmp_path_factory):
+    return Runs(small_config, tmp_path_factory.mktemp("output"))
+
+
+@pytest.fixture(scope="module")
+def whole_runs(runs, tmp_path_factory):
+    """A run on two ranks that was never stopped, by ZeRO stage."""
+    done = {}
+
+    def whole_run(stage):
+        if stage not in done:
+            done[stage] = tmp_path_factory.mktemp(f"whole-{stage}") / "run"
+            runs(done[stage], f"engine.zero_stage={stage}")
+        return done[stage]
+
+    return whole_run
+
+
+@pytest.fixture(scope="module")
+def stopped_runs(runs, tmp_path_factory):
+    """A copy of a run on two ranks that was stopped at step STOP, by ZeRO stage."""
+    done = {}
+
+    def stopped_run(stage, folder):
+        if stage not in done:
+            done[stage] = tmp_path_factory.mktemp(f"stopped-{stage}") / "run"
+            runs(done[stage], f"engine.zero_stage={stage}", f"optimization.stop_at_step={STOP}")
+        shutil.copytree(done[stage], folder)
+        return folder
+
+    return stopped_run
+
+
+STAGES = [1, 3, pytest.param(2, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_stopping_and_resuming_changes_nothing(runs, whole_runs, stopped_runs, tmp_path, stage):
+    """Also with loader processes, which the stopped part did not have."""
+    run = stopped_runs(stage, tmp_path / "run")
+    assert checkpoints_of(run) == [4, STOP]
+    ends = runs(run, f"engine.zero_stage={stage}", "data.workers=1")
+    assert f"resumed from {run / 'checkpoints' / 'step-00000006'}, step {STOP}" in ends[0].output
+    assert_same_run(run, whole_runs(stage), STEPS)
+    assert len(steps_of(run)) == STEPS
+
+
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
+def test_a_killed_run_goes_on_at_once(runs, whole_runs, tmp_path, stage):
+    """kill -9 of all ranks, a torn last record, and the same command again without a pause: nothing changes."""
+    options = (f"engine.zero_stage={stage}", "data.workers=1")
+    processes = runs.start(tmp_path / "run", *options)
+    wait_for_step(tmp_path / "run", 5, processes.running)
+    for rank in (1, 0):
+        os.kill(processes.pid(rank), signal.SIGKILL)
+    assert [end.code for end in processes.wait()] == [-9, -9]
+    assert checkpoints_of(tmp_path / "run") in ([4], [4, 8])
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as metrics:
+        metrics.write('{"kind": "step", "st')
+    runs(tmp_path / "run", *options)
+    assert_same_run(tmp_path / "run", whole_runs(stage), STEPS)
+    assert len(steps_of(tmp_path / "run")) == STEPS
+
+
+@pytest.mark.slow
+def test_many_kills_change_nothing(runs, tmp_path):
+    """Kills at whatever a run is doing, on every attempt a little later; 60 steps, a checkpoint every 2."""
+    options = ("optimization.max_steps=60", "checkpoint.every_steps=2", "engine.zero_stage=2", "data.workers=1")
+    runs(tmp_path / "whole", *options)
+    for attempt in range(12):
+        processes = runs.start(tmp_path / "run", *options)
+        wait_for_step(tmp_path / "run", 4 * attempt + 2, processes.running)
+        processes.processes[0].join(0.007 * attempt)
+        for rank in (attempt % 2, 1 - attempt % 2):
+            if processes.processes[rank].is_alive():
+                os.kill(processes.pid(rank), signal.SIGKILL)
+        processes.wait()
+    runs(tmp_path / "run", *options)
+    assert_same_run(tmp_path / "run", tmp_path / "whole", 60)
+
+
+@pytest.mark.parametrize(
+    "stage, options, ranks",
+    [
+        (1, (), 1),
+        (3, ("engine.zero_stage=1",), 1),
+        pytest.param(3, ("engine.zero_stage=2",), 2, marks=pytest.mark.slow),
+        pytest.param(1, ("engine.zero_stage=3", "optimization.micro_batch_size=2"), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_other_ranks_stage_and_accumulation_go_on_within_rounding(
+    runs, whole_runs, stopped_runs, tmp_path, stage, options, ranks
+):
+    run = stopped_runs(stage, tmp_path / "run")
+    runs(run, *options, ranks=ranks)
+    assert steps_of(run)[:STOP] == steps_of(whole_runs(stage))[:STOP]
+    assert_close_run(run, whole_runs(stage))
+
+
+def test_one_rank_and_two_with_accumulation_train_alike(runs, whole_runs, tmp_path):
+    runs(tmp_path / "one", ranks=1)
+    runs(tmp_path / "accumulated", "optimization.micro_batch_size=2")
+    for run in (tmp_path / "one", tmp_path / "accumulated"):
+        assert_close_run(run, whole_runs(1))
+
+
+def test_a_checkpoint_of_another_folder(runs, whole_runs, stopped_runs, tmp_path):
+    source = stopped_runs(1, tmp_path / "source")
+    before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
+    runs(tmp_path / "run", "--resume", str(source / "checkpoints" / "step-00000004"))
+    assert steps_of(tmp_path / "run") == steps_of(whole_runs(1))[4:]
+    assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
+
+
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_a_damaged_checkpoint_is_skipped_aloud(runs, whole_runs, stopped_runs, tmp_path, keep_last):
+    run = stopped_runs(1, tmp_path / "run")
+    damaged = run / "checkpoints" / "step-00000006"
+    (damaged / "rank-00001.safetensors").write_bytes(b"")
+    ends = runs(run, f"checkpoint.keep_last={keep_last}", "checkpoint.every_steps=1")
+    assert "warning: skipped checkpoints that are not whole" in ends[0].output
+    assert f"{damaged}: rank-00001.safetensors has 0 bytes instead of" in ends[0].output
+    assert steps_of(run) == steps_of(whole_runs(1))
+    assert checkpoints_of(run) == [11, 12][-keep_last:]
+
+
+def refused(ends, *words):
+    """The reason is said once, on one rank's stderr, without a traceback."""
+    text = "".join(end.output for end in ends)
+    assert text.count("error: ") == 1 and "Traceback" not in text, text
+    for word in words:
+        assert word in text, text
+
+
+def test_what_does_not_fit_is_refused(runs, whole_runs, stopped_runs, tmp_path):
+    run = stopped_runs(1, tmp_path / "run")
+    metrics = (run / "metrics.jsonl").read_bytes()
+
+    ends = runs(run, "model.depth=3", "predictor.width=24", code=2)
+    refused(ends, "another architecture", "depth 2 there, 3 here", "predictor_width 16 there, 24 here")
+    (line,) = [line for line in ends[0].output.splitlines() if line.startswith("error: ")]
+    assert "choose another run_dir" in line
+
+    ends = runs(run, "optimization.lr=0.002", "seed=3", ranks=1, code=2)
+    refused(ends, "optimization.lr: 0.001 -> 0.002", "seed: 0 -> 3", "--allow-changes")
+
+    ends = runs(run, "--resume", "never", ranks=1, code=2)
+    refused(ends, "holds checkpoints up to step-00000006", "another run_dir")
+
+    ends = runs(run, "--resume", str(tmp_path / "nowhere"), ranks=1, code=2)
+    refused(ends, f"--resume {tmp_path / 'nowhere'} cannot be used")
+
+    for path in checkpoint.candidates(run / "checkpoints"):
+        shutil.copy(path / "manifest.json", tmp_path / path.name)
+        (path / "manifest.json").write_text("garbage")
+    ends = runs(run, code=2)
+    refused(ends, "refusing to start from scratch", "step-00000006: ", "step-00000004: ")
+    for path in checkpoint.candidates(run / "checkpoints"):
+        shutil.copy(tmp_path / path.name, path / "manifest.json")
+
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert checkpoints_of(run) == [4, STOP]
+
+    runs(run, "optimization.lr=0.002", "--allow-changes")
+    assert steps_of(run)[:STOP] == steps_of(whole_runs(1))[:STOP]
+    assert steps_of(run)[STOP]["lr"] > 1.9 * steps_of(whole_runs(1))[STOP]["lr"]
+
+
+def test_a_finished_run_says_so(runs, whole_runs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole_runs(1), run)
+    metrics = (run / "metrics.jsonl").read_bytes()
+    ends = runs(run)
+    assert f"{run} is finished at step {STEPS}; to train anew, give another run_dir" in ends[0].output
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert checkpoints_of(run) == [8, 12]
+
+
+def test_a_folder_in_use_is_refused(runs, tmp_path):
+    run = tmp_path / "run"
+    first = runs.start(run, "optimization.max_steps=2000", "optimization.stop_at_step=60")
+    wait_for_step(run, 0, first.running)
+    ends = runs(run, "optimization.max_steps=2000", ranks=1, code=2)
+    refused(ends, f"run_dir {run} is in use by", f"pid {first.pid(0)}", "stop it or choose another run_dir")
+    assert [end.code for end in first.wait()] == [0, 0]
+    assert len(steps_of(run)) == 60
+
+
+def test_a_killed_owner_frees_its_folder_although_its_workers_live_on(tmp_path):
+    """Loader workers look for their parent every five seconds only."""
+    reads, writes = os.pipe()
+    owner = os.fork()
+    if not owner:
+        RunFolder(tmp_path).lock()
+        worker = os.fork() or signal.sigwait([signal.SIGUSR1])
+        os.write(writes, str(worker).encode())
+        signal.pause()
+    worker = int(os.read(reads, 20))
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    try:
+        RunFolder(tmp_path).lock()
+    finally:
+        os.kill(worker, signal.SIGKILL)
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(runs, whole_runs, tmp_path):
+    runs(tmp_path / "run", target=worker_faults.full_disk_at, before=("1,2",))
+    assert checkpoints_of(tmp_path / "run") == [12]
+    assert_same_run(tmp_path / "run", whole_runs(1), STEPS)
+
+
+def test_a_disk_that_stays_full_ends_the_run(runs, tmp_path):
+    run = tmp_path / "run"
+    ends = runs(run, "checkpoint.every_steps=2", target=worker_faults.full_disk_at, before=("2,3,4",), code=1)
+    refused(ends, "warning: no checkpoint at step 8", "No space left on device", "could not be written")
+    assert checkpoints_of(run) == [2]
+    assert len(steps_of(run)) == 8
+    assert [path.name for path in (run / "checkpoints").glob(".partial*")] == []

@@ -1,0 +1,58 @@
+"""launch/pretrain.py with something that goes wrong, for tests; each runs inside ranks."""
+
+import itertools
+import math
+import os
+import signal
+from typing import Any
+from unittest import mock
+
+import torch
+
+from ijepa_scale import train
+from ijepa_scale.models import ijepa
+from tests.processes import pretrain
+
+
+def nan_loss_at(steps: str, rank: str, *arguments: str) -> None:
+    """The loss of one rank is NaN at these steps, e.g. "2,3"."""
+    bad = {int(step) for step in steps.split(",")}
+    counter = itertools.count()
+    original = ijepa.IJepa.forward
+
+    def forward(self: ijepa.IJepa, *inputs: Any) -> torch.Tensor:
+        loss = original(self, *inputs)
+        return loss * math.nan if next(counter) in bad and os.environ["RANK"] == rank else loss
+
+    with mock.patch.object(ijepa.IJepa, "forward", forward):
+        pretrain(*arguments)
+
+
+def full_disk_at(saves: str, *arguments: str) -> None:
+    """These saves, counted from 1, find a full disk, as rank 1 sees it."""
+    bad = {int(number) for number in saves.split(",")}
+    counter = itertools.count(1)
+    save = train.checkpoints.save
+
+    def failing(folder: Any, engine: Any, ema: Any, ranks: Any, **options: Any) -> Any:
+        if next(counter) not in bad or ranks.rank != 1:
+            return save(folder, engine, ema, ranks, **options)
+        full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+        with mock.patch.object(train.checkpoints, "save_file", full):
+            return save(folder, engine, ema, ranks, **options)
+
+    with mock.patch.object(train.checkpoints, "save", failing):
+        pretrain(*arguments)
+
+
+def signalled_while_saving(*arguments: str) -> None:
+    """SIGTERM stops rank 0; more come while it writes the checkpoint that this brings about."""
+    write = train.checkpoints.save_file
+
+    def interrupted(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        write(*given)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(train.checkpoints, "save_file", interrupted):
+        pretrain(*arguments)
