@@ -1,7 +1,5 @@
 """Linear probe of frozen features: multinomial logistic regression, its strength chosen on held-out training images."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 
@@ -47,11 +45,6 @@ def linear_probe_top1(
     weight = fit_logistic(train, labels, len(classes), l2=best_l2, start=best_weight)
     predicted = classes[_predict(weight, test)]
     return 100.0 * (predicted == test_labels).double().mean().item()
-
-
-def standard_error(percent: float, n: int) -> float:
-    """Binomial standard error, in percent points, of a score in percent measured on n images."""
-    return math.sqrt(percent * (100.0 - percent) / n)
 
 
 def fit_logistic(

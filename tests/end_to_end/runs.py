@@ -12,7 +12,17 @@ from ijepa_scale.metrics import read_records
 from tests.processes import Ended, RankProcesses, assert_all, pretrain, start_ranks
 
 # Of a step record, all that must not depend on when and where it ran.
-EXACT = ("step", "loss", "lr", "weight_decay", "ema_momentum", "grad_norm", "context_tokens", "target_tokens", "applied")
+EXACT = (
+    "step",
+    "loss",
+    "lr",
+    "weight_decay",
+    "ema_momentum",
+    "grad_norm",
+    "context_tokens",
+    "target_tokens",
+    "applied",
+)
 # Measured over 12 steps in fp32: losses within 9e-8 of 0.46, norms within 4e-7 of 0.4.
 ROUNDING = 2e-6
 

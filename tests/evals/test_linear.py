@@ -1,11 +1,8 @@
-import math
-import time
-
 import numpy as np
 import pytest
 import torch
 
-from ijepa_scale.evals.linear import fit_logistic, linear_probe_top1, standard_error
+from ijepa_scale.evals.linear import fit_logistic, linear_probe_top1
 
 
 def clusters(n, classes, seed, width=12, spread=1.5):
@@ -108,15 +105,6 @@ def test_too_little_data_or_no_strength_is_refused():
             linear_probe_top1(features, labels, features, labels, l2=l2)
 
 
-def test_100_classes_take_seconds():
+def test_100_classes():
     (train, train_labels), (test, test_labels) = clusters(2000, 100, 1, 192), clusters(500, 100, 2, 192)
-    start = time.process_time()
     assert linear_probe_top1(train, train_labels, test, test_labels) > 50.0
-    assert time.process_time() - start < 15.0  # measured: 0.4 s here, 6 s for 10,000 images
-
-
-def test_standard_error_is_the_spread_of_repeated_measurements():
-    scores = 100 * np.random.default_rng(0).binomial(400, 0.3, size=20_000) / 400
-    assert standard_error(30.0, 400) == pytest.approx(scores.std(), rel=0.02)
-    assert standard_error(100.0, 10) == 0.0 and standard_error(50.0, 1) == 50.0
-    assert math.isclose(standard_error(20.0, 100), standard_error(80.0, 100))
