@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from tests import processes
+
 # An 8 x 8 patch grid, 8 steps an epoch of the 64 images below, 12 steps: every run crosses an epoch's end.
 SMALL_CONFIG = """\
 data: {source: %s, image_size: 32, crop_scale: [0.5, 1.0], workers: 0}
@@ -38,3 +40,9 @@ def small_config(image_folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "small.yaml"
     path.write_text(SMALL_CONFIG % image_folder)
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_rank_outlives_its_test():
+    yield
+    processes.end_all()

@@ -32,6 +32,7 @@ ENVIRONMENT = {
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.preload"])
+_started: list[BaseProcess] = []
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class RankProcesses:
             process = _context.Process(target=_rank, args=(target, rank, world_size, port, str(log), arguments))
             process.start()
             self.processes.append(process)
+            _started.append(process)
 
     def pid(self, rank: int) -> int:
         pid = self.processes[rank].pid
@@ -85,6 +87,14 @@ class RankProcesses:
 def start_ranks(target: Callable[..., Any], world_size: int, folder: Path, *arguments: Any) -> RankProcesses:
     """Start target(*arguments), a module's function, on world_size ranks. Their output goes to folder."""
     return RankProcesses(target, world_size, folder, arguments)
+
+
+def end_all() -> None:
+    """Kill what a failed test left running."""
+    while _started:
+        process = _started.pop()
+        process.kill()
+        process.join()
 
 
 def run_ranks(
@@ -117,6 +127,7 @@ def _rank(target: Callable[..., Any], rank: int, world_size: int, port: int, log
     sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - for the process's life
     sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
     os.environ.update(ENVIRONMENT)
+    multiprocessing.set_start_method("fork", force=True)  # Linux's default, for loaders; the server's is inherited
     if world_size > 1:
         os.environ.update(
             RANK=str(rank),

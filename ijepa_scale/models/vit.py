@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,12 +44,12 @@ def sincos_pos_embed(width: int, grid: PatchGrid) -> torch.Tensor:
     The first half of the width encodes the column, the second the row, each as [sin(omega * x), cos(omega * x)] with
     omega_k = 10000 ** (-k / (width / 4)), as in the reference's checkpoints.
     """
-    omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))
-    rows, columns = torch.meshgrid(
-        torch.arange(grid.rows, dtype=torch.float64), torch.arange(grid.columns, dtype=torch.float64), indexing="ij"
-    )
-    angles = [axis.reshape(-1, 1) * omega for axis in (columns, rows)]
-    return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1).float()
+    # In NumPy: inside zero.Init torch's constructors round to the model's dtype, and bf16 angles are wrong by 0.02.
+    omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
+    rows, columns = np.divmod(np.arange(grid.num_patches), grid.columns)
+    angles = [axis[:, None] * omega for axis in (columns, rows)]
+    parts = [part for angle in angles for part in (np.sin(angle), np.cos(angle))]
+    return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
 
 
 class Attention(nn.Module):

@@ -56,3 +56,18 @@ def signalled_while_saving(*arguments: str) -> None:
 
     with mock.patch.object(train.checkpoints, "save_file", interrupted):
         pretrain(*arguments)
+
+
+def endless_step(*arguments: str) -> None:
+    """Step 4 never ends on rank 0."""
+    counter = itertools.count()
+    step = train.train_step
+
+    def stuck(*given: Any, **options: Any) -> Any:
+        if next(counter) == 4 and os.environ["RANK"] == "0":
+            while True:
+                signal.pause()
+        return step(*given, **options)
+
+    with mock.patch.object(train, "train_step", stuck):
+        pretrain(*arguments)

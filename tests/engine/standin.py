@@ -79,7 +79,9 @@ class StandIn:
 
     def holds(self, other: "StandIn") -> bool:
         """The same state, bit for bit."""
-        return all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(self.all(), other.all()))
+        return all(
+            torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(self.all(), other.all(), strict=True)
+        )
 
     def all(self) -> list[torch.Tensor]:
         state = [value for flat in self.masters for _, value in sorted(self.optimizer.optimizer.state[flat].items())]

@@ -1,7 +1,6 @@
 """The engine at ZeRO-1, -2 and -3 against a plain PyTorch loop with a whole fp32 EMA, on real ranks."""
 
 import json
-import math
 
 import pytest
 
@@ -125,18 +124,4 @@ def test_settings_that_would_break_the_average_are_refused(key):
     section, _, leaf = key.rpartition(".")
     extra = {section: {leaf: 1}} if section else {leaf: 1}
     with pytest.raises(ValueError, match=f"engine.deepspeed.{key} = 1 is refused: "):
-        config_with(extra)
-
-
-def test_other_settings_reach_deepspeed():
-    config = config_with({"zero_optimization": {"reduce_bucket_size": 1000}, "wall_clock_breakdown": True})
-    assert config["zero_optimization"] == {"stage": 3, "memory_efficient_linear": False, "reduce_bucket_size": 1000}
-    assert config["wall_clock_breakdown"] is True
-    assert config["train_micro_batch_size_per_gpu"] == 2
-    assert "bf16" not in config and math.isclose(config["gradient_clipping"], 0.5)
-
-
-def config_with(extra):
-    return zero.deepspeed_config(
-        zero_stage=3, precision="fp32", micro_batch_size=2, accumulation_steps=1, clip_grad_norm=0.5, extra=extra
-    )
+        zero.deepspeed_config(zero_stage=1, precision="fp32", micro_batch_size=2, accumulation_steps=1, extra=extra)

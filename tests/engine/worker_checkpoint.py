@@ -129,32 +129,33 @@ def name_of(stage: int, precision: str, world_size: int) -> str:
     return f"zero{stage}-{precision}-{world_size}ranks"
 
 
-def reshard(folder: str, engines: list[tuple[int, str]], earlier: list[str], result: str) -> None:
-    """Train each engine for a few steps, save it, and restore all that was saved into each.
+def reshard(folder: str, engines: list[tuple[int, str]], sources: list[str], result: str) -> None:
+    """Save the state of every engine after a few steps, unless an earlier launch has; restore all sources into each.
 
-    folder: gets a folder of checkpoints an engine, and its state as it was. earlier: names of what other launches saved.
+    folder: gets a folder of checkpoints an engine, and its state as it was. sources: names of such folders.
     """
     ranks = distributed.start()
     root = Path(folder)
     kept = []
     for number, (stage, precision) in enumerate(engines):
-        engine, ema = tiny.start_engine(ranks, zero_stage=stage, precision=precision, accumulation=1)
-        for step in range(3):
-            set_schedules(engine.optimizer.optimizer.param_groups, lr=1e-3, weight_decay=0.1)
-            ((images, masks),) = tiny.micro_batches(100 * number + step + 10 * ranks.world_size, ranks, 1)
-            engine.backward(engine(images, masks))
-            engine.step()
-            ema.update(0.9)
-        own = root / name_of(stage, precision, ranks.world_size)
-        checkpoint.save(own, engine, ema, ranks, step=3, meta={"note": own.name})
-        state = whole_state(engine, ema, ranks)
-        if ranks.first:
-            torch.save(state, own / "state.pt")
-        kept.append((own.name, engine, ema))
+        name = name_of(stage, precision, ranks.world_size)
+        engine, ema = tiny.start_engine(ranks, zero_stage=stage, precision=precision)
+        kept.append((name, engine, ema))
+        if not ranks.from_first((root / name).exists()):
+            for step in range(3):
+                set_schedules(engine.optimizer.optimizer.param_groups, lr=1e-3, weight_decay=0.1)
+                ((images, masks),) = tiny.micro_batches(100 * number + 10 * ranks.world_size + step, ranks, 1)
+                engine.backward(engine(images, masks))
+                engine.step()
+                ema.update(0.9)
+            checkpoint.save(root / name, engine, ema, ranks, step=3, meta={})
+            state = whole_state(engine, ema, ranks)
+            if ranks.first:
+                torch.save(state, root / name / "state.pt")
     ranks.barrier()
     facts: dict[str, dict[str, Any]] = {}
     for name, engine, ema in kept:
-        for source in [other for other, _, _ in kept] + earlier:
+        for source in sources:
             found, skipped = checkpoint.newest_good(root / source, ranks)
             assert found and not skipped
             checkpoint.restore(found, engine, ema)

@@ -1,4 +1,4 @@
-"""Runs inside ranks: the engine beside a plain PyTorch loop, at several ZeRO stages. Writes what it measured as JSON."""
+"""Runs inside ranks: the engine beside a plain PyTorch loop, at several ZeRO stages; what it measured goes to JSON."""
 
 import json
 import math

@@ -1,0 +1,38 @@
+"""DeepSpeed's config, and a model built for ZeRO-3."""
+
+import torch
+
+from ijepa_scale.engine import distributed, zero
+from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, sincos_pos_embed
+from tests.processes import assert_all, run_ranks
+
+SIZES = {"zero_stage": 2, "precision": "bf16", "micro_batch_size": 4, "accumulation_steps": 3}
+
+
+def position_embeddings_under_zero_init() -> None:
+    distributed.start()
+    expected = sincos_pos_embed(192, PatchGrid(16, 16))
+    for precision in ("fp32", "bf16"):
+        config = zero.deepspeed_config(**{**SIZES, "zero_stage": 3, "precision": precision})
+        with zero.building_context(config):
+            encoder = VisionTransformer(VIT_SIZES["vit_tiny"], image_size=128, patch_size=8)
+        assert encoder.pos_embed.dtype == torch.float32
+        assert torch.equal(encoder.pos_embed[0], expected), "zero.Init rounds what torch's constructors make"
+
+
+def test_position_embeddings_are_exact_where_zero3_builds_the_model(tmp_path):
+    assert_all(run_ranks(position_embeddings_under_zero_init, 1, tmp_path))
+
+
+def test_gradients_are_accumulated_and_reduced_in_fp32():
+    config = zero.deepspeed_config(**SIZES, clip_grad_norm=0.5)
+    assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
+    assert config["bf16"] == {"enabled": True} and config["gradient_clipping"] == 0.5
+    assert config["train_micro_batch_size_per_gpu"] == 4 and config["gradient_accumulation_steps"] == 3
+    assert "bf16" not in zero.deepspeed_config(**{**SIZES, "precision": "fp32"})
+
+
+def test_raw_settings_are_merged_last():
+    config = zero.deepspeed_config(**SIZES, extra={"zero_optimization": {"overlap_comm": True}, "steps_per_print": 7})
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True} and config["steps_per_print"] == 7
