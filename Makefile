@@ -1,7 +1,9 @@
 # make pretrain and make test do all their own set-up on a machine with Python 3.11, make and a C++ compiler.
 PYTHON ?= python3
 BIN := .venv/bin
-RANKS ?= 2
+# Processes of make pretrain: one for each GPU, or two on the CPU.
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
+RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS ?=
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 

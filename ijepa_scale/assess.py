@@ -59,8 +59,10 @@ def measure_health(
     history: list[dict[str, Any]],
     log: Callable[[dict[str, Any]], None],
     say: Callable[[str], None],
+    *,
+    loss: float | None,
 ) -> None:
-    """Are the features still worth something? Collective: every rank computes its share of the features."""
+    """Are the features still worth something? Collective: every rank computes its share. loss: of the step before."""
     images = run.evaluation.train
     indices = eval_indices(run, images, run.config.logging.health_images)
     model = run.engine.module
@@ -73,6 +75,7 @@ def measure_health(
         "feature_std": feature_std(target),
         "rankme": rankme(target),
         "drift": drift(target, context),
+        "loss": loss,
     }
     fit = len(indices) * 3 // 4
     for name, column in list(images.label_columns().items())[:1]:
@@ -112,23 +115,29 @@ def report(run: Run) -> None:
     """Curves, and scores of the target encoder beside the same model at initialisation. Collective."""
     config, ranks, folder = run.config, run.ranks, run.folder
     if ranks.first:
-        draw_loss_curve(folder.path / "loss_curve.png", read_records(folder.metrics))
+        records = read_records(folder.metrics) if folder.metrics.exists() else []
+        if records:
+            draw_loss_curve(folder.path / "loss_curve.png", records)
     train_images, test_images = run.evaluation.train, run.evaluation.test
     labels = {
         name: column for name, column in test_images.label_columns().items() if name in train_images.label_columns()
     }
     found, _ = checkpoints.newest_good(folder.checkpoints, ranks)
-    if not labels or not found or not config.report.train_images:
+    fit, held = report_indices(run)
+    why = ""
+    if not labels:
+        why = "the source has no labels to probe with"
+    elif not fit or not held:
+        why = f"{len(fit)} images to fit on and {len(held)} to score on; see report.train_images and report.test_images"
+    elif not found:
+        why = "there is no checkpoint of the target encoder"
+    if why or not found:
         if ranks.first:
-            why = "the source has no labels to probe with" if not labels else "report.train_images is 0"
             write_report(folder.path / "report.json", [], step=run.horizon.stop, note=why)
             print(f"no probes: {why}; curves are in {folder.path / 'loss_curve.png'}")
         return
     if ranks.first:
         print("probing the target encoder and the same encoder at initialisation ...", flush=True)
-    fit = eval_indices(run, train_images, config.report.train_images)
-    skip = 0 if run.evaluation.held_out else len(fit)
-    held = eval_indices(run, test_images, config.report.test_images, skip=skip)
     encoder = build.build_encoder(config).to(ranks.device)
     features = {}
     for which in ("initial", "trained"):
@@ -159,6 +168,17 @@ def report(run: Run) -> None:
             print("the source has no validation split: the probes' test images were among the training images")
         print(f"report: {folder.path}/report.json, loss_curve.png, scores.png, masks.png")
     ranks.barrier()
+
+
+def report_indices(run: Run) -> tuple[list[int], list[int]]:
+    """Images that the probes are fitted on, and others that they are scored on."""
+    train_images, test_images, options = run.evaluation.train, run.evaluation.test, run.config.report
+    if run.evaluation.held_out:
+        return eval_indices(run, train_images, options.train_images), eval_indices(
+            run, test_images, options.test_images
+        )
+    fit = eval_indices(run, train_images, min(options.train_images, 2 * len(train_images) // 3))
+    return fit, eval_indices(run, test_images, options.test_images, skip=len(fit))
 
 
 def load_target_encoder(encoder: VisionTransformer, found: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
 
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
-VALIDATION_SCENES = 2000
+DEFAULT_SCENES, VALIDATION_SCENES = 20_000, 2000
 
 
 def vit_size(model: ModelConfig) -> ViTSize:
@@ -107,7 +107,7 @@ def _prepared_source(config: PretrainConfig) -> str:
     return str(
         prepare_scenes(
             folder,
-            num_train=data.num_images or 20_000,
+            num_train=data.num_images or DEFAULT_SCENES,
             num_validation=VALIDATION_SCENES,
             image_size=data.image_size,
             seed=SCENES_SEED,
@@ -147,9 +147,8 @@ def build_eval_images(config: PretrainConfig) -> EvalImages:
     splits = splits_of(source, data.cache_dir or None)
     named = [data.eval_split] if data.eval_split else [s for s in ("validation", "val", "valid", "test") if s in splits]
     train = open_images(source, split=data.split, cache_dir=data.cache_dir or None)
-    if not named or named[0] == data.split:
-        return EvalImages(train, train, held_out=False)
-    return EvalImages(train, open_images(source, split=named[0], cache_dir=data.cache_dir or None), held_out=True)
+    test = open_images(source, split=named[0], cache_dir=data.cache_dir or None) if named else train
+    return EvalImages(train, test, held_out=test.split != train.split)
 
 
 def build_micro_batches(

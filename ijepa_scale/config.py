@@ -153,6 +153,10 @@ class EngineConfig:
             + (": stage 0 has no fp32 master weights to average; use 1" if self.zero_stage == 0 else ""),
         )
         _require(
+            self.hang_seconds >= 0,
+            f"engine.hang_seconds must be 0 (off) or more, got {self.hang_seconds}",
+        )
+        _require(
             self.precision in ("auto", "fp32", "bf16"),
             f"engine.precision must be auto, fp32 or bf16, got {self.precision!r}",
         )
@@ -230,7 +234,8 @@ FREE_KEYS = (
     "data.max_bad_fraction",
     "optimization.micro_batch_size",
     "optimization.stop_at_step",
-    "engine.",
+    "engine.zero_stage",
+    "engine.hang_seconds",
     "checkpoint.",
     "logging.",
     "report.",

@@ -8,6 +8,7 @@ import torch
 
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig
+from ijepa_scale.data.images import count_images
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
 from ijepa_scale.models.vit import ViTSize
@@ -108,10 +109,13 @@ def _state_gib(parameters: dict[str, int]) -> float:
 
 
 def _num_images(config: PretrainConfig) -> int:
-    """Of the source where it is a folder here, else data.num_images."""
-    if config.data.source and Path(config.data.source).expanduser().is_dir():
-        return len(build.build_images(config))
-    return config.data.num_images
+    """Of the source where it is a folder here, else data.num_images. Copies and renders nothing."""
+    data = config.data
+    if data.source == "scenes":
+        return data.num_images or build.DEFAULT_SCENES
+    if data.source and Path(data.source).expanduser().is_dir():
+        return count_images(data.source, split=data.split, cache_dir=data.cache_dir or None)
+    return data.num_images
 
 
 def _steps_line(config: PretrainConfig, flops_an_image: float) -> str:

@@ -31,13 +31,14 @@ class Run:
     config: PretrainConfig
     ranks: Ranks
     folder: RunFolder
+    facts: dict[str, Any]  # what a checkpoint says of the run beside its state
     images: ImageSet
     evaluation: build.EvalImages
     dataset: MicroBatches
     horizon: build.Horizon
     engine: Any
     ema: ShardedEMA
-    bad: BadImages
+    bad: BadImages = field(default_factory=BadImages)
     start_step: int = 0
     wandb_id: str | None = None
     notes: list[str] = field(default_factory=list)  # to be shown once there is a progress line
@@ -68,7 +69,15 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
     images = ranks.together(lambda: build.build_images(config), on="node")
     evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
     horizon = build.build_horizon(config, len(images))
-    found = find_checkpoint(config, folder, ranks, len(images), resume=resume, allow_changes=allow_changes)
+    facts = {
+        "seed": config.seed,
+        "config": to_dict(config),
+        "architecture": build.architecture(config),
+        "images": len(images),
+        "precision": precision,
+        "micro_batch_size": micro_batch_size,
+    }
+    found, notes = find_checkpoint(config, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
 
     with zero.building_context(settings):
         model = build.build_model(config, initialize=False)
@@ -82,14 +91,20 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
     dataset = build.build_micro_batches(
         config, images, blocks, micro_batch_size=micro_batch_size, rank=ranks.rank, ranks=ranks.world_size
     )
-    run = Run(config, ranks, folder, images, evaluation, dataset, horizon, engine, ema, BadImages())
+    run = Run(config, ranks, folder, facts, images, evaluation, dataset, horizon, engine, ema, notes=notes)
+    earlier = ranks.together(lambda: read_records(folder.metrics) if ranks.first and folder.metrics.exists() else [])
     if found:
         checkpoints.restore(found, engine, ema)
         run.start_step = found.step
-        run.wandb_id = found.manifest.get("wandb_id")
-        earlier = read_records(folder.metrics) if ranks.first and folder.metrics.exists() else []
         run.bad = BadImages(ranks.from_first([r for r in earlier if r["step"] < found.step]))
-        run.notes.append(f"resumed from {found.path}, step {found.step}")
+        if found.path.parent.resolve() == folder.checkpoints.resolve():  # a branch of another run gets an id of its own
+            run.wandb_id = found.manifest.get("wandb_id")
+    elif earlier and ranks.first:
+        old = folder.metrics.with_suffix(".jsonl.old")
+        folder.metrics.replace(old)
+        run.notes.append(
+            f"no checkpoint in {folder.path}: starting from scratch; the earlier metrics are in {old.name}"
+        )
     if ranks.first:
         folder.describe(
             to_yaml(config), world_size=ranks.world_size, precision=precision, images=len(images), source=images.name
@@ -98,40 +113,69 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
 
 
 def find_checkpoint(
-    config: PretrainConfig, folder: RunFolder, ranks: Ranks, num_images: int, *, resume: str, allow_changes: bool
-) -> Checkpoint | None:
-    """The checkpoint to go on from, verified by all ranks; None for a fresh start. ValueError if it does not fit."""
+    config: PretrainConfig,
+    folder: RunFolder,
+    ranks: Ranks,
+    facts: dict[str, Any],
+    stop: int,
+    *,
+    resume: str,
+    allow: bool,
+) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint to go on from, verified by all ranks (None: a fresh start), and what to tell the user about it.
+
+    facts: what save_checkpoint() writes of this run beside the state. stop: the step at which the run ends.
+    Raises ValueError, on every rank, where a checkpoint does not fit or none of those there can be used.
+    """
+    own = ranks.from_first(checkpoints.candidates(folder.checkpoints))
+    notes: list[str] = []
     if resume == "never":
-        there = ranks.from_first(checkpoints.candidates(folder.checkpoints))
-        if there:
+        if own:
             raise ValueError(
-                f"{folder.path} holds checkpoints up to {there[0].name}; for a fresh start choose another run_dir "
+                f"{folder.path} holds checkpoints up to {own[0].name}; for a fresh start choose another run_dir "
                 "or delete that folder, to go on leave --resume at auto"
             )
-        return None
-    if resume == "auto":
+        return None, notes
+    path = Path(resume)
+    inside = path.parent.resolve() == folder.checkpoints.resolve()
+    if resume != "auto" and own and not inside:
+        notes.append(f"going on from this run's own checkpoints: {resume} is where it started")
+    if resume == "auto" or (own and not inside):
         found, skipped = checkpoints.newest_good(folder.checkpoints, ranks)
-        if skipped and ranks.first:
-            print("warning: skipped checkpoints that are not whole:\n  " + "\n  ".join(skipped), flush=True)
+        notes += [f"warning: skipped a checkpoint that is not whole: {complaint}" for complaint in skipped]
     else:
-        found, complaint = checkpoints.verify(Path(resume), ranks)
+        found, complaint = checkpoints.verify(path, ranks)
         if found is None:
             raise ValueError(f"--resume {resume} cannot be used: {complaint}")
+        if found.step >= stop and not inside:
+            raise ValueError(f"--resume {resume} is at step {found.step} and this run ends at step {stop}")
     if found is None:
-        return None
-    theirs, ours = found.manifest["architecture"], build.architecture(config)
+        return None, notes
+    refuse_misfit(config, found, facts, allow=allow)
+    later = [other for other in own if other.name > found.path.name] if inside and resume != "auto" else []
+    if later:
+        ranks.together(lambda: checkpoints.set_aside(later) if ranks.first else None)
+        notes.append(f"set aside as abandoned-step-...: {', '.join(other.name for other in reversed(later))}")
+    notes.append(f"resumed from {found.path}, step {found.step}")
+    return found, notes
+
+
+def refuse_misfit(config: PretrainConfig, found: Checkpoint, facts: dict[str, Any], *, allow: bool) -> None:
+    """Raise ValueError for another architecture and, unless allowed, for settings that alter training."""
+    theirs, ours = found.manifest["architecture"], facts["architecture"]
     if theirs != ours:
         differing = ", ".join(
             f"{key} {theirs.get(key)} there, {ours[key]} here" for key in ours if theirs.get(key) != ours[key]
         )
         raise ValueError(f"{found.path} holds another architecture: {differing}; choose another run_dir or its config")
-    changed = changed_keys(found.manifest["config"], to_dict(config))
-    if found.manifest["images"] != num_images:
-        changed["images in the source"] = (found.manifest["images"], num_images)
-    if changed and not allow_changes:
+    changed = changed_keys(found.manifest["config"], facts["config"])
+    facts_that_count = ["images", "precision"] + ["micro_batch_size"] * (config.mask.context == "batch_min")
+    for key in facts_that_count:
+        if found.manifest[key] != facts[key]:
+            changed[key] = (found.manifest[key], facts[key])
+    if changed and not allow:
         listed = "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
         raise ValueError(
             f"these settings alter training and differ from {found.path}:\n  {listed}\n"
             "restore them, pass --allow-changes to go on all the same, or choose another run_dir"
         )
-    return found

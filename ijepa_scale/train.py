@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from ijepa_scale import build
 from ijepa_scale.assess import measure_health, preview_masks, report
 from ijepa_scale.config import PretrainConfig, to_dict
 from ijepa_scale.data.collate import Batch, micro_batch_stream
@@ -29,7 +28,11 @@ STRIKES = 3  # steps in a row that were skipped, or checkpoints in a row that co
 
 
 class RunError(RuntimeError):
-    """Training cannot go on; the message tells the user why and what to do."""
+    """Training cannot go on; the message tells the user why and what to do. local: it befell this rank alone."""
+
+    def __init__(self, message: str, *, local: bool = False):
+        super().__init__(message)
+        self.local = local
 
 
 def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: bool = False) -> int:
@@ -40,14 +43,14 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: boo
     """
     try:
         blocks = check(config)
+        ranks = distributed.start()
     except ValueError as error:
         raise InputError(str(error)) from error
-    ranks = distributed.start()
     stop_request = StopRequest()
     try:
         try:
             run = set_up(config, blocks, ranks, resume=resume, allow_changes=allow_changes)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise InputError(str(error)) from error
         if run.start_step < run.horizon.stop:
             reason = train(run, stop_request)
@@ -55,6 +58,7 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: boo
                 return STOP_EXIT_CODE
         elif ranks.first:
             print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
+        del run.engine, run.ema  # their memory is free for the probes
         report(run)
         return 0
     finally:
@@ -65,11 +69,13 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: boo
 def train(run: Run, stop_request: StopRequest) -> str:
     """The loop, with its logs. Returns why it was asked to stop early, or "" at the end of the run."""
     with contextlib.ExitStack() as stack:
-        log: Log = unlogged
         progress = None
+        try:  # on rank 0 alone: if it fails, no other may go on into a collective
+            run.ranks.together(lambda: preview_masks(run) if run.ranks.first else None)
+            log = run.ranks.together(lambda: open_logs(run, stack) if run.ranks.first else unlogged)
+        except (ValueError, OSError) as error:
+            raise RunError(str(error)) from error
         if run.ranks.first:
-            log = open_logs(run, stack)
-            preview_masks(run)
             progress = stack.enter_context(Progress(run.horizon.stop, run.start_step))
         stack.callback(faulthandler.cancel_dump_traceback_later)
         return loop(run, stop_request, progress, log)
@@ -110,6 +116,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
     )
     health = [r for r in read_records(run.folder.metrics) if r.get("kind") == "health"] if ranks.first else []
     skipped_in_a_row = failed_saves = 0
+    loss = None
     reason = ""
     for note in run.notes:
         say(note)
@@ -122,9 +129,10 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         if config.engine.hang_seconds:  # a rank that hangs leaves the others waiting in a collective, for ever
             faulthandler.dump_traceback_later(config.engine.hang_seconds, exit=True)
         if config.logging.health_every_steps and step % config.logging.health_every_steps == 0:
-            measure_health(run, step, health, log, say)
+            measure_health(run, step, health, log, say, loss=loss)
         outcome = train_step(run, step, batches, stop=bool(stop_request.pending()))
         log(outcome.record)
+        loss = outcome.record["loss"]
         if progress:
             progress.update(step + 1, outcome.record)
         if outcome.bad:
@@ -144,7 +152,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             break
     else:
         if config.logging.health_every_steps:
-            measure_health(run, horizon.stop, health, log, say)
+            measure_health(run, horizon.stop, health, log, say, loss=loss)
     return reason
 
 
@@ -226,7 +234,7 @@ def next_batch(batches: Iterator[Batch]) -> Batch:
     try:
         return next(batches)
     except BadImageError as error:
-        raise RunError(str(error)) from error
+        raise RunError(str(error).splitlines()[-1], local=True) from error  # a worker's comes with its traceback
 
 
 @contextlib.contextmanager
@@ -241,7 +249,8 @@ def explained_memory_errors(run: Run) -> Iterator[None]:
         raise RunError(
             f"out of memory on {run.ranks.device} with {micro} images a micro-batch; lower "
             f"optimization.micro_batch_size (for example {max(1, micro // 2)}; the global batch stays: gradients "
-            f"are accumulated), raise engine.zero_stage, or use more ranks\n{error}"
+            f"are accumulated), raise engine.zero_stage, or use more ranks\n{error}",
+            local=True,
         ) from error
 
 
@@ -283,20 +292,16 @@ def handle_skip(run: Run, step: int, outcome: StepOutcome, in_a_row: int, say: S
 def save_checkpoint(run: Run, step: int, say: Say) -> bool:
     """Save and prune; False, on all ranks, when it could not be written: training then goes on without it."""
     started = time.perf_counter()
-    meta = {
-        "seed": run.config.seed,
-        "config": to_dict(run.config),
-        "architecture": build.architecture(run.config),
-        "images": len(run.images),
-        "wandb_id": run.wandb_id,
-    }
+    meta = {**run.facts, "wandb_id": run.wandb_id}
     try:
         path = checkpoints.save(run.folder.checkpoints, run.engine, run.ema, run.ranks, step=step, meta=meta)
     except OSError as error:
         say(f"warning: no checkpoint at step {step}: {error}; earlier checkpoints are untouched")
         return False
     keep = run.config.checkpoint
-    checkpoints.prune(run.folder.checkpoints, run.ranks, keep_last=keep.keep_last, keep_every=keep.keep_every)
+    checkpoints.prune(
+        run.folder.checkpoints, run.ranks, keep_last=keep.keep_last, keep_every=keep.keep_every, newest=step
+    )
     if run.ranks.first:
         size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
         say(f"checkpoint {path} ({size:.1f} MB, {time.perf_counter() - started:.1f} s)")

@@ -10,6 +10,7 @@ Exit codes: 0 finished, 1 training failed, 2 wrong input, 75 stopped by a signal
 import argparse
 import logging
 import sys
+import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
@@ -19,13 +20,17 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a YAML file of configs/")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="config values over the file's, e.g. optimization.lr=5e-4"
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="config values over the file's, e.g. optimization.lr=5e-4; all keys: ijepa_scale/config.py",
     )
     parser.add_argument(
         "--resume",
         default="auto",
         metavar="auto|never|PATH",
-        help="auto (default): from the run folder's newest whole checkpoint, if any; PATH: from that checkpoint",
+        help="auto (default): from the run folder's newest whole checkpoint, if any; never: refuse where there are "
+        "checkpoints; PATH: start from that checkpoint",
     )
     parser.add_argument(
         "--allow-changes", action="store_true", help="resume although settings that alter training differ"
@@ -36,15 +41,18 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)
     from ijepa_scale.config import load_config
 
     try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
+            from ijepa_scale.engine.distributed import launcher_rank
             from ijepa_scale.plan import dry_run
 
-            print(dry_run(config))
+            text = dry_run(config)
+            if launcher_rank() == 0:
+                print(text)
             return 0
     except ValueError as error:
         return fail(error, 2)
@@ -65,8 +73,11 @@ def main(arguments: list[str] | None = None) -> int:
 def fail(error: Exception, code: int) -> int:
     from ijepa_scale.engine.distributed import launcher_rank
 
-    if launcher_rank() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    if launcher_rank() == 0 or getattr(error, "local", False):
+        place = f" (rank {launcher_rank()})" if launcher_rank() else ""
+        print(f"error{place}: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # a launcher ends all ranks when one ends: rank 0 speaks first
     return code
 
 

@@ -27,6 +27,7 @@ KINDS = ("master", "exp_avg", "exp_avg_sq", "ema")
 MANIFEST = "manifest.json"
 LATEST = "latest"  # a hint for people and tools; resuming looks at the folders themselves
 FORMAT = 1
+REPLACED = ".partial-replaced-"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".partial-*"):  # of a killed run; the run folder's lock keeps others out
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
             free = shutil.disk_usage(folder).free
             if free < total_bytes * 1.05:
                 raise OSError(
@@ -129,7 +130,7 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
             manifest["sha256"] = _digest(manifest)
             _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
             _fsync(partial)
-            replaced = folder / f".partial-replaced-{final.name}"
+            replaced = folder / f"{REPLACED}{final.name}"
             if final.exists():  # left by a run that went on from an older checkpoint
                 os.rename(final, replaced)
             os.rename(partial, final)
@@ -150,19 +151,19 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
     return final
 
 
-def prune(folder: Path, ranks: Ranks, *, keep_last: int, keep_every: int, newest: int | None = None) -> None:
+def prune(folder: Path, ranks: Ranks, *, keep_last: int, keep_every: int, newest: int) -> None:
     """Delete all but the newest keep_last checkpoints and those at multiples of keep_every (0: none of these).
 
     newest: the step just saved. Later ones, which a resume left behind as damaged, are not counted and stay.
     """
     if ranks.first:
         steps = {path: int(path.name.removeprefix("step-")) for path in candidates(folder)}
-        reached = [path for path, step in steps.items() if newest is None or step <= newest]
+        reached = [path for path, step in steps.items() if step <= newest]
         for path in reached[keep_last:]:
             if not keep_every or steps[path] % keep_every:
                 doomed = path.with_name(f".partial-{path.name}")  # so that a kill half-way leaves no broken candidate
                 os.rename(path, doomed)
-                shutil.rmtree(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)  # what stays is tried again at the next save
     ranks.barrier()
 
 
@@ -210,6 +211,7 @@ def newest_good(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, list[str
 
     Agreed on before any state is touched. Raises ValueError where checkpoints exist and none can be used.
     """
+    ranks.together(lambda: _undo_half_replacement(folder) if ranks.first else None)
     skipped: list[str] = []
     for path in ranks.from_first(candidates(folder)):
         found, complaint = verify(path, ranks)
@@ -223,6 +225,23 @@ def newest_good(folder: Path, ranks: Ranks) -> tuple[Checkpoint | None, list[str
             + "\nrestore one, or choose another run_dir"
         )
     return None, skipped
+
+
+def _undo_half_replacement(folder: Path) -> None:
+    """A kill between the two renames of save() leaves the old checkpoint of that step under REPLACED: bring it back."""
+    for replaced in folder.glob(f"{REPLACED}*"):
+        final = folder / replaced.name.removeprefix(REPLACED)
+        if not final.exists():
+            os.rename(replaced, final)
+
+
+def set_aside(paths: list[Path]) -> None:
+    """Rename checkpoints that a resume from an older one leaves behind, so that they are not resumed."""
+    for path in paths:
+        aside = path.with_name(f"abandoned-{path.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(path, aside)
 
 
 def _file_index(checkpoint: Checkpoint, files: contextlib.ExitStack) -> dict[tuple[str, str], list]:

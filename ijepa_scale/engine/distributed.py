@@ -102,7 +102,8 @@ class Ranks:
 def start() -> Ranks:
     """Join the process group of the deepspeed launcher, torchrun or srun; alone where none started this process."""
     environ = os.environ
-    if "RANK" not in environ and int(environ.get("SLURM_NTASKS", "1")) > 1:
+    # SLURM_NTASKS is set in a batch script, too; the step's own number only by srun.
+    if "RANK" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         for ours, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
             environ[ours] = environ[f"SLURM_{slurm}"]
         if "MASTER_ADDR" not in environ:
@@ -115,6 +116,11 @@ def start() -> Ranks:
         environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     rank, world_size, local_rank = (int(environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"more processes than GPUs: this is process {local_rank + 1} of its machine, which has "
+            f"{torch.cuda.device_count()}; start as many as there are GPUs"
+        )
     if cuda:
         torch.cuda.set_device(local_rank)
     else:

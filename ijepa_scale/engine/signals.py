@@ -7,6 +7,7 @@ from pathlib import Path
 from types import FrameType
 
 STOP_EXIT_CODE = 75  # EX_TEMPFAIL: stopped on request, checkpoint saved, to be started again
+LAUNCHERS = (b"deepspeed", b"deepspeed.launcher.launch", b"torchrun", b"torch.distributed.run")
 REPEAT_SECONDS = 2.0  # a launcher sends INT and TERM within 10 ms of each other: they count as one
 
 
@@ -19,7 +20,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.reason = ""
         self._first = 0.0
-        self._launcher = _deepspeed_launcher()
+        self._launcher = _launcher()
         self._previous = {
             number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         }
@@ -34,7 +35,7 @@ class StopRequest:
     def pending(self) -> str:
         """Why this process was asked to stop, or ""."""
         if not self.reason and self._launcher and _ancestors()[: len(self._launcher)] != self._launcher:
-            self.reason = "the deepspeed launcher's death"
+            self.reason = "the launcher's death"
         return self.reason
 
     def close(self) -> None:
@@ -55,18 +56,20 @@ def _ancestors() -> tuple[int, int]:
     return parent, _parent(parent)
 
 
-def _deepspeed_launcher() -> tuple[int, ...]:
-    """The pids above this one that belong to the deepspeed launcher, whose death by SIGTERM would orphan the ranks.
+def _launcher() -> tuple[int, ...]:
+    """The pids above this one that belong to the deepspeed launcher or to torchrun, whose death orphans the ranks.
 
-    Its runner dies alone of a SIGTERM and leaves deepspeed.launcher.launch and the ranks behind.
+    The deepspeed launcher's runner dies alone of a SIGTERM and leaves deepspeed.launcher.launch and the ranks behind.
     """
     pids = []
     for pid in _ancestors():
         try:
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
             break
-        if b"deepspeed" not in command:
+        if not any(
+            word.rpartition(b"/")[2] in LAUNCHERS for word in words[:4]
+        ):  # python -u -m MODULE, or python PROGRAM
             break
         pids.append(pid)
     return tuple(pids)

@@ -20,9 +20,14 @@ REFUSED = {
     "scheduler": "schedules are functions of the step (ijepa_scale/schedules.py)",
     "fp16": "fp16's loss scaling would skip steps at random; set engine.precision to bf16 or fp32",
     "bf16": "set engine.precision",
+    "bfloat16": "set engine.precision",
     "data_types.grad_accum_dtype": "gradients are accumulated in fp32",
     "zero_optimization.stage": "set engine.zero_stage",
     "zero_optimization.round_robin_gradients": "it reorders the shards, and the EMA would average the wrong weights",
+    "zero_optimization.cpu_offload": "the sharded EMA lives beside the master weights on the device",
+    "zero_optimization.cpu_offload_param": "the target encoder's shards are rebound on the device",
+    "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the target encoder",
+    "zero_optimization.zenflow": "it moves the master weights off the device",
     "zero_optimization.offload_optimizer": "the sharded EMA lives beside the master weights on the device",
     "zero_optimization.offload_param": "the target encoder's shards are rebound on the device",
     "zero_optimization.zero_hpz_partition_size": "secondary shards of the target encoder would never be updated",
@@ -62,7 +67,9 @@ def deepspeed_config(
     for key, reason in REFUSED.items():
         section, _, leaf = key.rpartition(".")
         values = (extra or {}).get(section, {}) if section else extra or {}
-        if isinstance(values, dict) and leaf in values:
+        if not isinstance(values, dict):
+            raise ValueError(f"engine.deepspeed.{section} is a section and takes keys, got {values!r}")
+        if leaf in values:
             raise ValueError(f"engine.deepspeed.{key} = {values[leaf]!r} is refused: {reason}")
     return _merged(config, extra or {})
 
@@ -106,6 +113,8 @@ def initialize(
 
     with quiet():
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    for buffer in model.buffers():  # a model made inside zero.Init is not moved as a whole
+        buffer.data = buffer.data.to(engine.device)
     # DeepSpeed's masters start from the weights rounded to bf16; ours from the fp32 values.
     shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
     flats = masters(engine.optimizer)

@@ -19,6 +19,7 @@ from ijepa_scale.data.images import (
     BadImageError,
     bytes_needed,
     check_images,
+    count_images,
     open_images,
     splits_of,
 )
@@ -561,3 +562,20 @@ def test_check_images(tmp_path):
 def test_check_images_reads_no_pixels(tmp_path):
     write_files(tmp_path, {"cut.png": encoded(0)[:60], "bomb.png": encoded(0)[:60]})
     check_images(open_images(str(tmp_path)), min_side=8)
+
+
+def test_images_are_counted_without_a_copy(tmp_path):
+    from datasets import Dataset
+    from datasets import Image as ImageFeature
+
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for split, count in (("train", 7), ("validation", 3)):
+        rows = {"image": [{"bytes": b"unread", "path": None}] * count}
+        table = Dataset.from_dict(rows).cast_column("image", ImageFeature(decode=False))
+        table.to_parquet(str(tmp_path / "set" / "data" / f"{split}-00000-of-00001.parquet"))
+    cache = tmp_path / "cache"
+    assert count_images(str(tmp_path / "set"), cache_dir=str(cache)) == 7
+    assert count_images(str(tmp_path / "set"), split="val", cache_dir=str(cache)) == 3
+    assert not list(cache.rglob("*.arrow"))
+    with pytest.raises(ValueError, match="no split 'x'"):
+        count_images(str(tmp_path / "set"), split="x", cache_dir=str(cache))

@@ -131,6 +131,18 @@ def test_classes_on_two_ranks_report_probes_and_a_finished_run_says_so(config, t
     assert again.code == 0 and "is finished at step 6" in again.output and "another run_dir" in again.output
 
 
+def test_a_few_labelled_images_without_a_validation_split_are_shared_out(config, tmp_path):
+    draw_images(tmp_path / "images", 48, classes=("cat", "dog"))
+    arguments = ["--config", str(config), f"data.source={tmp_path / 'images'}", f"run_dir={tmp_path / 'out'}"]
+    arguments += ["optimization.max_steps=1", "report.train_images=4000", f"data.cache_dir={tmp_path / 'cache'}"]
+    (end,) = run_ranks(pretrain, 1, tmp_path, *arguments)
+    assert end.code == 0, end.output
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert not report["held_out"] and report["train_images"] == 32
+    assert [score["num_test"] for score in report["scores"]] == [16, 16]
+    assert "were among the training images" in end.output
+
+
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
@@ -202,7 +214,7 @@ def test_a_rank_that_hangs_ends_the_others_with_their_stacks(config, tmp_path):
     ranks.processes[0].join(30)
     os.kill(ranks.pid(1), signal.SIGKILL)
     ends = ranks.wait()
-    assert ends[0].code == 1 and "Timeout (0:00:05)!" in ends[0].output and "in train_step" in ends[0].output
+    assert ends[0].code == 1 and "Timeout (0:00:05)!" in ends[0].output and "in loop" in ends[0].output
 
 
 def test_out_of_memory_names_the_micro_batch():

@@ -188,7 +188,7 @@ def test_sigterm_to_the_deepspeed_launcher(runs, under_way):
     launched, run = under_way(deepspeed)
     launched.process.send_signal(signal.SIGTERM)
     launched.assert_all_end()
-    assert "stopped by the deepspeed launcher's death after step" in launched.output.read_text()
+    assert "stopped by the launcher's death after step" in launched.output.read_text()
     assert launched.process.returncode == -signal.SIGTERM
     assert_goes_on_exactly(runs, run)
 
@@ -221,6 +221,16 @@ def test_a_signal_to_torchrun_reaches_the_ranks(runs, under_way, number):
     launched.assert_all_end()
     assert f"stopped by {number.name}" in launched.output.read_text()
     assert_goes_on_exactly(runs, run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [torchrun, deepspeed])
+def test_a_killed_launcher_leaves_no_rank_behind(under_way, launcher):
+    launched, run = under_way(launcher)
+    launched.process.send_signal(signal.SIGKILL)
+    launched.assert_all_end()
+    (stopped,) = checkpoints_of(run)
+    assert f"stopped by the launcher's death after step {stopped}" in launched.output.read_text()
 
 
 @pytest.fixture(scope="module")
