@@ -216,7 +216,8 @@ def test_a_killed_owner_frees_its_folder_although_its_workers_live_on(tmp_path):
     reads, writes = os.pipe()
     owner = os.fork()
     if not owner:
-        RunFolder(tmp_path).lock()
+        folder = RunFolder(tmp_path)
+        folder.lock()
         worker = os.fork() or signal.sigwait([signal.SIGUSR1])
         os.write(writes, str(worker).encode())
         signal.pause()

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ijepa_scale.metrics import read_records
 from tests.end_to_end import worker_faults
@@ -242,19 +243,23 @@ def whole_run(runs, tmp_path_factory):
 
 def test_one_bad_loss_is_skipped_and_its_images_named(runs, whole_run, tmp_path):
     run = tmp_path / "run"
-    ends = runs(run, target=worker_faults.nan_loss_at, before=("5", "1"))
+    stop = "optimization.stop_at_step="
+    ends = runs(run, f"{stop}6", target=worker_faults.nan_loss_at, before=("5", "1"))
+    runs(tmp_path / "before", f"{stop}5")
     steps = steps_of(run)
-    assert [record["step"] for record in steps if not record["applied"]] == [5]
     assert steps[:5] == steps_of(whole_run)[:5]
-    assert steps[5]["loss"] is None  # JSON has no NaN
-    assert len(steps) == STEPS and all(record["loss"] > 0 for record in steps if record["step"] != 5)
-    assert all(bool(values.isfinite().all()) for values in state_of(run, STEPS).values())
+    assert steps[5]["loss"] is None and not steps[5]["applied"]  # JSON has no NaN
+    left, before = state_of(run, 6), state_of(tmp_path / "before", 5)
+    assert left.keys() == before.keys() and all(torch.equal(left[key], before[key]) for key in left)
     (skipped,) = [record for record in read_records(run / "metrics.jsonl") if record["kind"] == "skipped"]
     assert skipped["step"] == 5
     assert len(skipped["samples"]) == len(set(skipped["samples"])) == 8  # the global batch
     assert all(Path(sample).suffix == ".png" for sample in skipped["samples"])
     assert "warning: step 5: loss or gradients not finite" in ends[0].output
     assert skipped["samples"][0] in ends[0].output
+    runs(run)
+    assert [record["step"] for record in steps_of(run) if not record["applied"]] == [5]
+    assert len(steps_of(run)) == STEPS
 
 
 def test_three_bad_losses_in_a_row_end_the_run(runs, whole_run, tmp_path):
