@@ -163,7 +163,7 @@ def report(run: Run) -> None:
         }
         write_report(folder.path / "report.json", scores, **facts)
         draw_scores(folder.path / "scores.png", scores)
-        Console().print(report_table(scores))
+        Console(emoji=False).print(report_table(scores))
         if not run.evaluation.held_out:
             print("the source has no validation split: the probes' test images were among the training images")
         print(f"report: {folder.path}/report.json, loss_curve.png, scores.png, masks.png")

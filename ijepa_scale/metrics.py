@@ -309,7 +309,7 @@ class Progress:
             from rich.console import Console
             from rich.live import Live
 
-            console = Console(file=self._stream)
+            console = Console(file=self._stream, emoji=False)  # a name may hold ":train:"
             if not console.is_dumb_terminal:  # one that cannot redraw a line
                 # No refresh thread: data workers may be forked at any time, and would inherit its locks.
                 self._live = Live(console=console, auto_refresh=False)
@@ -346,7 +346,7 @@ class Progress:
     def message(self, text: str) -> None:
         """Print a line; on a terminal above the live one."""
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
         else:
             self._stream.write(text + "\n")
             self._stream.flush()

@@ -329,10 +329,10 @@ def test_a_log_file_gets_a_plain_line_every_ten_seconds_and_at_the_end(monkeypat
             clock.now += 1.0
             progress.update(number, RECORD)
             if number == 50:
-                progress.message("checkpoint saved [bold]")
+                progress.message("photos:train: saved [bold]")
     lines = stream.getvalue().splitlines()
-    assert "checkpoint saved [bold]" in lines
-    lines.remove("checkpoint saved [bold]")
+    assert "photos:train: saved [bold]" in lines
+    lines.remove("photos:train: saved [bold]")
     assert [line.split()[1] for line in lines] == [f"{n}/100" for n in (*range(1, 101, 10), 100)]
     assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
     assert lines[4] == (
@@ -396,10 +396,10 @@ def test_a_terminal_gets_one_live_line_that_fits(columns, monkeypatch):
                 clock.now += 1.0
                 progress.update(number, RECORD)
                 if number == 10:
-                    progress.message("checkpoint saved [bold]")
+                    progress.message("photos:train: saved [bold]")
 
     text = on_terminal(work)
-    assert "\x1b" in text and "checkpoint saved [bold]" in text
+    assert "\x1b" in text and "photos:train: saved [bold]" in text
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
     lines = [line for line in re.split(r"[\r\n]+", plain) if line.strip()]
     assert max(len(line.rstrip()) for line in lines) <= columns

@@ -67,9 +67,8 @@ def _launcher() -> tuple[int, ...]:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
             break
-        if not any(
-            word.rpartition(b"/")[2] in LAUNCHERS for word in words[:4]
-        ):  # python -u -m MODULE, or python PROGRAM
+        names = [word.rpartition(b"/")[2] for word in words[:4]]  # of python -u -m MODULE, or python PROGRAM
+        if not any(name in LAUNCHERS for name in names):
             break
         pids.append(pid)
     return tuple(pids)

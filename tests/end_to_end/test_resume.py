@@ -137,14 +137,28 @@ def test_a_checkpoint_of_another_folder(runs, whole_runs, stopped_runs, tmp_path
     assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
 
 
+def test_an_older_checkpoint_of_the_same_folder(runs, whole_runs, stopped_runs, tmp_path):
+    """What came after it is set aside, so that the next resume takes the run's new checkpoints."""
+    run = stopped_runs(1, tmp_path / "run")
+    older = run / "checkpoints" / "step-00000004"
+    ends = runs(run, "--resume", str(older), "optimization.stop_at_step=5")
+    assert f"resumed from {older}, step 4" in ends[0].output
+    assert (run / "checkpoints" / "abandoned-step-00000006" / "manifest.json").exists()
+    assert checkpoints_of(run) == [4, 5]
+    runs(run)
+    assert_same_run(run, whole_runs(1), STEPS)
+
+
 @pytest.mark.parametrize("keep_last", [1, 2])
 def test_a_damaged_checkpoint_is_skipped_aloud(runs, whole_runs, stopped_runs, tmp_path, keep_last):
     run = stopped_runs(1, tmp_path / "run")
     damaged = run / "checkpoints" / "step-00000006"
     (damaged / "rank-00001.safetensors").write_bytes(b"")
     ends = runs(run, f"checkpoint.keep_last={keep_last}", "checkpoint.every_steps=1")
-    assert "warning: skipped checkpoints that are not whole" in ends[0].output
-    assert f"{damaged}: rank-00001.safetensors has 0 bytes instead of" in ends[0].output
+    assert (
+        f"warning: skipped a checkpoint that is not whole: {damaged}: rank-00001.safetensors has 0 bytes instead of"
+        in ends[0].output
+    )
     assert steps_of(run) == steps_of(whole_runs(1))
     assert checkpoints_of(run) == [11, 12][-keep_last:]
 

@@ -234,20 +234,13 @@ def test_a_killed_launcher_leaves_no_rank_behind(under_way, launcher):
     assert f"stopped by the launcher's death after step {stopped}" in launched.output.read_text()
 
 
-@pytest.fixture(scope="module")
-def whole_run(runs, tmp_path_factory):
-    run = tmp_path_factory.mktemp("whole") / "run"
-    runs(run)
-    return run
-
-
-def test_one_bad_loss_is_skipped_and_its_images_named(runs, whole_run, tmp_path):
+def test_one_bad_loss_is_skipped_and_its_images_named(runs, tmp_path):
     run = tmp_path / "run"
     stop = "optimization.stop_at_step="
     ends = runs(run, f"{stop}6", target=worker_faults.nan_loss_at, before=("5", "1"))
     runs(tmp_path / "before", f"{stop}5")
     steps = steps_of(run)
-    assert steps[:5] == steps_of(whole_run)[:5]
+    assert steps[:5] == steps_of(tmp_path / "before")
     assert steps[5]["loss"] is None and not steps[5]["applied"]  # JSON has no NaN
     left, before = state_of(run, 6), state_of(tmp_path / "before", 5)
     assert left.keys() == before.keys() and all(torch.equal(left[key], before[key]) for key in left)
@@ -262,7 +255,7 @@ def test_one_bad_loss_is_skipped_and_its_images_named(runs, whole_run, tmp_path)
     assert len(steps_of(run)) == STEPS
 
 
-def test_three_bad_losses_in_a_row_end_the_run(runs, whole_run, tmp_path):
+def test_three_bad_losses_in_a_row_end_the_run(runs, tmp_path):
     run = tmp_path / "run"
     ends = runs(run, target=worker_faults.nan_loss_at, before=("2,3,5,6,7", "1"), code=1)
     assert "3 steps in a row were not finite; the last good checkpoint is" in ends[0].output

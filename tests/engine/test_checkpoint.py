@@ -90,6 +90,17 @@ def test_a_kill_while_a_damaged_checkpoint_is_replaced(tmp_path):
     assert_next_save_clears_leftovers(folder)
 
 
+def test_a_kill_while_a_whole_checkpoint_is_replaced_costs_nothing(tmp_path):
+    """Between its two renames the only checkpoint is set aside; it is brought back."""
+    folder = tmp_path / "checkpoints"
+    save(folder, 2)
+    ends = run_ranks(worker_checkpoint.save_and_die, 2, tmp_path / "output", str(folder), 2, 0, "rename", 2)
+    assert ends[0].code == -9
+    assert checkpoint.candidates(folder) == []
+    assert_loads(checkpoint.newest_good(folder, ALONE)[0], 2)
+    assert_next_save_clears_leftovers(folder)
+
+
 def assert_next_save_clears_leftovers(folder):
     save(folder, 3)
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == []

@@ -62,7 +62,7 @@ def save_and_die(folder: str, step: int, victim: int, point: str, count: int) ->
     if ranks.rank == victim:
         die_at(point, count).start()
     standin.save(Path(folder), step, ranks)
-    checkpoint.prune(Path(folder), ranks, keep_last=1, keep_every=0)
+    checkpoint.prune(Path(folder), ranks, keep_last=1, keep_every=0, newest=step)
 
 
 def agree(folders: dict[str, str], result: str) -> None:
