@@ -62,8 +62,8 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: boo
         report(run)
         return 0
     finally:
-        stop_request.close()
         ranks.close()
+        stop_request.close()
 
 
 def train(run: Run, stop_request: StopRequest) -> str:

@@ -186,8 +186,9 @@ def test_what_does_not_fit_is_refused(runs, whole_runs, stopped_runs, tmp_path):
     ends = runs(run, "--resume", "never", ranks=1, code=2)
     refused(ends, "holds checkpoints up to step-00000006", "another run_dir")
 
-    ends = runs(run, "--resume", str(tmp_path / "nowhere"), ranks=1, code=2)
-    refused(ends, f"--resume {tmp_path / 'nowhere'} cannot be used")
+    missing = run / "checkpoints" / "step-00000099"
+    ends = runs(run, "--resume", str(missing), ranks=1, code=2)
+    refused(ends, f"--resume {missing} cannot be used: manifest.json cannot be read")
 
     for path in checkpoint.candidates(run / "checkpoints"):
         shutil.copy(path / "manifest.json", tmp_path / path.name)
@@ -217,12 +218,14 @@ def test_a_finished_run_says_so(runs, whole_runs, tmp_path):
 
 def test_a_folder_in_use_is_refused(runs, tmp_path):
     run = tmp_path / "run"
-    first = runs.start(run, "optimization.max_steps=2000", "optimization.stop_at_step=60")
+    endless = ("optimization.max_steps=1000000", "checkpoint.every_steps=1000000")
+    first = runs.start(run, *endless)
     wait_for_step(run, 0, first.running)
-    ends = runs(run, "optimization.max_steps=2000", ranks=1, code=2)
+    ends = runs(run, *endless, ranks=1, code=2)
     refused(ends, f"run_dir {run} is in use by", f"pid {first.pid(0)}", "stop it or choose another run_dir")
-    assert [end.code for end in first.wait()] == [0, 0]
-    assert len(steps_of(run)) == 60
+    os.kill(first.pid(0), signal.SIGTERM)
+    assert [end.code for end in first.wait()] == [75, 75]
+    assert checkpoints_of(run) == [len(steps_of(run))]
 
 
 def test_a_killed_owner_frees_its_folder_although_its_workers_live_on(tmp_path):

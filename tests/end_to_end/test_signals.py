@@ -171,6 +171,7 @@ def under_way(small_config, tmp_path):
         launched.kill()
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_rank_under_torchrun(under_way):
     """The ranks end with 75; torchrun itself reports any rank's code but 0 as a failure, and ends with 1."""
     launched, run = under_way(torchrun)
