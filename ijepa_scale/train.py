@@ -57,6 +57,7 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: boo
             if reason:
                 return STOP_EXIT_CODE
         elif ranks.first:
+            print("\n".join(run.notes))
             print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
         del run.engine, run.ema  # their memory is free for the probes
         report(run)
