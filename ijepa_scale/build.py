@@ -1,7 +1,10 @@
 """Sections of the config -> objects, one build_* function a part. The public Python API: no launcher is needed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from ijepa_scale.config import MaskConfig, ModelConfig, PretrainConfig
 from ijepa_scale.data.collate import MicroBatches
@@ -37,10 +40,16 @@ def build_encoder(config: PretrainConfig) -> VisionTransformer:
     )
 
 
-def build_model(config: PretrainConfig, *, initialize: bool = True) -> IJepa:
+def build_model(
+    config: PretrainConfig,
+    *,
+    initialize: bool = True,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+) -> IJepa:
     """Context encoder, predictor and target encoder, whose forward computes the loss.
 
     initialize: draw the weights from config.seed; the engine passes False and draws its own shards.
+    gather: rows of this rank -> those of all ranks, for loss terms over the images of a micro-step.
     """
     context_encoder = build_encoder(config)
     heads = config.predictor.heads or context_encoder.size.heads
@@ -50,7 +59,15 @@ def build_model(config: PretrainConfig, *, initialize: bool = True) -> IJepa:
         encoder_width=context_encoder.size.width,
         grid=context_encoder.grid,
     )
-    model = IJepa(context_encoder, predictor, build_encoder(config), loss_kind=config.loss.kind)
+    model = IJepa(
+        context_encoder,
+        predictor,
+        build_encoder(config),
+        loss_kind=config.loss.kind,
+        variance=config.loss.variance,
+        covariance=config.loss.covariance,
+        gather=gather,
+    )
     if initialize:
         initialize_weights(model, config.seed)
     return model
@@ -196,5 +213,10 @@ def build_micro_batch_size(config: PretrainConfig, ranks: int) -> int:
         raise ValueError(
             f"optimization.global_batch_size {whole} is not a multiple of micro_batch_size {max(micro, 1)} x {ranks} "
             f"ranks; use optimization.global_batch_size={near} or another micro_batch_size"
+        )
+    if (config.loss.variance or config.loss.covariance) and micro * ranks < 2:
+        raise ValueError(
+            "loss.variance and loss.covariance compare the images of a micro-step, and it has 1; "
+            "use a larger optimization.micro_batch_size, or more ranks, or set both to 0"
         )
     return micro

@@ -80,7 +80,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
     found, notes = find_checkpoint(config, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
 
     with zero.building_context(settings):
-        model = build.build_model(config, initialize=False)
+        model = build.build_model(config, initialize=False, gather=ranks.gather_rows)
     engine = zero.initialize(
         model,
         settings,

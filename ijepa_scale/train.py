@@ -184,7 +184,8 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
     momentum = ema_momentum(step, horizon.total, *options.ema)
     set_schedules(engine.optimizer.optimizer.param_groups, lr=lr, weight_decay=weight_decay)
 
-    wait, loss_sum = 0.0, 0.0
+    wait = 0.0
+    sums: dict[str, float] = {}  # the loss and its terms, over the micro-steps
     seen = []
     for _ in range(run.dataset.accumulation_steps):
         before = time.perf_counter()
@@ -193,21 +194,22 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
         seen.append(batch)
         moved = batch.to(ranks.device)
         with explained_memory_errors(run):
-            loss = engine(moved.images, moved.masks)
-            engine.backward(loss)
+            losses = engine(moved.images, moved.masks)
+            engine.backward(losses["loss"])
             engine.step()
-        loss_sum += loss.item()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
     applied = engine.was_step_applied()
     if applied:  # a skipped step leaves the EMA as it was, too
         run.ema.update(momentum)
-    loss_sum, wait, context_tokens, target_tokens, bad, stops = ranks.sum(
+    wait, context_tokens, target_tokens, bad, stops, *totals = ranks.sum(
         [
-            loss_sum / len(seen),
             wait,
             sum(batch.masks.context.num_tokens for batch in seen),
             sum(batch.masks.target_blocks.num_tokens for batch in seen),
             sum(len(batch.bad) for batch in seen),
             float(stop),
+            *(value / len(seen) for value in sums.values()),
         ]
     )
     seconds = time.perf_counter() - started
@@ -215,7 +217,10 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
         "kind": "step",
         "step": step,
         "epoch": step / horizon.steps_per_epoch,
-        "loss": loss_sum / ranks.world_size,
+        **{
+            name if name == "loss" else f"loss_{name}": total / ranks.world_size
+            for name, total in zip(sums, totals, strict=True)
+        },
         "lr": lr,
         "weight_decay": weight_decay,
         "ema_momentum": momentum,

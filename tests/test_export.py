@@ -139,7 +139,7 @@ def test_outputs_are_those_of_networks_with_these_weights(save):
         assert torch.equal(model.target_encoder(images), expected_target)
         assert torch.equal(model.context_encoder(images, masks.context), expected_context)
         assert torch.equal(model.predictor(expected_context, masks), predictor(expected_context, masks))
-    loss = model(images, masks)
+    loss = model(images, masks)["loss"]
     loss.backward()
     assert math.isfinite(loss.item()) and model.context_encoder.patch_embed.proj.weight.grad.abs().sum() > 0
 

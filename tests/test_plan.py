@@ -50,7 +50,7 @@ def test_flops_agree_with_the_flop_counter():
     masks = pack_masks(context, blocks, 64)
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
-        model(images, masks).backward()
+        model(images, masks)["loss"].backward()
     tokens = Tokens(20, 400, 12, 32, 1024)
     # The counter sees equal lengths: no padding. It counts the score product of attention's backward once more.
     assert counter.get_total_flops() / 2 == pytest.approx(sum(flops_per_image(config, tokens).values()), rel=0.02)

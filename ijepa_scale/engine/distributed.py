@@ -65,6 +65,14 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all ranks, in rank order: (B, D) -> (ranks * B, D), on the device, with gradients.
+
+        Gradients that are then averaged over the ranks are those of one process that holds all rows, provided that
+        every rank computes the same scalar from the result.
+        """
+        return _GatherRows.apply(rows) if self.world_size > 1 else rows
+
     def from_first(self, value: T) -> T:
         """Rank 0's value on every rank."""
         values = [value]
@@ -97,6 +105,21 @@ class Ranks:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows; backward needs no communication, as every rank already holds the same gradient of them all."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        # The data-parallel mean over ranks divides by their number what only this rank passes on of its own rows.
+        return grads[0].chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
 
 
 def start() -> Ranks:

@@ -1,7 +1,7 @@
 """The method: context encoder, target encoder, predictor and loss (I-JEPA, arXiv:2301.08243)."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from ijepa_kernels.ema import ema_update
 from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.predictor import Predictor
+from ijepa_scale.models.regularization import pooled_tokens, variance_covariance
 from ijepa_scale.models.vit import VisionTransformer
 
 
@@ -23,20 +24,39 @@ class IJepa(nn.Module):
         target_encoder: VisionTransformer,
         *,
         loss_kind: str = "smooth_l1",
+        variance: float = 0.0,
+        covariance: float = 0.0,
+        gather: Callable[[torch.Tensor], torch.Tensor] = lambda rows_BD: rows_BD,
     ):
+        """variance, covariance: weights of the terms against collapse, taken over the images of one forward.
+
+        gather: this rank's rows -> the rows of all ranks, with gradients; then it is over the images of all ranks.
+        """
         super().__init__()
         self.context_encoder = context_encoder
         self.predictor = predictor
         self.target_encoder = target_encoder.requires_grad_(False)
         self.loss_kind = loss_kind
+        self.variance, self.covariance, self.gather = variance, covariance, gather
 
-    def forward(self, images_BCHW: torch.Tensor, masks: Masks) -> torch.Tensor:
-        """images_BCHW: (B, 3, H, W) uint8. Returns the scalar loss, averaged over all target tokens."""
+    def forward(self, images_BCHW: torch.Tensor, masks: Masks) -> dict[str, torch.Tensor]:
+        """images_BCHW: (B, 3, H, W) uint8. Returns scalars: "loss", to be minimized, averaged over all target tokens.
+
+        If the weight of the variance or the covariance term is not 0 (C-JEPA, arXiv:2410.19560, adds them to I-JEPA;
+        here they are on the mean-pooled output of the context encoder), also the loss's parts "prediction", "variance"
+        and "covariance", before their weights and without gradients.
+        """
         with torch.no_grad():
             target_TD = self.target_encoder(images_BCHW).flatten(0, 1)
         context_TD = self.context_encoder(images_BCHW, masks.context)
         pred_TD = self.predictor(context_TD, masks)
-        return target_loss(pred_TD, target_TD, masks.target_blocks.indices_T, self.loss_kind)
+        prediction = target_loss(pred_TD, target_TD, masks.target_blocks.indices_T, self.loss_kind)
+        if not (self.variance or self.covariance):
+            return {"loss": prediction}
+        variance, covariance = variance_covariance(self.gather(pooled_tokens(context_TD, masks.context)))
+        loss = prediction + self.variance * variance + self.covariance * covariance
+        terms = {"prediction": prediction, "variance": variance, "covariance": covariance}
+        return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
 
     def update_target(self, momentum: float) -> None:
         """One EMA step of the target encoder, for fp32 networks held whole; under ZeRO: engine.ema.ShardedEMA."""

@@ -20,9 +20,10 @@ def nan_loss_at(steps: str, rank: str, *arguments: str) -> None:
     counter = itertools.count()
     original = ijepa.IJepa.forward
 
-    def forward(self: ijepa.IJepa, *inputs: Any) -> torch.Tensor:
-        loss = original(self, *inputs)
-        return loss * math.nan if next(counter) in bad and os.environ["RANK"] == rank else loss
+    def forward(self: ijepa.IJepa, *inputs: Any) -> dict[str, torch.Tensor]:
+        losses = original(self, *inputs)
+        failing = next(counter) in bad and os.environ["RANK"] == rank
+        return {name: loss * math.nan for name, loss in losses.items()} if failing else losses
 
     with mock.patch.object(ijepa.IJepa, "forward", forward):
         pretrain(*arguments)

@@ -10,6 +10,8 @@ from tests.processes import assert_all, run_ranks
 
 # Measured: masters within 8e-7 after 20 steps, EMA within 4e-7, losses within 6e-8, norms within 2e-7 (relative).
 ROUNDING = 2e-6
+# Measured with the variance and covariance terms: masters within 4e-6, losses and norms as above.
+TERMS_ROUNDING = 1e-5
 # Measured: 1.2e-6 on outputs of size 3, behind two blocks and three LayerNorms.
 FORWARD_ROUNDING = 5e-6
 
@@ -22,10 +24,11 @@ OPTIMIZERS = {
     (2, "bf16"): "DeepSpeedZeroOptimizer",
     (3, "bf16"): "DeepSpeedZeroOptimizer_Stage3",
 }
-# Launches: (ranks, stages, ((precision, accumulation steps, clip), ...))
+# Launches: (ranks, stages, ((precision, accumulation steps, clip), ...)); the variance and covariance terms are in the
+# loss where nothing is accumulated: their statistics over two ranks equal those of one process.
 ONE_RANK = (1, STAGES, (("fp32", 1, 0.0), ("bf16", 1, 0.0)))
-TWO_RANKS = (2, STAGES, (("fp32", 2, worker.CLIP), ("bf16", 2, 0.0)))
-OTHER_CASES = (2, STAGES, (("fp32", 1, 0.0), ("bf16", 1, worker.CLIP)))
+TWO_RANKS = (2, STAGES, (("fp32", 2, worker.CLIP), ("fp32", 1, 0.0), ("bf16", 2, 0.0)))
+OTHER_CASES = (2, STAGES, (("bf16", 1, worker.CLIP),))
 FOUR_RANKS = (4, (2,), (("fp32", 2, worker.CLIP), ("bf16", 1, 0.0)))
 
 
@@ -59,15 +62,16 @@ def launches(precision=None):
 
 
 @pytest.mark.parametrize("launch, key, stage, precision", launches("fp32"))
-def test_fp32_training_equals_a_plain_loop(measured, launch, key, stage, precision):
+def test_fp32_training_equals_a_plain_loop(measured, request, launch, key, stage, precision):
     facts = measured(launch)[key]
     assert facts["optimizer"] == OPTIMIZERS[stage, precision]
     assert facts["applied"]
     assert facts["ema_moved"] > 1e-2  # what the bounds below are to be compared with
     assert facts["loss"] < ROUNDING
     assert facts["grad_norm"] < ROUNDING
-    assert facts["masters"] < ROUNDING
-    assert facts["ema"] < ROUNDING
+    bound = TERMS_ROUNDING if "accumulate1" in request.node.name else ROUNDING
+    assert facts["masters"] < bound
+    assert facts["ema"] < bound
     assert facts["target_beside_plain"] < FORWARD_ROUNDING
 
 

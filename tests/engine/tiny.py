@@ -28,10 +28,11 @@ def build_encoder() -> VisionTransformer:
     return VisionTransformer(ViTSize(width=32, depth=2, heads=2, mlp_width=64), image_size=32, patch_size=8)
 
 
-def build_model() -> IJepa:
+def build_model(**terms: Any) -> IJepa:
+    """terms: IJepa's variance, covariance and gather."""
     encoder = build_encoder()
     predictor = Predictor(ViTSize(width=16, depth=1, heads=2, mlp_width=32), encoder_width=32, grid=encoder.grid)
-    return IJepa(encoder, predictor, build_encoder())
+    return IJepa(encoder, predictor, build_encoder(), **terms)
 
 
 def global_batch(step: int) -> tuple[torch.Tensor, list, list]:
@@ -69,6 +70,7 @@ def start_engine(
     accumulation: int = 1,
     clip: float = 0.0,
     seed: int = SEED,
+    terms: dict[str, float] | None = None,
     before_ema: Callable[[Any], None] = lambda engine: None,
 ) -> tuple[Any, ShardedEMA]:
     settings = zero.deepspeed_config(
@@ -79,7 +81,7 @@ def start_engine(
         clip_grad_norm=clip,
     )
     with zero.building_context(settings):
-        model = build_model()
+        model = build_model(gather=ranks.gather_rows, **(terms or {}))
     engine = zero.initialize(
         model,
         settings,

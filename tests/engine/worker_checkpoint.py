@@ -145,7 +145,7 @@ def reshard(folder: str, engines: list[tuple[int, str]], sources: list[str], res
             for step in range(3):
                 set_schedules(engine.optimizer.optimizer.param_groups, lr=1e-3, weight_decay=0.1)
                 ((images, masks),) = tiny.micro_batches(100 * number + 10 * ranks.world_size + step, ranks, 1)
-                engine.backward(engine(images, masks))
+                engine.backward(engine(images, masks)["loss"])
                 engine.step()
                 ema.update(0.9)
             checkpoint.save(root / name, engine, ema, ranks, step=3, meta={})

@@ -16,6 +16,7 @@ from tests.engine import tiny
 STEPS = 20
 BAD_STEP = 7  # one rank's loss is NaN here
 CLIP = 0.15  # below every gradient norm of these steps
+TERMS = {"variance": 0.3, "covariance": 0.1}  # their statistics are of one micro-step: with accumulation they differ
 UNSEEN = 1000  # the step whose images the target encoders are compared on
 
 
@@ -27,9 +28,9 @@ def schedule(step: int) -> tuple[float, float, float]:
 class Plain:
     """One process, one forward for the global batch, whole tensors: nothing of engine/ or optim.py."""
 
-    def __init__(self, clip: float):
+    def __init__(self, clip: float, terms: dict[str, float]):
         self.clip = clip
-        self.model = tiny.build_model()
+        self.model = tiny.build_model(**terms)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(initial_weight(name, parameter.shape, tiny.SEED))
@@ -46,7 +47,7 @@ class Plain:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.param_groups[0]["weight_decay"] = weight_decay
-        loss = self.model(*tiny.whole_batch(step))
+        loss = self.model(*tiny.whole_batch(step))["loss"]
         if step == BAD_STEP:
             return math.nan, math.inf
         self.optimizer.zero_grad()
@@ -100,7 +101,7 @@ def take_step(engine: Any, ema: Any, ranks: Ranks, step: int, accumulation: int)
     set_schedules(engine.optimizer.optimizer.param_groups, lr=lr, weight_decay=weight_decay)
     losses = []
     for micro, batch in enumerate(tiny.micro_batches(step, ranks, accumulation)):
-        loss = engine(*batch)
+        loss = engine(*batch)["loss"]
         if step == BAD_STEP and micro == 0 and ranks.rank == ranks.world_size - 1:
             loss = loss * math.nan
         engine.backward(loss)
@@ -114,10 +115,11 @@ def take_step(engine: Any, ema: Any, ranks: Ranks, step: int, accumulation: int)
 
 def compare(ranks: Ranks, *, zero_stage: int, precision: str, accumulation: int, clip: float) -> dict[str, Any]:
     """STEPS steps of the engine and of the plain loop; how far apart they are."""
+    terms = TERMS if accumulation == 1 else {}
     engine, ema = tiny.start_engine(
-        ranks, zero_stage=zero_stage, precision=precision, accumulation=accumulation, clip=clip
+        ranks, zero_stage=zero_stage, precision=precision, accumulation=accumulation, clip=clip, terms=terms
     )
-    plain = Plain(clip)
+    plain = Plain(clip, terms)
     optimizer = engine.optimizer
     initial = tiny.gathered(engine, ranks, zero.masters(optimizer))
     expected = {name: initial_weight(name, p.shape, tiny.SEED) for name, p in plain.masters().items()}
@@ -197,7 +199,7 @@ def stale_target(ranks: Ranks) -> list[float]:
 
 def unclipped_effect() -> float:
     """How far clipping moves the plain loop's masters: what a forgotten clip would show."""
-    with_clip, without = Plain(CLIP), Plain(0.0)
+    with_clip, without = Plain(CLIP, {}), Plain(0.0, {})
     for step in range(STEPS):
         with_clip.step(step)
         without.step(step)

@@ -107,7 +107,7 @@ class Naive:
 def test_loss_and_every_gradient_match_one_image_at_a_time(kind, images, blocks, block_size):
     model, pixels = tiny_model(kind), images_of(images)
     context, targets = random_masks(images, images, blocks, block_size)
-    loss = model(pixels, pack_masks(context, targets, PATCHES))
+    loss = model(pixels, pack_masks(context, targets, PATCHES))["loss"]
     expected = Naive(model).loss(pixels, context, targets, kind)
     assert loss.shape == () and loss.item() == pytest.approx(expected.item(), rel=1e-12)
     trained = {name: p for name, p in model.named_parameters() if not name.startswith("target_encoder.")}
@@ -120,7 +120,7 @@ def test_loss_and_every_gradient_match_one_image_at_a_time(kind, images, blocks,
 def test_the_target_encoder_gets_no_gradient():
     model, pixels = tiny_model(), images_of(2)
     masks = pack_masks(*random_masks(0, 2, 2, 4), PATCHES)
-    model(pixels, masks).backward()
+    model(pixels, masks)["loss"].backward()
     for name, parameter in model.named_parameters():
         frozen = name.startswith("target_encoder.")
         assert parameter.requires_grad == (not frozen)
@@ -132,8 +132,10 @@ def test_micro_batches_of_equal_blocks_average_to_the_whole():
     """So accumulation does not change the loss."""
     model, pixels = tiny_model(), images_of(4)
     context, targets = random_masks(3, 4, 3, 5)
-    whole = model(pixels, pack_masks(context, targets, PATCHES))
-    parts = [model(pixels[i : i + 2], pack_masks(context[i : i + 2], targets[i : i + 2], PATCHES)) for i in (0, 2)]
+    whole = model(pixels, pack_masks(context, targets, PATCHES))["loss"]
+    parts = [
+        model(pixels[i : i + 2], pack_masks(context[i : i + 2], targets[i : i + 2], PATCHES))["loss"] for i in (0, 2)
+    ]
     torch.testing.assert_close(sum(parts) / 2, whole, rtol=1e-12, atol=1e-12)
 
 
@@ -163,8 +165,8 @@ def test_twins_have_the_same_names():
 
 def test_bf16_loss_is_fp32_and_near_the_exact_one():
     pixels, masks = images_of(4), pack_masks(*random_masks(5, 4, 4, 4), PATCHES)
-    exact = tiny_model()(pixels, masks)
-    loss = tiny_model().bfloat16()(pixels, masks)
+    exact = tiny_model()(pixels, masks)["loss"]
+    loss = tiny_model().bfloat16()(pixels, masks)["loss"]
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(exact.item(), rel=0.03)
 
