@@ -13,14 +13,12 @@ from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.order import permuted_index
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.engine import checkpoint as checkpoints
-from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.evals.features import pooled_features
 from ijepa_scale.evals.knn import knn_top1
 from ijepa_scale.evals.probes import Features, probe_scores
 from ijepa_scale.masking.packing import Packed
 from ijepa_scale.metrics import drift, feature_std, health_verdict, rankme, read_records
 from ijepa_scale.models.ijepa import initialize_weights
-from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.run import Run
 from ijepa_scale.visualize.masks import draw_masks
 from ijepa_scale.visualize.report import draw_loss_curve, draw_scores, report_table, write_report
@@ -144,7 +142,7 @@ def report(run: Run) -> None:
         if which == "initial":
             initialize_weights(encoder, config.seed, prefix="context_encoder.")
         else:
-            load_target_encoder(encoder, found)
+            build.load_target_encoder(encoder, found)
         features[which] = Features(
             *(
                 features_of(run, encoder, images, chosen)
@@ -179,12 +177,3 @@ def report_indices(run: Run) -> tuple[list[int], list[int]]:
         )
     fit = eval_indices(run, train_images, min(options.train_images, 2 * len(train_images) // 3))
     return fit, eval_indices(run, test_images, options.test_images, skip=len(fit))
-
-
-def load_target_encoder(encoder: VisionTransformer, found: Checkpoint) -> None:
-    """Fill a plain encoder with a checkpoint's EMA weights."""
-    shapes = {f"context_encoder.{name}": p.shape for name, p in encoder.named_parameters()}
-    weights = checkpoints.read_weights(found, shapes, "ema")
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            parameter.copy_(weights[f"context_encoder.{name}"])

@@ -10,6 +10,8 @@ from ijepa_scale.config import MaskConfig, ModelConfig, PretrainConfig
 from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.images import ImageSet, check_images, open_images, splits_of
 from ijepa_scale.data.scenes import prepare_scenes
+from ijepa_scale.engine import checkpoint as checkpoints
+from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
 from ijepa_scale.models.ijepa import IJepa, initialize_weights
@@ -38,6 +40,15 @@ def build_encoder(config: PretrainConfig) -> VisionTransformer:
     return VisionTransformer(
         vit_size(config.model), image_size=config.data.image_size, patch_size=config.model.patch_size
     )
+
+
+def load_target_encoder(encoder: VisionTransformer, found: Checkpoint) -> None:
+    """Fill a plain encoder with a checkpoint's EMA weights."""
+    shapes = {f"context_encoder.{name}": p.shape for name, p in encoder.named_parameters()}
+    weights = checkpoints.read_weights(found, shapes, "ema")
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            parameter.copy_(weights[f"context_encoder.{name}"])
 
 
 def build_model(
