@@ -76,6 +76,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         "images": len(images),
         "precision": precision,
         "micro_batch_size": micro_batch_size,
+        "images_in_statistics": micro_batch_size * ranks.world_size,  # of the variance and covariance terms
     }
     found, notes = find_checkpoint(config, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
 
@@ -170,6 +171,7 @@ def refuse_misfit(config: PretrainConfig, found: Checkpoint, facts: dict[str, An
         raise ValueError(f"{found.path} holds another architecture: {differing}; choose another run_dir or its config")
     changed = changed_keys(found.manifest["config"], facts["config"])
     facts_that_count = ["images", "precision"] + ["micro_batch_size"] * (config.mask.context == "batch_min")
+    facts_that_count += ["images_in_statistics"] * bool(config.loss.variance or config.loss.covariance)
     for key in facts_that_count:
         if found.manifest[key] != facts[key]:
             changed[key] = (found.manifest[key], facts[key])

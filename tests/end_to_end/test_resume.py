@@ -7,6 +7,7 @@ import signal
 import pytest
 
 from ijepa_scale.engine import checkpoint
+from ijepa_scale.metrics import read_records
 from ijepa_scale.run_folder import RunFolder
 from tests.end_to_end import worker_faults
 from tests.end_to_end.runs import (
@@ -127,6 +128,24 @@ def test_one_rank_and_two_with_accumulation_train_alike(runs, whole_runs, tmp_pa
     runs(tmp_path / "accumulated", "optimization.micro_batch_size=2")
     for run in (tmp_path / "one", tmp_path / "accumulated"):
         assert_close_run(run, whole_runs(1))
+
+
+def test_terms_over_the_images_of_all_ranks(runs, tmp_path):
+    """Two ranks and one train alike, also when one goes on for the other; accumulation, which does not, is refused."""
+    terms = ("loss.variance=0.5", "loss.covariance=0.1")
+    runs(tmp_path / "one", *terms, ranks=1)
+    runs(tmp_path / "two", *terms, f"optimization.stop_at_step={STOP}")
+    refused(
+        runs(tmp_path / "two", *terms, "optimization.micro_batch_size=2", code=2),
+        "images_in_statistics: 8 -> 4",
+        "--allow-changes",
+    )
+    runs(tmp_path / "two", *terms)
+    assert_close_run(tmp_path / "two", tmp_path / "one")
+    for record in read_records(tmp_path / "two" / "metrics.jsonl"):
+        parts = record["loss_prediction"] + 0.5 * record["loss_variance"] + 0.1 * record["loss_covariance"]
+        assert record["loss"] == pytest.approx(parts, rel=1e-5)
+        assert 0.1 < record["loss_variance"] < 1
 
 
 def test_a_checkpoint_of_another_folder(runs, whole_runs, stopped_runs, tmp_path):
