@@ -11,6 +11,7 @@ from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.images import count_images
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
+from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.vit import ViTSize
 
 SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are taken over
@@ -18,23 +19,23 @@ SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are take
 
 @dataclass(frozen=True)
 class Tokens:
-    """Means over sampled layouts. Squares are the means of squared lengths, which attention's cost grows with."""
+    """Means an image over layouts. Squares are the means of squared lengths, which attention's cost grows with."""
 
     context: float
     context_square: float
     target_block: float
     predictor: float  # tokens in one of the predictor's sequences
     predictor_square: float
+    target: float  # patches that some target block holds
 
 
 def count_tokens(blocks: MultiBlock, context: str) -> Tokens:
-    lengths, block_tokens = [], []
+    lengths, block_tokens, targets = [], [], []
     for step in range(SAMPLED_STEPS):
         sizes = block_sizes(blocks, generator_for(0, 0, step))
-        kept = [
-            place_blocks(blocks, sizes, generator_for(0, 1, step, image)).context.size
-            for image in range(SAMPLED_IMAGES)
-        ]
+        placed = [place_blocks(blocks, sizes, generator_for(0, 1, step, image)) for image in range(SAMPLED_IMAGES)]
+        kept = [image.context.size for image in placed]
+        targets.append([np.unique(image.target_blocks).size for image in placed])
         if context == "batch_min":
             kept = [min(kept)] * SAMPLED_IMAGES
         elif context != "all":
@@ -43,13 +44,30 @@ def count_tokens(blocks: MultiBlock, context: str) -> Tokens:
         block_tokens.append([sizes.target[0] * sizes.target[1]] * SAMPLED_IMAGES)
     seen, block = np.array(lengths, dtype=float), np.array(block_tokens, dtype=float)
     both = seen + block
-    return Tokens(seen.mean(), (seen**2).mean(), block.mean(), both.mean(), (both**2).mean())
+    return Tokens(seen.mean(), (seen**2).mean(), block.mean(), both.mean(), (both**2).mean(), np.array(targets).mean())
 
 
-def _forward_flops(size: ViTSize, tokens: float, squares: float) -> float:
-    """Of one sequence through the blocks: matrix products and attention, two FLOPs a multiply-add."""
-    per_token = 2 * (4 * size.width**2 + 2 * size.width * size.mlp_width)
-    return size.depth * (per_token * tokens + 4 * size.width * squares)
+def tokens_of(masks: Masks) -> Tokens:
+    """The same of one micro-batch."""
+    context, predictor = (part.cu_seqlens.diff().double() for part in (masks.context, masks.prediction))
+    return Tokens(
+        context.mean().item(),
+        context.square().mean().item(),
+        masks.target_blocks.max_seqlen,
+        predictor.mean().item(),
+        predictor.square().mean().item(),
+        masks.target_patches_U.numel() / len(context),
+    )
+
+
+def _forward_flops(size: ViTSize, tokens: float, squares: float, wanted: float) -> float:
+    """Of one sequence through the blocks: matrix products and attention, two FLOPs a multiply-add.
+
+    wanted: the tokens whose output is used; the others are dropped after the last block's attention.
+    """
+    after = 2 * (size.width**2 + 2 * size.width * size.mlp_width)
+    per_token = 2 * 3 * size.width**2 + after
+    return size.depth * (per_token * tokens + 4 * size.width * squares) - after * (tokens - wanted)
 
 
 def flops_per_image(config: PretrainConfig, tokens: Tokens) -> dict[str, float]:
@@ -64,10 +82,14 @@ def flops_per_image(config: PretrainConfig, tokens: Tokens) -> dict[str, float]:
     projections = 2 * encoder.width * model.width * (tokens.context + blocks * tokens.target_block)
     # Backward costs twice the forward, less the patch embedding's gradient with respect to the pixels.
     return {
-        "target encoder": _forward_flops(encoder, patches, patches**2) + embed * patches,
-        "context encoder": 3 * _forward_flops(encoder, tokens.context, tokens.context_square)
+        "target encoder": _forward_flops(encoder, patches, patches**2, tokens.target) + embed * patches,
+        "context encoder": 3 * _forward_flops(encoder, tokens.context, tokens.context_square, tokens.context)
         + 2 * embed * tokens.context,
-        "predictor": 3 * (blocks * _forward_flops(predictor, tokens.predictor, tokens.predictor_square) + projections),
+        "predictor": 3
+        * (
+            blocks * _forward_flops(predictor, tokens.predictor, tokens.predictor_square, tokens.target_block)
+            + projections
+        ),
     }
 
 

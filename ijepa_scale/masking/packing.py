@@ -39,6 +39,8 @@ class Masks:
     prediction: the predictor's sequences, one a target block: the image's context tokens, then the block's mask
     tokens; its indices_T name the patches. prediction_source_T: (T_p,) int32, row among the context tokens, -1 for a
     mask token. target_rows_T: (T_t,) int64, rows of the predictor's output that answer target_blocks, in its order.
+    target_patches_U: (U,) int64, ascending, the patches that some target block holds, image * num_patches + patch;
+    target_index_T: (T_t,) int64, the place among them of each token of target_blocks.
     """
 
     context: Packed
@@ -46,6 +48,8 @@ class Masks:
     prediction: Packed
     prediction_source_T: torch.Tensor
     target_rows_T: torch.Tensor
+    target_patches_U: torch.Tensor
+    target_index_T: torch.Tensor
     num_patches: int
 
     def to(self, device: torch.device | str) -> "Masks":
@@ -56,6 +60,8 @@ class Masks:
             prediction=self.prediction.to(device),
             prediction_source_T=self.prediction_source_T.to(device, non_blocking=True),
             target_rows_T=self.target_rows_T.to(device, non_blocking=True),
+            target_patches_U=self.target_patches_U.to(device, non_blocking=True),
+            target_index_T=self.target_index_T.to(device, non_blocking=True),
         )
 
 
@@ -99,14 +105,16 @@ def pack_masks(context: Sequence[np.ndarray], target_blocks: Sequence[Sequence[n
             sources.append(np.concatenate([np.arange(rows[image], rows[image + 1]), np.full(block.size, -1)]))
     blocks_an_image = len(blocks[0])
     source_T = np.concatenate(sources).astype(np.int32)
+    targets = _packed([block for image in blocks for block in image], np.repeat(starts, blocks_an_image).tolist())
+    target_patches, target_index = torch.unique(targets.indices_T.long(), return_inverse=True)
     return Masks(
         context=_packed(contexts, starts),
-        target_blocks=_packed(
-            [block for image in blocks for block in image], np.repeat(starts, blocks_an_image).tolist()
-        ),
+        target_blocks=targets,
         prediction=_packed(sequences, np.repeat(starts, blocks_an_image).tolist()),
         prediction_source_T=torch.from_numpy(source_T),
         target_rows_T=torch.from_numpy(np.flatnonzero(source_T < 0)),
+        target_patches_U=target_patches,
+        target_index_T=target_index,
         num_patches=num_patches,
     )
 

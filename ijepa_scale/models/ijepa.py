@@ -47,10 +47,10 @@ class IJepa(nn.Module):
         and "covariance", before their weights and without gradients.
         """
         with torch.no_grad():
-            target_TD = self.target_encoder(images_BCHW).flatten(0, 1)
+            target_UD = self.target_encoder(images_BCHW, rows_K=masks.target_patches_U)
         context_TD = self.context_encoder(images_BCHW, masks.context)
         pred_TD = self.predictor(context_TD, masks)
-        prediction = target_loss(pred_TD, target_TD, masks.target_blocks.indices_T, self.loss_kind)
+        prediction = target_loss(pred_TD, target_UD, masks.target_index_T, self.loss_kind)
         if not (self.variance or self.covariance):
             return {"loss": prediction}
         variance, covariance = variance_covariance(self.gather(pooled_tokens(context_TD, masks.context)))

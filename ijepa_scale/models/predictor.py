@@ -4,11 +4,10 @@ import torch
 from torch import nn
 
 from ijepa_kernels.assemble import assemble
-from ijepa_kernels.gather import gather_rows
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention import Sequences
-from ijepa_scale.models.vit import Block, ViTSize, sincos_pos_embed
+from ijepa_scale.models.vit import Block, ViTSize, run_blocks, sincos_pos_embed
 
 
 class Predictor(nn.Module):
@@ -40,7 +39,6 @@ class Predictor(nn.Module):
             packed.indices_T,
         )
         sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens)
-        for block in self.predictor_blocks:
-            tokens_TP = block(tokens_TP, sequences)
-        # Norm and projection are row-wise: the context's rows are dropped before them.
-        return self.predictor_proj(self.predictor_norm(gather_rows(tokens_TP, masks.target_rows_T)))
+        # What follows the last attention is row-wise: the context's rows are dropped before it.
+        tokens_TP = run_blocks(self.predictor_blocks, tokens_TP, sequences, masks.target_rows_T)
+        return self.predictor_proj(self.predictor_norm(tokens_TP))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ijepa_kernels.gather import gather_rows
 from ijepa_kernels.patchify import patchify
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Packed
@@ -38,6 +39,11 @@ VIT_SIZES = {
 }
 
 
+# Where no gradient is kept, a CPU encodes about so many tokens at a time: what passes from one operation to the next
+# then stays in its second-level cache. Measured in docs/performance.md.
+CPU_TOKENS = 1024
+
+
 def sincos_pos_embed(width: int, grid: PatchGrid) -> torch.Tensor:
     """Fixed 2-D sine-cosine position embedding, (N, width) float32.
 
@@ -52,26 +58,38 @@ def sincos_pos_embed(width: int, grid: PatchGrid) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
 
 
+class ResidualLinear(nn.Linear):
+    """x @ weight.T + bias + residual: the product is accumulated onto the sum of the others, in one pass."""
+
+    def forward(self, x_TK: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return (residual_TD + self.bias).addmm_(x_TK, self.weight.t())
+
+
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.proj = ResidualLinear(width, width)
 
-    def forward(self, tokens_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    def forward(
+        self, tokens_TD: torch.Tensor, residual_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None
+    ) -> torch.Tensor:
         qkv_T3HE = self.qkv(tokens_TD).unflatten(-1, (3, self.heads, -1))
-        return self.proj(packed_attention(qkv_T3HE, sequences).flatten(1))
+        mixed_TD = packed_attention(qkv_T3HE, sequences).flatten(1)
+        if rows_K is not None:
+            mixed_TD, residual_TD = gather_rows(mixed_TD, rows_K), gather_rows(residual_TD, rows_K)
+        return self.proj(mixed_TD, residual_TD)
 
 
 class Mlp(nn.Module):
     def __init__(self, width: int, mlp_width: int):
         super().__init__()
         self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
+        self.fc2 = ResidualLinear(mlp_width, width)
 
-    def forward(self, tokens_TD: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens_TD)))
+    def forward(self, tokens_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(tokens_TD)), residual_TD)
 
 
 class Block(nn.Module):
@@ -84,9 +102,21 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(size.width, eps=1e-6)
         self.mlp = Mlp(size.width, size.mlp_width)
 
-    def forward(self, tokens_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        tokens_TD = tokens_TD + self.attn(self.norm1(tokens_TD), sequences)
-        return tokens_TD + self.mlp(self.norm2(tokens_TD))
+    def forward(
+        self, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """rows_K: (K,) integers, the rows wanted; all attend, and what follows is computed for these alone."""
+        tokens_TD = self.attn(self.norm1(tokens_TD), tokens_TD, sequences, rows_K)
+        return self.mlp(self.norm2(tokens_TD), tokens_TD)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None = None
+) -> torch.Tensor:
+    """All blocks in turn. rows_K: (K,) integers, rows of the result; None: all."""
+    for i, block in enumerate(blocks, 1):
+        tokens_TD = block(tokens_TD, sequences, rows_K if i == len(blocks) else None)
+    return tokens_TD
 
 
 class PatchProjection(nn.Conv2d):
@@ -124,26 +154,52 @@ class VisionTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
-    def forward(self, images_BCHW: torch.Tensor, packed: Packed | None = None) -> torch.Tensor:
+    def forward(
+        self, images_BCHW: torch.Tensor, packed: Packed | None = None, rows_K: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Encode the tokens named by packed, or all of them.
 
-        images_BCHW: (B, 3, H, W) uint8 of the model's image size. Returns (T, D) for packed tokens, else (B, N, D).
+        images_BCHW: (B, 3, H, W) uint8 of the model's image size. rows_K: (K,) integers in ascending order, the rows
+        wanted of the tokens. Returns (K, D) where rows are given, else (T, D) for packed tokens, else (B, N, D).
         """
         batch, _, height, width = images_BCHW.shape
         expected = [side * self.patch_embed.patch_size for side in (self.grid.rows, self.grid.columns)]
         if [height, width] != expected:
             raise ValueError(f"the model takes images of {expected} pixels, got {[height, width]}")
         num_patches = self.grid.num_patches
-        if packed is None:
-            starts = torch.arange(batch + 1, device=images_BCHW.device, dtype=torch.int32) * num_patches
-            tokens_TD = self.patch_embed(images_BCHW, None, self.dtype)
-            tokens_TD = (tokens_TD.view(batch, num_patches, -1) + self.pos_embed.to(self.dtype)).flatten(0, 1)
-            sequences = Sequences(starts, num_patches, batch * num_patches)
-        else:
+        if packed is not None:
             tokens_TD = self.patch_embed(images_BCHW, packed.indices_T, self.dtype)
             tokens_TD = tokens_TD + self.pos_embed[0].to(self.dtype).index_select(0, packed.indices_T % num_patches)
             sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens)
-        for block in self.blocks:
-            tokens_TD = block(tokens_TD, sequences)
-        tokens_TD = self.norm(tokens_TD)
-        return tokens_TD if packed is not None else tokens_TD.view(batch, num_patches, -1)
+            return self.norm(run_blocks(self.blocks, tokens_TD, sequences, rows_K))
+        part = max(1, CPU_TOKENS // num_patches)
+        if images_BCHW.device.type == "cpu" and not torch.is_grad_enabled() and batch > part:
+            tokens_TD = torch.cat(
+                [
+                    self._encode_whole(
+                        images_BCHW[start : start + part], _rows_between(rows_K, start, part, num_patches)
+                    )
+                    for start in range(0, batch, part)
+                ]
+            )
+        else:
+            tokens_TD = self._encode_whole(images_BCHW, rows_K)
+        return tokens_TD if rows_K is not None else tokens_TD.view(batch, num_patches, -1)
+
+    def _encode_whole(self, images_BCHW: torch.Tensor, rows_K: torch.Tensor | None) -> torch.Tensor:
+        """All patches of the images, (B * N, D), or of these tokens the rows wanted."""
+        batch, num_patches = images_BCHW.shape[0], self.grid.num_patches
+        starts = torch.arange(batch + 1, device=images_BCHW.device, dtype=torch.int32) * num_patches
+        tokens_TD = self.patch_embed(images_BCHW, None, self.dtype)
+        tokens_TD = (tokens_TD.view(batch, num_patches, -1) + self.pos_embed.to(self.dtype)).flatten(0, 1)
+        return self.norm(
+            run_blocks(self.blocks, tokens_TD, Sequences(starts, num_patches, batch * num_patches), rows_K)
+        )
+
+
+def _rows_between(rows_K: torch.Tensor | None, image: int, images: int, num_patches: int) -> torch.Tensor | None:
+    """Of ascending rows of all images' tokens those of images image .. image + images - 1, counted from the first."""
+    if rows_K is None:
+        return None
+    low, high = image * num_patches, (image + images) * num_patches
+    return rows_K[(rows_K >= low) & (rows_K < high)] - low
