@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-PRETRAIN = ROOT / "launch" / "pretrain.py"
+PRETRAIN, BENCHMARK = ROOT / "launch" / "pretrain.py", ROOT / "launch" / "benchmark.py"
 
 # Ranks of tests share few cores, and run on the CPU whatever the machine has.
 ENVIRONMENT = {
@@ -112,6 +112,12 @@ def pretrain(*arguments: str) -> None:
     """launch/pretrain.py as a script."""
     sys.argv = [str(PRETRAIN), *arguments]
     runpy.run_path(str(PRETRAIN), run_name="__main__")
+
+
+def benchmark(*arguments: str) -> None:
+    """launch/benchmark.py as a script."""
+    sys.argv = [str(BENCHMARK), *arguments]
+    runpy.run_path(str(BENCHMARK), run_name="__main__")
 
 
 def free_port() -> int:

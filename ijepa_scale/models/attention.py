@@ -25,6 +25,19 @@ class Sequences:
         return self.num_tokens == self.count * self.max_seqlen
 
     @cached_property
+    def by_length(self) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int]]]:
+        """The tokens with sequences of one length side by side: their rows (T,), the inverse, [(sequences, length)].
+
+        Waits for a device's cu_seqlens; computed once, used by every block.
+        """
+        lengths, order = self.cu_seqlens.diff().long().sort(stable=True)
+        shifts = self.cu_seqlens[:-1].long()[order] - (lengths.cumsum(0) - lengths)
+        places = torch.arange(self.num_tokens, device=lengths.device)
+        rows = places + shifts.repeat_interleave(lengths, output_size=self.num_tokens)
+        distinct, counts = lengths.unique_consecutive(return_counts=True)
+        return rows, rows.argsort(), list(zip(counts.tolist(), distinct.tolist(), strict=True))
+
+    @cached_property
     def padded_rows_T(self) -> torch.Tensor:
         """(T,) int64: the row of each token in an (S * L) padded layout. Computed once, used by every block."""
         lengths = self.cu_seqlens.diff()
@@ -42,14 +55,34 @@ class Sequences:
 def packed_attention(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     """Softmax attention within each packed sequence, none across.
 
-    qkv_T3HE: (T, 3, H, E). Returns (T, H, E). Sequences of one length run as a dense batch; others are padded to the
-    longest and masked, which torch's fused kernels take on every device.
+    qkv_T3HE: (T, 3, H, E). Returns (T, H, E). Sequences of one length run as a dense batch. Others: on a CPU, those of
+    each length as a dense batch of their own; elsewhere, where lengths are not to be fetched from the device, padded to
+    the longest and masked.
     """
-    tokens, _, heads, width = qkv_T3HE.shape
-    shape = (sequences.count, sequences.max_seqlen, 3, heads, width)
     if sequences.equal_lengths:
-        q, k, v = qkv_T3HE.view(shape).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(tokens, heads, width)
+        return _dense_attention(qkv_T3HE, sequences.count, sequences.max_seqlen)
+    if qkv_T3HE.device.type == "cpu":
+        return _grouped_attention(qkv_T3HE, sequences)
+    return _padded_attention(qkv_T3HE, sequences)
+
+
+def _dense_attention(qkv_T3HE: torch.Tensor, count: int, length: int) -> torch.Tensor:
+    """count sequences of one length."""
+    tokens, _, heads, width = qkv_T3HE.shape
+    q, k, v = qkv_T3HE.view(count, length, 3, heads, width).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(tokens, heads, width)
+
+
+def _grouped_attention(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    rows_T, inverse_T, groups = sequences.by_length
+    parts = qkv_T3HE.index_select(0, rows_T).split([count * length for count, length in groups])
+    outputs = [_dense_attention(part, *group) for part, group in zip(parts, groups, strict=True)]
+    return torch.cat(outputs).index_select(0, inverse_T)
+
+
+def _padded_attention(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    _, _, heads, width = qkv_T3HE.shape
+    shape = (sequences.count, sequences.max_seqlen, 3, heads, width)
     rows = sequences.padded_rows_T
     padded = qkv_T3HE.new_zeros((shape[0] * shape[1], 3, heads, width)).index_copy(0, rows, qkv_T3HE)
     q, k, v = padded.view(shape).permute(2, 0, 3, 1, 4)

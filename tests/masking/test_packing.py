@@ -57,6 +57,10 @@ def test_agrees_with_lists(images, blocks, size, num_patches):
     assert masks.prediction_source_T.tolist() == source
     assert masks.target_rows_T.tolist() == target_rows
     assert masks.num_patches == num_patches
+    patches = sorted({index for sequence in sequences["target_blocks"] for index in sequence})
+    assert masks.target_patches_U.dtype == masks.target_index_T.dtype == torch.int64
+    assert masks.target_patches_U.tolist() == patches
+    assert masks.target_patches_U[masks.target_index_T].tolist() == masks.target_blocks.indices_T.tolist()
     # Two views of the same tokens agree.
     assert torch.equal(masks.prediction.indices_T[masks.target_rows_T], masks.target_blocks.indices_T)
     seen = masks.prediction_source_T >= 0

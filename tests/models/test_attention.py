@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from ijepa_scale.models import attention
 from ijepa_scale.models.attention import Sequences, packed_attention, packed_attention_reference
 
 LENGTHS = [[1], [9], [1, 1, 1], [4, 4, 4], [5, 1, 9, 2], [1, 30], [17, 16, 17, 1, 3]]
@@ -41,13 +42,14 @@ def test_the_definition_is_softmax_attention_within_each_sequence():
 
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("heads, width", [(1, 4), (3, 8)])
-def test_value_and_gradient_match_the_definition(lengths, heads, width):
+@pytest.mark.parametrize("path", ["packed_attention", "_grouped_attention", "_padded_attention"])
+def test_value_and_gradient_match_the_definition(lengths, heads, width, path):
     sequences = sequences_of(lengths)
     upstream = torch.randn(sum(lengths), heads, width, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     results = []
-    for attention in (packed_attention, packed_attention_reference):
+    for run in (getattr(attention, path), packed_attention_reference):
         qkv = qkv_of(sum(lengths), heads, width).requires_grad_()
-        out = attention(qkv, sequences)
+        out = run(qkv, sequences)
         assert out.shape == (sum(lengths), heads, width) and out.dtype == torch.float64
         results.append((out, *torch.autograd.grad(out, qkv, upstream)))
     for actual, expected in zip(*results, strict=True):

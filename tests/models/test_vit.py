@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Packed
+from ijepa_scale.models import vit as vit_module
 from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize, sincos_pos_embed
 
 SIZE = ViTSize(width=24, depth=3, heads=3, mlp_width=40)
@@ -60,6 +61,32 @@ def test_all_patches_packed_are_the_dense_output():
     assert dense.shape == (3, 25, 24)
     torch.testing.assert_close(vit(images, pack([range(25)] * 3)), dense.flatten(0, 1), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.cat([vit(images[b : b + 1]) for b in range(3)]), dense, rtol=1e-12, atol=1e-12)
+
+
+ROWS = torch.tensor([0, 3, 24, 25, 60, 61, 62, 74])  # of 5 images of 25 patches; none of the last two
+
+
+@pytest.mark.parametrize("tokens", [25, 60, 1000], ids=["one image at a time", "two", "all"])
+@pytest.mark.parametrize("rows", [None, ROWS], ids=["all rows", "some rows"])
+def test_parts_and_rows_are_those_of_the_whole(tokens, rows, monkeypatch):
+    monkeypatch.setattr(vit_module, "CPU_TOKENS", tokens)
+    vit, images = tiny_vit(), images_of(5)
+    whole = vit(images)  # with gradients: at once
+    with torch.no_grad():
+        actual = vit(images, rows_K=rows)
+    expected = whole if rows is None else whole.flatten(0, 1)[rows]
+    assert actual.shape == expected.shape
+    torch.testing.assert_close(actual, expected.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_rows_of_packed_tokens_with_their_gradients():
+    vit, images, rows = tiny_vit(), images_of(len(RAGGED)), torch.tensor([1, 4, 5, 5, 20])
+    results = []
+    for out in (vit(images, pack(RAGGED), rows_K=rows), vit(images, pack(RAGGED))[rows]):
+        upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        results.append((out, *torch.autograd.grad(out, list(vit.parameters()), upstream)))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_what_is_not_packed_is_not_seen():
