@@ -7,10 +7,11 @@ RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS ?=
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup pretrain test test-all lint
+.PHONY: help setup pretrain benchmark test test-all lint
 help:
 	@echo "make setup      create .venv, install, build DeepSpeed's CPU operation, render the scenes (once)"
 	@echo "make pretrain   train configs/tiny.yaml on $(RANKS) processes and report (ARGS='optimization.max_steps=50' ...)"
+	@echo "make benchmark  time the training step on this CPU against a dense baseline (minutes)"
 	@echo "make test       the quick tests; make test-all adds the slow ones; make lint: ruff, mypy, layers"
 
 setup: .venv/.ready
@@ -22,6 +23,10 @@ setup: .venv/.ready
 
 pretrain: setup
 	deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/tiny.yaml $(ARGS)
+
+benchmark: setup
+	python launch/benchmark.py --config configs/tiny.yaml $(ARGS)
+	python launch/benchmark.py --config configs/vits16.yaml optimization.micro_batch_size=8 --steps 6 $(ARGS)
 
 test: setup
 	pytest $(ARGS)
