@@ -33,7 +33,7 @@ def test_loss_gradients_and_three_steps_are_those_of_the_model(config):
     start = {name: p.detach().clone() for name, p in ours.named_parameters()}
     optimizers = [adamw(parameter_groups(model), (0.9, 0.999)) for model in (ours, dense)]
     for images, masks in batches(config):
-        losses = ours(images, masks), dense(images, DenseMasks.of(masks))
+        losses = ours(images, masks)["loss"], dense(images, DenseMasks.of(masks))
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
         for loss, optimizer in zip(losses, optimizers, strict=True):
             loss.backward()
