@@ -64,7 +64,8 @@ class DataConfig:
             _require(
                 fits and isinstance(part["path"], str) and bool(part["path"]),
                 "config key data.source: a list wants {path: ..., weight: ...} for each, the weight above 0 and a "
-                f"space after each colon, as [{{path: /data/a, weight: 3}}, {{path: /data/b, weight: 1}}]; got {part!r}",
+                "space after each colon, as [{path: /data/a, weight: 3}, {path: /data/b, weight: 1}]; "
+                f"got {part!r}",
             )
         return [(part["path"], part.get("weight", 1)) for part in self.source]
 

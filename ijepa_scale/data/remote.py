@@ -149,7 +149,7 @@ class RemoteFile(io.RawIOBase):
         try:
             response = self._request(f"bytes={self._position}-")
         except urllib.error.HTTPError as error:
-            if error.code == 416 and self._position:  # nothing there: this is the end
+            if error.code == 416:  # nothing there: this is the end
                 error.close()
                 self._size = self._position if self._size is None else self._size
                 return
