@@ -94,7 +94,8 @@ class ImageSet:
 
     def sample_id(self, index: int) -> str:
         """The path of the image where it is known, else e.g. "train[17]"."""
-        path = self._encoded(index)[1]
+        value = self._value(index)
+        path = os.fsdecode(value["path"] or "") if isinstance(value, dict) else ""
         return printable(path) if path else f"{self.split}[{index}]"
 
     def label_columns(self) -> dict[str, LabelColumn]:
@@ -116,20 +117,24 @@ class ImageSet:
                     columns[name] = LabelColumn(name, list(names), values)
         return columns
 
-    def _encoded(self, index: int) -> tuple[bytes | None, str]:
-        """(content of the file, its path): one of the two may be missing."""
-        value = self._rows[int(index)].column(0)[0].as_py()
-        if isinstance(value, dict) and "tar" in value:
-            return read_member(value["tar"], value["offset"], value["size"]), value["path"]
-        return (value["bytes"], os.fsdecode(value["path"] or "")) if isinstance(value, dict) else (value, "")
+    def _value(self, index: int) -> Any:
+        return self._rows[int(index)].column(0)[0].as_py()
 
     def _with_file(self, index: int, use: Callable[[bytes | str], Any]) -> Any:
-        data, path = self._encoded(index)
         try:
-            return use(path if data is None else data)
+            return use(_file_of(self._value(index)))
         except Exception as error:  # decoders raise whatever the bytes lead them to
             reason = reason_of(error)
             raise BadImageError(f"{self.name}: cannot read {self.sample_id(index)}: {reason}", reason) from error
+
+
+def _file_of(value: Any) -> bytes | str:
+    """The content or the path of an image as it is stored."""
+    if not isinstance(value, dict):
+        return value
+    if "tar" in value:
+        return read_member(value["tar"], value["offset"], value["size"])
+    return os.fsdecode(value["path"] or "") if value["bytes"] is None else value["bytes"]
 
 
 def _stored_size(file: bytes | str) -> tuple[int, int]:

@@ -93,16 +93,19 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
 def mixture_place(n: int, weights: Sequence[int]) -> tuple[int, int]:
     """(which source the n-th image of a mixture is of, how many of that source came before it), in exact integers.
 
-    weights: positive integers. Of the first n images source 0 has floor(n * share), and the others share the rest
-    alike: any stretch of the run holds the sources in proportion, to within an image or two.
+    weights: positive integers. Of n images one half of the sources gets floor(n * its share), the other half the rest,
+    and so on within each: every stretch of a run has the sources in proportion, to within log2(sources) images.
     """
-    total = sum(weights)
-    for source, weight in enumerate(weights[:-1]):
-        before = n * weight // total
-        if (n + 1) * weight // total > before:
-            return source, before
-        n, total = n - before, total - weight
-    return len(weights) - 1, n
+    low, high = 0, len(weights)
+    while high - low > 1:
+        middle = (low + high) // 2
+        left, both = sum(weights[low:middle]), sum(weights[low:high])
+        before = n * left // both
+        if (n + 1) * left // both > before:
+            n, high = before, middle
+        else:
+            n, low = n - before, middle
+    return low, n
 
 
 def source_seed(seed: int, source: int, *key: int) -> int:

@@ -50,7 +50,7 @@ def inspect_source(source: str) -> tuple[str, list[str]]:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return "saved", []
         kind, files = max(list_files(str(path)).items(), key=lambda item: len(item[1]))
-        if kind == "images" and (tables := _tables_of(path, any_other=bool(files))):
+        if (kind == "images" or not files) and (tables := _tables_of(path, any_other=bool(files))):
             return "table", tables
         if not files:
             raise ValueError(
