@@ -316,8 +316,5 @@ def test_what_a_process_fails_with_reaches_the_rank(tars, tmp_path):
     batches = micro_batch_stream(micro_batches(streams), start_step=0, stop_step=2, workers=1)
     with pytest.raises(StreamError) as error:
         next(batches)
-    assert (
-        str(error.value)
-        .splitlines()[-1]
-        .endswith("gone.tar cannot be opened: No such file or directory; bring it back")
-    )
+    batches._shutdown_workers()  # what was raised holds on to them, and they ignore SIGTERM
+    assert "gone.tar cannot be opened: No such file or directory" in str(error.value).splitlines()[-1]

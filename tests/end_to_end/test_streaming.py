@@ -7,6 +7,7 @@ import pytest
 from ijepa_scale.engine.checkpoint import read_manifest
 from ijepa_scale.metrics import read_records
 from tests.conftest import SMALL_CONFIG
+from tests.data.server import serving
 from tests.data.sources import write_noise_tar
 from tests.end_to_end import worker_streams
 from tests.end_to_end.runs import Runs, assert_same_run, steps_of
@@ -91,3 +92,24 @@ def test_how_shards_are_dealt_is_said_and_must_stay(runs, whole_run, tmp_path):
     (state,) = read_manifest(run / "checkpoints" / "step-00000010")["stream_states"][0]
     assert state["sources"][0]["place"][0] == 1 + 2  # rank 1 was in its third pass at step 8
     assert steps_of(run)[:8] == steps_of(whole_run)[:8]
+
+
+def test_a_network_that_fails_now_and_then_changes_nothing_and_one_that_is_gone_ends_the_run(
+    runs, whole_run, tars, tmp_path
+):
+    """Over HTTP, from a server that fails; then one that fails for good: one line, exit code 1, and no rank hangs."""
+    with serving(tars) as server:
+        source = f"data.source={server.url}/train-{{0..2}}.tar"
+        server.faults = [None, 503, "drop", None, "drop", 500]
+        ends = runs(tmp_path / "run", *STREAM, source)
+        assert server.faults == []
+        assert "503" in "".join(end.output for end in ends) and "trying again in 1 s" in "".join(e.output for e in ends)
+        assert steps_of(tmp_path / "run") == steps_of(whole_run)
+
+        before = len(server.requests)
+        options = (*STREAM, source, "logging.health_every_steps=0", "data.retry_seconds=0.5")
+        runs(tmp_path / "gone", *options, "optimization.stop_at_step=1", ranks=1)
+        server.faults = [None] * (len(server.requests) - before) + [503] * 1000
+        ends = runs(tmp_path / "other", *options, ranks=1, code=1)
+        assert "cannot be read: HTTPError: HTTP Error 503" in ends[0].output
+        assert "Traceback" not in ends[0].output and "gave up after 2 tries" in ends[0].output
