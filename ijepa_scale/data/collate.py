@@ -134,7 +134,16 @@ def micro_batch_stream(dataset: MicroBatches, *, start_step: int, stop_step: int
         prefetch_factor=4 if workers else None,
         worker_init_fn=_ignore_signals,
     )
-    return iter(loader)
+    return _ended(iter(loader))
+
+
+def _ended(batches: Any) -> Iterator[Batch]:
+    """The same, and the end of the worker processes with it: an error keeps hold of them, and they ignore SIGTERM."""
+    try:
+        yield from batches
+    finally:
+        if hasattr(batches, "_shutdown_workers"):  # it has in torch 2.0 to 2.15, when there are any
+            batches._shutdown_workers()
 
 
 def _ignore_signals(worker: int) -> None:

@@ -137,7 +137,7 @@ def test_a_hub_that_refuses_is_explained(tmp_path, status, code):
             capture_output=True,
             text=True,
             check=True,
-            cwd=Path(tmp_path),
+            cwd=tmp_path,
         )
     lines = done.stdout.splitlines()
     assert len(lines) == 2, done
