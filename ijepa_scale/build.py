@@ -158,23 +158,21 @@ def build_images(config: PretrainConfig) -> ImageSet | Mixture | Streams:
     data = config.data
     sources = _prepared_sources(config)
     weights = whole_weights([weight for _, weight in sources])
+    cache_dir, min_side = data.cache_dir or None, config.model.patch_size
     images: ImageSet | Mixture | Streams
+    parts: list[ImageSet] = []
     if data.streaming:
         images = _build_streams(config, [path for path, _ in sources], weights)
     else:
-        parts = []
-        for path, _ in sources:
-            part = open_images(
-                path, split=data.split, cache_dir=data.cache_dir or None, min_side=config.model.patch_size
-            )
-            check_images(part, min_side=config.model.patch_size)
-            parts.append(part)
+        parts = [open_images(path, split=data.split, cache_dir=cache_dir, min_side=min_side) for path, _ in sources]
         images = parts[0] if len(parts) == 1 else Mixture(tuple(parts), weights)
-    if len(images) < config.optimization.global_batch_size and not (data.streaming and len(images) == 0):
+    if len(images) < config.optimization.global_batch_size and (parts or len(images)):  # of a stream it may be unknown
         raise ValueError(
             f"{images.name} has {len(images)} images, fewer than optimization.global_batch_size "
             f"{config.optimization.global_batch_size}; use more images or a smaller global batch"
         )
+    for part in parts:
+        check_images(part, min_side=min_side)
     return images
 
 
