@@ -88,7 +88,7 @@ def measure_health(
 
 def preview_masks(run: Run) -> None:
     """masks.png: what the networks see of the run's first images."""
-    batch = run.dataset[run.start_step * run.dataset.accumulation_steps]
+    batch = run.dataset.preview(run.start_step)
     count = min(MASK_PREVIEW_IMAGES, len(batch.indices))
     num_patches = batch.masks.num_patches
 

@@ -1,15 +1,22 @@
 """Sections of the config -> objects, one build_* function a part. The public Python API: no launcher is needed."""
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from ijepa_scale.config import MaskConfig, ModelConfig, PretrainConfig
 from ijepa_scale.data.collate import MicroBatches
-from ijepa_scale.data.images import ImageSet, check_images, open_images, splits_of
+from ijepa_scale.data.images import ImageSet, check_images, open_file, open_images, splits_of
+from ijepa_scale.data.mixture import Mixture
+from ijepa_scale.data.order import whole_weights
+from ijepa_scale.data.remote import Patience
 from ijepa_scale.data.scenes import prepare_scenes
+from ijepa_scale.data.sources import is_mapped
+from ijepa_scale.data.stream_sources import open_shards, sample_images, shard_locations
+from ijepa_scale.data.streams import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.masking.grid import PatchGrid
@@ -20,6 +27,7 @@ from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
 
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
 DEFAULT_SCENES, VALIDATION_SCENES = 20_000, 2000
+START_RETRY_SECONDS = 30.0
 
 
 def vit_size(model: ModelConfig) -> ViTSize:
@@ -120,17 +128,19 @@ def build_blocks(config: PretrainConfig) -> MultiBlock:
 def check_source_given(config: PretrainConfig) -> None:
     if not config.data.source:
         raise ValueError(
-            "data.source is not set: give a folder of images or of Parquet files, or a hub id, for example "
+            "data.source is not set: give a folder of images, of tars or of Parquet files, or a hub id, for example "
             "data.source=/data/my_images; or data.source=scenes for rendered scenes"
         )
 
 
-def _prepared_source(config: PretrainConfig) -> str:
-    """The folder or hub id to open; scenes are rendered first, once."""
+def _prepared_sources(config: PretrainConfig) -> list[tuple[str, float]]:
+    """The folders, files, URLs and hub ids to open, with their weights; scenes are rendered first, once."""
     check_source_given(config)
+    return [(_scenes(config) if path == "scenes" else path, weight) for path, weight in config.data.mixed_sources]
+
+
+def _scenes(config: PretrainConfig) -> str:
     data = config.data
-    if data.source != "scenes":
-        return data.source
     folder = Path(data.cache_dir or "~/.cache/ijepa-scale").expanduser() / "scenes"
     return str(
         prepare_scenes(
@@ -143,20 +153,51 @@ def _prepared_source(config: PretrainConfig) -> str:
     )
 
 
-def build_images(config: PretrainConfig) -> ImageSet:
+def build_images(config: PretrainConfig) -> ImageSet | Mixture | Streams:
     """The images to train on. Raises ValueError for a source that cannot be trained on, before anything else starts."""
     data = config.data
-    patch_size = config.model.patch_size
-    images = open_images(
-        _prepared_source(config), split=data.split, cache_dir=data.cache_dir or None, min_side=patch_size
-    )
-    if len(images) < config.optimization.global_batch_size:
+    sources = _prepared_sources(config)
+    weights = whole_weights([weight for _, weight in sources])
+    cache_dir, min_side = data.cache_dir or None, config.model.patch_size
+    images: ImageSet | Mixture | Streams
+    parts: list[ImageSet] = []
+    if data.streaming:
+        images = _build_streams(config, [path for path, _ in sources], weights)
+    else:
+        parts = [open_images(path, split=data.split, cache_dir=cache_dir, min_side=min_side) for path, _ in sources]
+        images = parts[0] if len(parts) == 1 else Mixture(tuple(parts), weights)
+    if len(images) < config.optimization.global_batch_size and (parts or len(images)):  # of a stream it may be unknown
         raise ValueError(
             f"{images.name} has {len(images)} images, fewer than optimization.global_batch_size "
             f"{config.optimization.global_batch_size}; use more images or a smaller global batch"
         )
-    check_images(images, min_side=patch_size)
+    for part in parts:
+        check_images(part, min_side=min_side)
     return images
+
+
+def _build_streams(config: PretrainConfig, paths: list[str], weights: tuple[int, ...]) -> Streams:
+    """The streams of one rank alone, not dealt yet."""
+    data = config.data
+    opened = [
+        open_shards(path, split=data.split, cache_dir=data.cache_dir or None, patience=_start_patience(config))
+        for path in paths
+    ]
+    if len(opened) == 1 and data.num_images:
+        opened = [replace(opened[0], num_images=data.num_images)]
+    return Streams(
+        sources=tuple(opened),
+        weights=weights,
+        seed=config.seed,
+        shuffle_buffer=data.shuffle_buffer,
+        min_side=config.model.patch_size,
+        patience=Patience(data.retry_seconds),
+    )
+
+
+def _start_patience(config: PretrainConfig) -> Patience:
+    """Shorter: what fails before the first step is more likely an address than the network."""
+    return Patience(min(START_RETRY_SECONDS, config.data.retry_seconds))
 
 
 @dataclass(frozen=True)
@@ -169,18 +210,51 @@ class EvalImages:
 
 
 def build_eval_images(config: PretrainConfig) -> EvalImages:
-    """The training split and, where the source has one, its validation or test split."""
+    """Of the first source that has labels, else of the first: its training split and, if any, validation or test."""
+    found = []
+    for path, _ in _prepared_sources(config):
+        found.append(_eval_images(config, path))
+        if found[-1].train.label_columns():
+            return found[-1]
+    return found[0]
+
+
+def _eval_images(config: PretrainConfig, source: str) -> EvalImages:
     data = config.data
-    source = _prepared_source(config)
-    splits = splits_of(source, data.cache_dir or None)
+    sampled = data.streaming and not is_mapped(source)
+    splits = (
+        list(shard_locations(source, data.cache_dir or None)) if sampled else splits_of(source, data.cache_dir or None)
+    )
     named = [data.eval_split] if data.eval_split else [s for s in ("validation", "val", "valid", "test") if s in splits]
-    train = open_images(source, split=data.split, cache_dir=data.cache_dir or None)
-    test = open_images(source, split=named[0], cache_dir=data.cache_dir or None) if named else train
+    if sampled:
+        fit, score = max(config.report.train_images, config.logging.health_images), config.report.test_images
+        train = _sampled_images(config, source, data.split, fit if named else fit + score)
+        test = _sampled_images(config, source, named[0], max(1, score)) if named else train
+    else:
+        train = open_images(source, split=data.split, cache_dir=data.cache_dir or None)
+        test = open_images(source, split=named[0], cache_dir=data.cache_dir or None) if named else train
     return EvalImages(train, test, held_out=test.split != train.split)
 
 
+def _sampled_images(config: PretrainConfig, source: str, split: str, count: int) -> ImageSet:
+    """Some images of a source that is streamed, kept in the run's folder."""
+    patience = _start_patience(config)
+    shards = open_shards(source, split=split, cache_dir=config.data.cache_dir or None, patience=patience)
+    name = hashlib.blake2b(repr((source, split, count)).encode(), digest_size=6).hexdigest()
+    file = Path(config.run_dir) / "samples" / f"{shards.name.rpartition(':')[2]}-{name}.arrow"
+    images = open_file(str(sample_images(shards, file, count=count, patience=patience)), name=shards.name)
+    check_images(images, min_side=config.model.patch_size)
+    return images
+
+
 def build_micro_batches(
-    config: PretrainConfig, images: ImageSet, blocks: MultiBlock, *, micro_batch_size: int, rank: int, ranks: int
+    config: PretrainConfig,
+    images: ImageSet | Mixture | Streams,
+    blocks: MultiBlock,
+    *,
+    micro_batch_size: int,
+    rank: int,
+    ranks: int,
 ) -> MicroBatches:
     return MicroBatches(
         images=images,
@@ -208,8 +282,16 @@ class Horizon:
 
 
 def build_horizon(config: PretrainConfig, num_images: int) -> Horizon:
+    """num_images: of an epoch; 0 for a stream of unknown length: its epoch is then max_steps / epochs steps."""
     options = config.optimization
-    steps_per_epoch = num_images // options.global_batch_size
+    if not num_images and not options.max_steps:
+        raise ValueError(
+            "how long the stream is cannot be known without reading it: set optimization.max_steps, or data.num_images "
+            "to the number of images of an epoch"
+        )
+    steps_per_epoch = num_images // options.global_batch_size if num_images else options.max_steps // options.epochs
+    if num_images == 0:
+        steps_per_epoch = max(1, steps_per_epoch)
     total = options.max_steps or options.epochs * steps_per_epoch
     stop = min(options.stop_at_step or total, total)
     return Horizon(steps_per_epoch, total, stop, round(total * options.warmup_epochs / options.epochs))

@@ -18,14 +18,19 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    source: str = ""  # "scenes", a folder (Parquet, Arrow, images in any tree), or a hub id
+    # "scenes", a folder (Parquet, Arrow, tars, images in any tree, a table of paths), one such file, a hub id, or, when
+    # streaming, URLs with braces; or several, mixed by weight: [{path: /data/a, weight: 3}, {path: /data/b, weight: 1}]
+    source: Any = ""
     split: str = "train"
     eval_split: str = ""  # labelled images of the report; "": validation, val or test where there is one, else `split`
     image_size: int = 224  # pixels, side of the square crop
     crop_scale: tuple[float, float] = (0.3, 1.0)  # area of the random crop / area of the image
     horizontal_flip: bool = False
     workers: int = 8  # loader processes a rank; 0 loads in the training process
-    num_images: int = 0  # scenes: how many to render; elsewhere: only for --dry-run where the source is out of reach
+    streaming: bool = False  # read shards front to back, from disk or over the network, and copy nothing
+    shuffle_buffer: int = 1000  # images a loader process holds to shuffle a stream
+    retry_seconds: float = 300.0  # how long a stream waits for a network that fails, before the run ends
+    num_images: int = 0  # scenes: how many to render; streams, --dry-run: images of an epoch, where that is not known
     cache_dir: str = ""  # where rendered scenes and the copies made by `datasets` go; "": their default folders
     max_bad_fraction: float = 0.01  # of the source's images that may be unreadable before the run stops
 
@@ -35,10 +40,34 @@ class DataConfig:
         _require(self.image_size > 0, f"data.image_size must be positive, got {self.image_size}")
         _require(self.workers >= 0, f"data.workers must be 0 or more, got {self.workers}")
         _require(self.num_images >= 0, f"data.num_images must be 0 or more, got {self.num_images}")
+        _require(self.shuffle_buffer >= 1, f"data.shuffle_buffer must be 1 or more, got {self.shuffle_buffer}")
+        _require(self.retry_seconds >= 0, f"data.retry_seconds must be 0 or more, got {self.retry_seconds}")
+        _require(
+            isinstance(self.source, str | int | list) and self.source != [],
+            f"config key data.source: wants text, or a list of several sources, got {self.source!r}",
+        )
+        _ = self.mixed_sources  # checks each of a list
         _require(
             0.0 <= self.max_bad_fraction <= 1.0,
             f"data.max_bad_fraction must lie in 0..1, got {self.max_bad_fraction}",
         )
+
+    @property
+    def mixed_sources(self) -> list[tuple[str, float]]:
+        """(path, weight) of each source; of one alone the weight says nothing."""
+        if not isinstance(self.source, list):
+            return [(str(self.source), 1.0)] if self.source else []
+        for part in self.source:
+            fits = isinstance(part, dict) and {"path"} <= part.keys() <= {"path", "weight"}
+            weight = part.get("weight", 1) if fits else None
+            fits = fits and isinstance(weight, int | float) and 0 < weight < float("inf")
+            _require(
+                fits and isinstance(part["path"], str) and bool(part["path"]),
+                "config key data.source: a list wants {path: ..., weight: ...} for each, the weight above 0 and a "
+                "space after each colon, as [{path: /data/a, weight: 3}, {path: /data/b, weight: 1}]; "
+                f"got {part!r}",
+            )
+        return [(part["path"], part.get("weight", 1)) for part in self.source]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +263,7 @@ class PretrainConfig:
 FREE_KEYS = (
     "run_dir",
     "data.workers",
+    "data.retry_seconds",
     "data.cache_dir",
     "data.eval_split",
     "data.max_bad_fraction",

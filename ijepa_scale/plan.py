@@ -10,6 +10,8 @@ from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.images import count_images
 from ijepa_scale.data.order import generator_for
+from ijepa_scale.data.remote import Patience
+from ijepa_scale.data.stream_sources import open_shards
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.vit import ViTSize
@@ -131,13 +133,24 @@ def _state_gib(parameters: dict[str, int]) -> float:
 
 
 def _num_images(config: PretrainConfig) -> int:
-    """Of the source where it is a folder here, else data.num_images. Copies and renders nothing."""
+    """Of the sources where they are here, else data.num_images. Copies and renders nothing."""
     data = config.data
-    if data.source == "scenes":
-        return data.num_images or build.DEFAULT_SCENES
-    if data.source and Path(data.source).expanduser().is_dir():
-        return count_images(data.source, split=data.split, cache_dir=data.cache_dir or None)
-    return data.num_images
+    if data.streaming and data.num_images:
+        return data.num_images
+    total = 0
+    for path, _ in data.mixed_sources:
+        if path == "scenes":
+            total += data.num_images or build.DEFAULT_SCENES
+        elif not Path(path).expanduser().exists():
+            return data.num_images
+        elif data.streaming:
+            shards = open_shards(path, split=data.split, cache_dir=data.cache_dir or None, patience=Patience(0))
+            if not shards.num_images:
+                return 0
+            total += shards.num_images
+        else:
+            total += count_images(path, split=data.split, cache_dir=data.cache_dir or None)
+    return total or data.num_images
 
 
 def _steps_line(config: PretrainConfig, flops_an_image: float) -> str:

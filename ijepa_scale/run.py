@@ -8,6 +8,8 @@ from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig, changed_keys, to_dict, to_yaml
 from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.images import ImageSet
+from ijepa_scale.data.mixture import Mixture
+from ijepa_scale.data.streams import State, Streams, anew
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import zero
 from ijepa_scale.engine.checkpoint import Checkpoint
@@ -32,13 +34,14 @@ class Run:
     ranks: Ranks
     folder: RunFolder
     facts: dict[str, Any]  # what a checkpoint says of the run beside its state
-    images: ImageSet
+    images: ImageSet | Mixture | Streams
     evaluation: build.EvalImages
     dataset: MicroBatches
     horizon: build.Horizon
     engine: Any
     ema: ShardedEMA
     bad: BadImages = field(default_factory=BadImages)
+    streams: list[State | None] = field(default_factory=list)  # where each of this rank's stands, as far as it trained
     start_step: int = 0
     wandb_id: str | None = None
     notes: list[str] = field(default_factory=list)  # to be shown once there is a progress line
@@ -78,7 +81,15 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         "micro_batch_size": micro_batch_size,
         "images_in_statistics": micro_batch_size * ranks.world_size,  # of the variance and covariance terms
     }
+    dealt: list[str] = []
+    if isinstance(images, Streams):
+        images = images.deal(rank=ranks.rank, ranks=ranks.world_size, workers=config.data.workers)
+        facts["streams"] = images.layout()
+        dealt = images.dealing()
     found, notes = find_checkpoint(config, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
+    notes += dealt
+    if found and isinstance(images, Streams):
+        images = go_on(images, found, notes)
 
     with zero.building_context(settings):
         model = build.build_model(config, initialize=False, gather=ranks.gather_rows)
@@ -93,6 +104,8 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         config, images, blocks, micro_batch_size=micro_batch_size, rank=ranks.rank, ranks=ranks.world_size
     )
     run = Run(config, ranks, folder, facts, images, evaluation, dataset, horizon, engine, ema, notes=notes)
+    if isinstance(images, Streams):
+        run.streams = list(images.states or [None] * images.num_streams)
     earlier = ranks.together(lambda: read_records(folder.metrics) if ranks.first and folder.metrics.exists() else [])
     if found:
         checkpoints.restore(found, engine, ema)
@@ -111,6 +124,20 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
             to_yaml(config), world_size=ranks.world_size, precision=precision, images=len(images), source=images.name
         )
     return run
+
+
+def go_on(streams: Streams, found: Checkpoint, notes: list[str]) -> Streams:
+    """The streams where a checkpoint left them; anew, and noted, where they were dealt in another way."""
+    states = found.manifest.get("stream_states")
+    if not states:
+        return streams
+    if found.manifest["streams"] == streams.layout():
+        return streams.going_on(states[streams.rank])
+    notes.append(
+        "warning: shards are dealt in another way than before: every stream starts a new pass over its shards, so some "
+        "images come again earlier than others"
+    )
+    return streams.going_on(anew([state for states_of_rank in states for state in states_of_rank], streams))
 
 
 def find_checkpoint(
@@ -172,9 +199,9 @@ def refuse_misfit(config: PretrainConfig, found: Checkpoint, facts: dict[str, An
     changed = changed_keys(found.manifest["config"], facts["config"])
     facts_that_count = ["images", "precision"] + ["micro_batch_size"] * (config.mask.context == "batch_min")
     facts_that_count += ["images_in_statistics"] * bool(config.loss.variance or config.loss.covariance)
-    for key in facts_that_count:
-        if found.manifest[key] != facts[key]:
-            changed[key] = (found.manifest[key], facts[key])
+    for key in [*facts_that_count, "streams"]:
+        if found.manifest.get(key) != facts.get(key):
+            changed[key] = (found.manifest.get(key), facts.get(key))
     if changed and not allow:
         listed = "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
         raise ValueError(

@@ -59,19 +59,20 @@ class RunFolder:
 
 
 class BadImages:
-    """The unreadable images that a run has met, by index: the same on all ranks, and through restarts."""
+    """The unreadable images that a run has met, by index and name: the same on all ranks, and through restarts."""
 
     def __init__(self, records: Iterable[dict[str, Any]] = ()):
         """records: what earlier parts of the run wrote to metrics.jsonl."""
-        self.known = {record["index"]: record for record in records if record.get("kind") == "bad_image"}
+        bad = [record for record in records if record.get("kind") == "bad_image"]
+        self.known = {(record["index"], record["sample"]): record for record in bad}
 
     def add(self, step: int, bad: Iterable[tuple[int, str, str]]) -> list[dict[str, Any]]:
         """Take up (index, sample id, reason) triples; returns a record for each that is new."""
         new = []
         for index, sample, reason in sorted(set(bad)):
-            if index not in self.known:
+            if (index, sample) not in self.known:
                 record = {"kind": "bad_image", "step": step, "index": index, "sample": sample, "reason": reason}
-                self.known[index] = record
+                self.known[index, sample] = record
                 new.append(record)
         return new
 

@@ -13,6 +13,8 @@ from ijepa_scale.assess import measure_health, preview_masks, report
 from ijepa_scale.config import PretrainConfig, to_dict
 from ijepa_scale.data.collate import Batch, micro_batch_stream
 from ijepa_scale.data.images import BadImageError
+from ijepa_scale.data.remote import StreamError
+from ijepa_scale.data.streams import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.signals import STOP_EXIT_CODE, StopRequest
@@ -122,7 +124,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
     for note in run.notes:
         say(note)
     say(
-        f"{run.images.name}: {len(run.images):,} images, {horizon.steps_per_epoch} steps an epoch; "
+        f"{run.images.name}: {count_text(run)}, {horizon.steps_per_epoch} steps an epoch; "
         f"{ranks.world_size} x {run.dataset.micro_batch_size} x {run.dataset.accumulation_steps} images a step; "
         f"run folder {run.folder.path}"
     )
@@ -136,7 +138,10 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         loss = outcome.record["loss"]
         if progress:
             progress.update(step + 1, outcome.record)
+        for mark in (batch.mark for batch in outcome.batches if batch.mark):
+            run.streams[mark.stream] = mark.state
         if outcome.bad:
+            handle_passes(run, step, outcome, say, log)
             handle_bad_images(run, step, outcome, say, log)
         skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
         if not outcome.applied:
@@ -207,7 +212,7 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
             wait,
             sum(batch.masks.context.num_tokens for batch in seen),
             sum(batch.masks.target_blocks.num_tokens for batch in seen),
-            sum(len(batch.bad) for batch in seen),
+            sum(len(batch.bad) + (len(batch.mark.passes) if batch.mark else 0) for batch in seen),
             float(stop),
             *(value / len(seen) for value in sums.values()),
         ]
@@ -239,7 +244,7 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
 def next_batch(batches: Iterator[Batch]) -> Batch:
     try:
         return next(batches)
-    except BadImageError as error:
+    except (BadImageError, StreamError) as error:
         raise RunError(str(error).splitlines()[-1], local=True) from error  # a worker's comes with its traceback
 
 
@@ -267,20 +272,50 @@ def handle_bad_images(run: Run, step: int, outcome: StepOutcome, say: Say, log: 
         log(record)
         say(f"warning: step {step}: cannot read {record['sample']}: {record['reason']}; another image takes its place")
     known, allowed = run.bad.known, run.config.data.max_bad_fraction
-    if len(known) > allowed * len(run.images):
+    count = images_met(run, step)
+    if len(known) > allowed * count:
         listed = "".join(f"\n  {record['sample']}: {record['reason']}" for record in list(known.values())[:50])
         raise RunError(
-            f"{len(known)} of {len(run.images)} images cannot be read, more than data.max_bad_fraction {allowed:g} "
+            f"{len(known)} of {count} images cannot be read, more than data.max_bad_fraction {allowed:g} "
             f"allows. Repair or remove them, or raise data.max_bad_fraction. All are in {run.folder.metrics} "
             f'(kind "bad_image"):{listed}'
         )
 
 
+def images_met(run: Run, step: int) -> int:
+    """What max_bad_fraction is of: all images of a source, but of a stream those read so far, and 1,000 at least."""
+    if not isinstance(run.images, Streams):
+        return len(run.images)
+    met = max(1000, (step + 1) * run.config.optimization.global_batch_size)
+    return min(met, len(run.images)) if len(run.images) else met
+
+
+def count_text(run: Run) -> str:
+    return f"{len(run.images):,} images" if len(run.images) else "a stream of unknown length"
+
+
+def handle_passes(run: Run, step: int, outcome: StepOutcome, say: Say, log: Log) -> None:
+    """Say which streams came to the end of their shards, and read them again."""
+    own = [(batch.mark.stream, *again) for batch in outcome.batches if batch.mark for again in batch.mark.passes]
+    every = [(rank, *again) for rank, passes in enumerate(run.ranks.gather(own)) for again in passes]
+    for rank, stream, source, number, images in every:
+        record = {"kind": "stream_pass", "step": step, "rank": rank, "stream": stream, "source": source}
+        log({**record, "pass": number, "images": images})
+    if every:
+        rank, stream, source, number, images = every[0]
+        others = f", and {len(every) - 1} more streams (all in {run.folder.metrics})" if len(every) > 1 else ""
+        say(f"step {step}: {source}: stream {stream} of rank {rank} starts pass {number} after {images} images{others}")
+
+
 def handle_skip(run: Run, step: int, outcome: StepOutcome, in_a_row: int, say: Say, log: Log) -> None:
     """Say which images a skipped step was made of; stop after STRIKES in a row."""
-    indices = [index for rank in run.ranks.gather([b.indices for b in outcome.batches]) for b in rank for index in b]
+    own = [(batch.indices, batch.names) for batch in outcome.batches]
+    batches = [batch for rank in run.ranks.gather(own) for batch in rank]
     if run.ranks.first:
-        samples = [run.images.sample_id(index) for index in indices]
+        indices = [index for batch in batches for index in batch[0]]
+        samples = [name for batch in batches for name in batch[1]]
+        if not isinstance(run.images, Streams):  # whose batches bring the names along
+            samples = [run.images.sample_id(index) for index in indices]
         log({"kind": "skipped", "step": step, "images": indices, "samples": samples})
         few = ", ".join(samples[:4]) + (", ..." if len(samples) > 4 else "")
         say(
@@ -299,6 +334,8 @@ def save_checkpoint(run: Run, step: int, say: Say) -> bool:
     """Save and prune; False, on all ranks, when it could not be written: training then goes on without it."""
     started = time.perf_counter()
     meta = {**run.facts, "wandb_id": run.wandb_id}
+    if run.streams:
+        meta["stream_states"] = run.ranks.gather(run.streams)
     try:
         path = checkpoints.save(run.folder.checkpoints, run.engine, run.ema, run.ranks, step=step, meta=meta)
     except OSError as error:

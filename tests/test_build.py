@@ -13,8 +13,12 @@ from ijepa_scale.config import (
     PredictorConfig,
     PretrainConfig,
 )
+from ijepa_scale.data.images import ImageSet
+from ijepa_scale.data.mixture import Mixture
+from ijepa_scale.data.streams import Streams
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.models.vit import VIT_SIZES, ViTSize
+from tests.data.sources import write_images, write_tar
 
 
 def config_of(**sections):
@@ -165,3 +169,46 @@ def test_a_global_batch_that_cannot_be_cut_is_refused_and_the_advice_works(whole
 def test_a_run_needs_a_source():
     with pytest.raises(ValueError, match=r"data.source is not set: .*data.source=scenes for rendered scenes"):
         build.build_images(config_of())
+
+
+def source_config(source, tmp_path, *, steps=4, **data):
+    return config_of(
+        data=DataConfig(image_size=8, source=source, cache_dir=str(tmp_path / "cache"), **data),
+        optimization=OptimizationConfig(global_batch_size=4, max_steps=steps),
+        run_dir=str(tmp_path / "run"),
+    )
+
+
+def test_sources_mixed_by_weight(tmp_path):
+    """One alone, in a list or not, is no mixture; labels are looked for in all of them."""
+    write_images(tmp_path / "a", range(8))
+    for i in range(2):
+        write_images(tmp_path / f"b/{i}", range(20 + 6 * i, 26 + 6 * i))
+    (a, b) = ({"path": str(tmp_path / name), "weight": weight} for name, weight in (("a", 0.3), ("b", 0.1)))
+    mixture = build.build_images(source_config([a, b], tmp_path))
+    assert isinstance(mixture, Mixture)
+    assert (mixture.weights, len(mixture), [len(part) for part in mixture.parts]) == ((3, 1), 20, [8, 12])
+    assert isinstance(build.build_images(source_config([a], tmp_path)), ImageSet)
+    evaluation = build.build_eval_images(source_config([a, b], tmp_path))
+    assert evaluation.train.name == "b:train" and not evaluation.held_out
+    assert build.build_eval_images(source_config([a], tmp_path)).train.name == "a:train"
+
+
+def test_streams_and_how_long_they_are(tmp_path):
+    write_tar(tmp_path / "t/train.tar", range(8), label=True)
+    write_tar(tmp_path / "t/val.tar", range(10, 14), label=True)
+    config = source_config(str(tmp_path / "t"), tmp_path, streaming=True, steps=0)
+    streams = build.build_images(config)
+    assert isinstance(streams, Streams) and len(streams) == 0 and streams.seed == config.seed
+    with pytest.raises(ValueError, match=r"set optimization\.max_steps, or data\.num_images"):
+        build.build_horizon(config, len(streams))
+    assert build.build_horizon(source_config("x", tmp_path, streaming=True), 0).total == 4
+    told = source_config(str(tmp_path / "t"), tmp_path, streaming=True, steps=0, num_images=8)
+    assert build.build_horizon(told, len(build.build_images(told))).steps_per_epoch == 2
+    few = source_config(str(tmp_path / "t"), tmp_path, streaming=True, num_images=3)
+    with pytest.raises(ValueError, match="t:train has 3 images, fewer than"):
+        build.build_images(few)
+    evaluation = build.build_eval_images(config)
+    assert (evaluation.train.name, evaluation.test.name, evaluation.held_out) == ("t:train", "t:validation", True)
+    assert evaluation.test.label_columns()["label"].values.tolist() == [1, 2, 0, 1]
+    assert len(list((tmp_path / "run/samples").iterdir())) == 2 and not (tmp_path / "cache").exists()

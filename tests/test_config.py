@@ -97,7 +97,14 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("optimization: {epochs: 1.5}", [], "config key optimization.epochs: Value '1.5'"),
         ("data: {horizontal_flip: maybe}", [], "config key data.horizontal_flip: Value 'maybe' is not a valid bool"),
         ("data: {source: null}", [], "config key data.source: .*None"),
-        ("data: {source: [a]}", [], "config key data.source: "),
+        ("data: {source: [a]}", [], "config key data.source: a list wants .*path.*weight.* got 'a'"),
+        ("data: {source: []}", [], r"config key data.source: .*got \[\]"),
+        ("", ["data.source=[{path:/a,weight:3}]"], "config key data.source: .*a space after each colon"),
+        ("", ["data.source=[{path: /a, weight: 0}]"], "config key data.source: .*the weight above 0"),
+        ("", ["data.source=[{path: /a, weight: x}]"], "config key data.source: .*the weight above 0"),
+        ("", ["data.source=[{path: /a, share: 1}]"], "config key data.source: .*share"),
+        ("", ["data.shuffle_buffer=0"], "data.shuffle_buffer must be 1 or more"),
+        ("", ["data.retry_seconds=-1"], "data.retry_seconds must be 0 or more"),
         ("", ["data.workers=true"], "config key data.workers: Value 'True'"),
         ("", ["engine.deepspeed=3"], "config key engine.deepspeed: "),
         ("", ["data.image_size=${nothing}"], "config key data.image_size: .*'nothing' not found"),
@@ -261,7 +268,7 @@ def different(value):
 
 
 FREE = {
-    "run_dir", "data.workers", "data.cache_dir", "data.eval_split", "data.max_bad_fraction",
+    "run_dir", "data.workers", "data.retry_seconds", "data.cache_dir", "data.eval_split", "data.max_bad_fraction",
     "optimization.micro_batch_size", "optimization.stop_at_step", "engine.zero_stage", "engine.hang_seconds",
     "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every", "logging.wandb",
     "logging.wandb_project", "logging.health_every_steps", "logging.health_images", "report.train_images",
@@ -297,3 +304,18 @@ def test_every_misspelt_key_is_answered_with_a_near_one(load):
         suggested = str(caught.value).split("did you mean ")[1].rstrip("?")
         assert difflib.SequenceMatcher(None, suggested, wrong).ratio() > 0.8
         assert suggested in [*valid_keys(), *typing.get_type_hints(PretrainConfig)]
+
+
+def test_sources_mixed_by_weight(tmp_path):
+    """In YAML and on the command line; what is written is what was read."""
+    (tmp_path / "a.yaml").write_text("data:\n  source:\n    - {path: /data/a, weight: 0.5}\n    - path: /data/b\n")
+    config = load_config(tmp_path / "a.yaml")
+    assert config.data.mixed_sources == [("/data/a", 0.5), ("/data/b", 1)]
+    assert from_dict(to_dict(config)) == config
+    config = load_config(tmp_path / "a.yaml", ["data.source=[{path: /c, weight: 3}, {path: /d, weight: 1}]"])
+    assert config.data.mixed_sources == [("/c", 3), ("/d", 1)]
+    (tmp_path / "b.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "b.yaml", ["run_dir=" + config.run_dir]) == config
+    assert load_config(tmp_path / "a.yaml", ["data.source=/e"]).data.mixed_sources == [("/e", 1)]
+    changed = changed_keys(to_dict(config), to_dict(load_config(tmp_path / "a.yaml")))
+    assert list(changed) == ["data.source"]

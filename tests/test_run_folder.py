@@ -41,6 +41,6 @@ def test_bad_images_are_counted_once_and_survive_a_restart():
     assert [record["index"] for record in records] == [2, 7]
     assert bad.add(4, [(7, "g.png", "torn")]) == []
     again = BadImages([{"kind": "step", "step": 3}, *records])
-    assert sorted(again.known) == [2, 7]
+    assert sorted(again.known) == [(2, "b.png"), (7, "g.png")]
     assert again.add(5, [(2, "b.png", "empty")]) == []
-    assert again.known[7] == {"kind": "bad_image", "step": 3, "index": 7, "sample": "g.png", "reason": "torn"}
+    assert again.known[7, "g.png"] == {"kind": "bad_image", "step": 3, "index": 7, "sample": "g.png", "reason": "torn"}

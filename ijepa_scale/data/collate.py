@@ -3,12 +3,16 @@
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ijepa_scale.data.images import BadImage, ImageSet
+from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import generator_for, image_at
+from ijepa_scale.data.streams import StreamMark, Streams
 from ijepa_scale.data.transforms import random_resized_crop
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
 from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
@@ -19,12 +23,17 @@ SIZES, CROP, BLOCKS, CONTEXT = range(4)
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. images: (B, 3, S, S) uint8. indices: which image each is. bad: unreadable images met."""
+    """One micro-batch. images: (B, 3, S, S) uint8. indices: which image each is. bad: unreadable images met.
+
+    Of a stream, indices are rows of shards, names say which, and mark is where the stream stands after the batch.
+    """
 
     images: torch.Tensor
     masks: Masks
     indices: tuple[int, ...]
     bad: tuple[BadImage, ...] = ()
+    names: tuple[str, ...] = ()
+    mark: StreamMark | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return replace(self, images=self.images.to(device, non_blocking=True), masks=self.masks.to(device))
@@ -39,7 +48,7 @@ class MicroBatches(Dataset):
     step and the position alone, so ranks, workers, accumulation and restarts do not change what is trained on.
     """
 
-    images: ImageSet
+    images: ImageSet | Mixture | Streams
     blocks: MultiBlock
     context: str = "all"  # mask.context; batch_min alone depends on the micro-batch
     seed: int
@@ -60,17 +69,9 @@ class MicroBatches(Dataset):
         first = (micro * self.ranks + self.rank) * self.micro_batch_size
         positions = range(first, first + self.micro_batch_size)
         sizes = block_sizes(self.blocks, generator_for(self.seed, SIZES, step))
-        crops, contexts, targets, indices = [], [], [], []
-        bad: list[BadImage] = []
-        for position in positions:
-            index = image_at(
-                self.seed,
-                step,
-                position,
-                num_images=len(self.images),
-                global_batch_size=self.global_batch_size,
-            )
-            image, failures = self.images.read_or_substitute(index)
+        images, batch = self._read(micro_step, step, positions)
+        crops, contexts, targets = [], [], []
+        for position, image in zip(positions, images, strict=True):
             crop = random_resized_crop(
                 image,
                 generator_for(self.seed, CROP, step, position),
@@ -82,16 +83,49 @@ class MicroBatches(Dataset):
             crops.append(torch.from_numpy(crop))
             contexts.append(placed.context)
             targets.append(list(placed.target_blocks))
-            indices.append(index)
-            bad.extend(failures)
         rngs = [generator_for(self.seed, CONTEXT, step, position) for position in positions]
         masks = pack_masks(limit_context(contexts, self.context, rngs), targets, self.blocks.grid.num_patches)
-        return Batch(torch.stack(crops), masks, tuple(indices), tuple(bad))
+        return Batch(torch.stack(crops), masks, **batch)
+
+    def _read(self, micro_step: int, step: int, positions: range) -> tuple[list[Image.Image], dict[str, Any]]:
+        """The images at positions of a step, and what a Batch says of where they come from."""
+        if isinstance(self.images, Streams):  # which are in order: streams take turns, and their processes with them
+            taken, missed, mark = self.images.take(micro_step % self.images.num_streams, len(positions))
+            rows, names, read = zip(*taken, strict=True)
+            return list(read), {"indices": rows, "names": names, "bad": tuple(missed), "mark": mark}
+        images, indices = [], []
+        failures: list[BadImage] = []
+        for position in positions:
+            index = self._index_at(step, position)
+            image, bad = self.images.read_or_substitute(index)
+            images.append(image)
+            indices.append(index)
+            failures += bad
+        return images, {"indices": tuple(indices), "bad": tuple(failures)}
+
+    def _index_at(self, step: int, position: int) -> int:
+        size = self.global_batch_size
+        if isinstance(self.images, Mixture):
+            return self.images.image_at(self.seed, step, position, global_batch_size=size)
+        return image_at(self.seed, step, position, num_images=len(self.images), global_batch_size=size)
+
+    def preview(self, step: int) -> Batch:
+        """A micro-batch to look at, which moves no stream on: of streams the first images as they are stored."""
+        images = self.images
+        if isinstance(images, Streams):
+            images = replace(images, shuffle_buffer=1, states=None, _open={})
+        return replace(self, images=images)[step * self.accumulation_steps]
 
 
 def micro_batch_stream(dataset: MicroBatches, *, start_step: int, stop_step: int, workers: int) -> Iterator[Batch]:
-    """This rank's micro-batches from start_step up to stop_step, in order, loaded by worker processes."""
+    """This rank's micro-batches from start_step up to stop_step, in order, loaded by worker processes.
+
+    Of streams there is a process for each: micro-step m is made by process m - start, modulo their number, and that is
+    always the same stream.
+    """
     accumulation = dataset.accumulation_steps
+    if isinstance(dataset.images, Streams) and workers:
+        workers = dataset.images.num_streams
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -100,7 +134,16 @@ def micro_batch_stream(dataset: MicroBatches, *, start_step: int, stop_step: int
         prefetch_factor=4 if workers else None,
         worker_init_fn=_ignore_signals,
     )
-    return iter(loader)
+    return _ended(iter(loader))
+
+
+def _ended(batches: Any) -> Iterator[Batch]:
+    """The same, and the end of the worker processes with it: an error keeps hold of them, and they ignore SIGTERM."""
+    try:
+        yield from batches
+    finally:
+        if hasattr(batches, "_shutdown_workers"):  # it has in torch 2.0 to 2.15, when there are any
+            batches._shutdown_workers()
 
 
 def _ignore_signals(worker: int) -> None:

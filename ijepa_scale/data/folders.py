@@ -33,9 +33,10 @@ class FolderSplit:
 def list_files(root: str) -> dict[str, list[str]]:
     """Files below root that may be data, by kind, relative to root and sorted."""
     kinds = dict.fromkeys(image_extensions(), "images") | {".parquet": "parquet", ".arrow": "arrow"}
-    files: dict[str, list[str]] = {"parquet": [], "arrow": [], "images": []}
+    files: dict[str, list[str]] = {"parquet": [], "arrow": [], "tar": [], "images": []}
     for path in _walk(root, "", ()):
-        kind = kinds.get(os.path.splitext(path)[1].lower())
+        is_tar = path.lower().endswith((".tar", ".tar.gz", ".tgz"))
+        kind = "tar" if is_tar else kinds.get(os.path.splitext(path)[1].lower())
         if kind and not (kind == "arrow" and os.path.basename(path).startswith("cache-")):  # left by `Dataset.map`
             files[kind].append(path)
     return {kind: sorted(paths) for kind, paths in files.items()}
@@ -59,8 +60,8 @@ def _walk(root: str, folder: str, ancestors: tuple[tuple[int, int], ...]) -> Ite
                 yield path
 
 
-def arrow_splits(files: list[str]) -> dict[str, list[str]]:
-    """.arrow files by the split that their folder or name tells (data-train-00000-of-00002.arrow), else train."""
+def shard_splits(files: list[str]) -> dict[str, list[str]]:
+    """Shards by the split that their folder or name tells (data-train-00000-of-00002.arrow), else train."""
     by_split: dict[str, list[str]] = {}
     for file in files:
         words = re.split(r"[^a-z]+", file.lower())

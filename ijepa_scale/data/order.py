@@ -4,6 +4,8 @@ import functools
 import hashlib
 import math
 import struct
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 
@@ -77,3 +79,50 @@ def image_at(seed: int, step: int, position: int, *, num_images: int, global_bat
         )
     epoch, step_of_epoch = divmod(step, steps_per_epoch)
     return permuted_index(seed, epoch, num_images, step_of_epoch * global_batch_size + position)
+
+
+def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """The smallest integers in the same proportions; 0.1 is taken as the decimal it is written as."""
+    exact = [Fraction(str(weight)) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    common = math.gcd(*whole)
+    return tuple(weight // common for weight in whole)
+
+
+def mixture_place(n: int, weights: Sequence[int]) -> tuple[int, int]:
+    """(which source the n-th image of a mixture is of, how many of that source came before it), in exact integers.
+
+    weights: positive integers. Of n images one half of the sources gets floor(n * its share), the other half the rest,
+    and so on within each: every stretch of a run has the sources in proportion, to within log2(sources) images.
+    """
+    low, high = 0, len(weights)
+    while high - low > 1:
+        middle = (low + high) // 2
+        left, both = sum(weights[low:middle]), sum(weights[low:high])
+        before = n * left // both
+        if (n + 1) * left // both > before:
+            n, high = before, middle
+        else:
+            n, low = n - before, middle
+    return low, n
+
+
+def source_seed(seed: int, source: int, *key: int) -> int:
+    """A seed of its own for each source of a mixture, and for each key: the run's own for the first without a key."""
+    if not source and not key:
+        return seed
+    digest = hashlib.blake2b(
+        struct.pack(f"<{2 + len(key)}q", seed, source, *key), digest_size=8, person=b"ijepa source"
+    )
+    return int.from_bytes(digest.digest(), "little") >> 1
+
+
+def mixed_image_at(n: int, *, seed: int, sizes: Sequence[int], weights: Sequence[int]) -> tuple[int, int]:
+    """(source, index of its image) at place n of the run. Each source goes through epochs of its own.
+
+    n: in images, step * global_batch_size + position. sizes: images of each source.
+    """
+    source, place = mixture_place(n, weights)
+    epoch, index = divmod(place, sizes[source])
+    return source, permuted_index(source_seed(seed, source), epoch, sizes[source], index)

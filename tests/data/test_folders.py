@@ -3,7 +3,7 @@ import os
 import numpy as np
 import pytest
 
-from ijepa_scale.data.folders import FolderSplit, arrow_splits, image_splits, list_files, printable
+from ijepa_scale.data.folders import FolderSplit, image_splits, list_files, printable, shard_splits
 
 
 def write_tree(root, *names):
@@ -20,21 +20,25 @@ def splits(*files):
     }
 
 
+ENDS = ["png", "JPEG", "webp", "parquet", "arrow", "tar", "tgz", "tar.gz", "gz", "txt"]
+KINDS = {"images": ENDS[:3], "parquet": ENDS[3:4], "arrow": ENDS[4:5], "tar": ENDS[5:8]}
+
+
 def test_files_are_listed_by_kind_and_in_order(tmp_path):
-    names = [f"{i % 7}/{i}.{end}" for i, end in enumerate(["png", "JPEG", "webp", "parquet", "arrow", "txt"] * 10)]
+    names = [f"{i % 7}/{i}.{end}" for i, end in enumerate(ENDS * 10)]
     for root in ("one", "two"):  # in two orders of creation
         write_tree(tmp_path / root, *(names if root == "one" else np.random.default_rng(0).permutation(names)))
     listed = list_files(str(tmp_path / "one"))
     assert listed == list_files(str(tmp_path / "two"))
-    for kind, ends in [("images", ("png", "JPEG", "webp")), ("parquet", ("parquet",)), ("arrow", ("arrow",))]:
-        assert listed.pop(kind) == sorted(name for name in names if name.endswith(ends))
+    for kind, ends in KINDS.items():
+        assert listed.pop(kind) == sorted(name for name in names if name.endswith(tuple(f".{end}" for end in ends)))
     assert not listed
 
 
 def test_what_is_no_data_is_not_listed(tmp_path):
     write_tree(tmp_path, ".hidden.png", ".git/x.png", "a/.cache/x.parquet", "__MACOSX/x.png", "png", "x.png.txt")
     write_tree(tmp_path, "cache-12ab.arrow", "a/cache-12ab.arrow", "cache-1.png")
-    assert list_files(str(tmp_path)) == {"parquet": [], "arrow": [], "images": ["cache-1.png"]}
+    assert list_files(str(tmp_path)) == {"parquet": [], "arrow": [], "tar": [], "images": ["cache-1.png"]}
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -97,12 +101,12 @@ def test_folders_of_one_name_for_a_split_are_classes_unless_all_are():
 
 def test_arrow_files_tell_their_split_by_name_or_folder():
     files = ["data-00000-of-00001.arrow", "set-train-00000-of-00002.arrow", "val/a.arrow", "x_TEST.arrow"]
-    assert arrow_splits(files) == {
+    assert shard_splits(files) == {
         "train": ["data-00000-of-00001.arrow", "set-train-00000-of-00002.arrow"],
         "validation": ["val/a.arrow"],
         "test": ["x_TEST.arrow"],
     }
-    assert arrow_splits(["contest.arrow"]) == {"train": ["contest.arrow"]}
+    assert shard_splits(["contest.arrow"]) == {"train": ["contest.arrow"]}
 
 
 def test_printable_names_can_be_encoded():

@@ -471,9 +471,9 @@ def test_unknown_split(tmp_path):
 def test_folders_and_files_without_images(tmp_path):
     (tmp_path / "empty/sub").mkdir(parents=True)
     (tmp_path / "empty/readme.txt").write_text("")
-    with pytest.raises(ValueError, match=f"the folder '{tmp_path}/empty' holds no Parquet, Arrow or image files"):
+    with pytest.raises(ValueError, match=f"the folder '{tmp_path}/empty' holds no Parquet, Arrow, tar or image files"):
         open_images(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match=r"readme\.txt' is a single file; wants a \.parquet or \.arrow file"):
+    with pytest.raises(ValueError, match=r"readme\.txt' is a single file; wants a folder, or a \.parquet, "):
         open_images(str(tmp_path / "empty/readme.txt"))
 
 

@@ -1,0 +1,50 @@
+"""Several sources read by index as one, each image as often as its source's weight says."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+from PIL import Image
+
+from ijepa_scale.data.images import BadImage, ImageSet
+from ijepa_scale.data.order import mixed_image_at
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The images of all parts, end to end. weights: positive integers, one a part."""
+
+    parts: tuple[ImageSet, ...]
+    weights: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        total = sum(self.weights)
+        named = zip(self.weights, self.parts, strict=True)
+        return " + ".join(f"{100 * weight / total:.3g}% {part.name}" for weight, part in named)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def image_at(self, seed: int, step: int, position: int, *, global_batch_size: int) -> int:
+        """Index of the image at a position of the global batch of a step."""
+        place = step * global_batch_size + position
+        source, index = mixed_image_at(place, seed=seed, sizes=[len(p) for p in self.parts], weights=self.weights)
+        return self._first(source) + index
+
+    def read_or_substitute(self, index: int) -> tuple[Image.Image, tuple[BadImage, ...]]:
+        """As of an ImageSet; a substitute is of the same part."""
+        source, own = self._find(index)
+        image, bad = self.parts[source].read_or_substitute(own)
+        first = self._first(source)
+        return image, tuple(BadImage(first + other.index, other.sample_id, other.reason) for other in bad)
+
+    def sample_id(self, index: int) -> str:
+        source, own = self._find(index)
+        return self.parts[source].sample_id(own)
+
+    def _first(self, source: int) -> int:
+        return sum(len(part) for part in self.parts[:source])
+
+    def _find(self, index: int) -> tuple[int, int]:
+        source = next(i for i, end in enumerate(accumulate(map(len, self.parts))) if index < end)
+        return source, index - self._first(source)

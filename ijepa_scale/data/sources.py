@@ -1,0 +1,273 @@
+"""What kinds of sources there are, the splits of each, and how `datasets` opens them by index."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ijepa_scale.data.folders import SPLIT_NAMES, FolderSplit, image_splits, list_files, printable, shard_splits
+from ijepa_scale.data.remote import hub_access_advice, is_remote
+from ijepa_scale.data.shards import shard_kind
+from ijepa_scale.data.tables import ListedImages, is_table, listed_images, tables_at
+from ijepa_scale.data.tars import tar_index
+
+if TYPE_CHECKING:
+    import datasets
+
+_log = logging.getLogger(__name__)
+
+
+def find_split(splits: list[str], split: str, source: str) -> str:
+    names = [name for name in splits if name == split]
+    names += [name for name in splits if SPLIT_NAMES.get(name, name) == SPLIT_NAMES.get(split, split)]
+    if not names:
+        raise ValueError(f"{source!r} has no split {split!r}; it has: {', '.join(splits)}")
+    return names[0]
+
+
+def inspect_source(source: str) -> tuple[str, list[str]]:
+    """The kind of a source (saved, parquet, arrow, tar, images, table, list, hub), and its files.
+
+    Files are relative to the source's folder; of a list (URLs, or a path with braces) they are as given.
+    """
+    path = Path(source).expanduser()
+    here = repr(str(path.absolute()))
+    if path.is_file():
+        kind = "table" if is_table(path.name) else shard_kind(path.name)
+        if kind in (None, "image"):
+            raise ValueError(
+                f"{here} is a single file; wants a folder, or a .parquet, .arrow, .tar, .csv, .tsv or .jsonl file"
+            )
+        return str(kind), [path.name]
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+            return "saved", []
+        kind, files = max(list_files(str(path)).items(), key=lambda item: len(item[1]))
+        if (kind == "images" or not files) and (tables := _tables_of(path, any_other=bool(files))):
+            return "table", tables
+        if not files:
+            raise ValueError(
+                f"the folder {here} holds no Parquet, Arrow, tar or image files at any depth, and no table that lists "
+                "images"
+            )
+        return kind, files
+    if is_remote(source) or "{" in source:
+        return "list", expand_braces(source)
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):  # nor has it the form of a Hub id
+        raise ValueError(f"there is no folder {here}; data.source must name an existing one")
+    return "hub", []
+
+
+def is_mapped(source: str) -> bool:
+    """Whether images of a source are read by index where they are, without a copy or an index of them."""
+    kind, files = inspect_source(source)
+    if kind == "table":
+        path = Path(source).expanduser()
+        tables = [path] if path.is_file() else [path / file for file in files]
+        return not any(is_remote(image) for table in tables for image in listed_images(str(table)).paths)
+    return kind in ("saved", "arrow", "images")
+
+
+def _tables_of(folder: Path, *, any_other: bool) -> list[str]:
+    """The tables in a folder that list its images, one a split. any_other: the folder can be read without them, too."""
+    tables = tables_at(str(folder))
+    if not tables or any(len(files) > 1 for files in shard_splits(tables).values()):
+        if tables and not any_other:
+            raise ValueError(
+                f"{folder} holds several tables for one split: {', '.join(tables)}; give one as data.source"
+            )
+        return []
+    for table in tables:
+        try:
+            listed_images(str(folder / table))
+        except ValueError as error:
+            if not any_other:
+                raise
+            _log.warning("%s; all image files below %s are read instead", error, folder)
+            return []
+    return tables
+
+
+def expand_braces(text: str) -> list[str]:
+    """ "x-{000..002}.tar" -> three names; {a,b} as well, and several braces in one text."""
+    match = re.search(r"\{([^{}]*)\}", text)
+    if not match:
+        return [text]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if numbers:
+        width = len(numbers[1])
+        parts = [f"{i:0{width}}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
+    else:
+        parts = match[1].split(",")
+    if not parts or (len(parts) == 1 and not numbers):
+        raise ValueError(f"{text!r}: braces hold a range, as {{0000..0015}}, or choices, as {{a,b}}; got {match[0]}")
+    return [text[: match.start()] + part + rest for part in parts for rest in expand_braces(text[match.end() :])]
+
+
+def map_splits(source: str, cache_dir: str | None) -> dict[str, Callable[[], datasets.Dataset]]:
+    """The splits of a source, and how to load each."""
+    import datasets
+
+    kind, files = inspect_source(source)
+    path = Path(source).expanduser().absolute()
+    root = str(path.parent if path.is_file() else path)
+    if kind == "saved":
+        if not any(path.rglob("*.arrow")):
+            raise ValueError(f"{source!r} has no rows; it must hold at least one image")
+        with explained(f"cannot read {source!r}"):
+            saved = datasets.load_from_disk(str(path))
+        saved = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+        return {str(name): functools.partial(saved.__getitem__, name) for name in saved}
+    if kind == "arrow":
+        return {split: functools.partial(_arrow_files, root, part) for split, part in shard_splits(files).items()}
+    if kind == "tar":
+        cache = cache_folder(cache_dir)
+        return {split: functools.partial(_tar_files, root, part, cache) for split, part in shard_splits(files).items()}
+    if kind == "table":
+        tables = {split: listed_images(os.path.join(root, part[0])) for split, part in shard_splits(files).items()}
+        names = sorted({label for table in tables.values() for label in table.labels if isinstance(label, str)})
+        return {split: functools.partial(_listed_files, table, names) for split, table in tables.items()}
+    if kind == "images":
+        parts = image_splits(str(path), files)
+        return {split: functools.partial(_image_files, str(path), part) for split, part in parts.items()}
+    if kind == "list":
+        raise ValueError(f"{source!r} can be streamed only: set data.streaming=true, or give a folder of local files")
+    builder = source_builder(source, cache_dir)
+    splits = builder.config.data_files or builder.info.splits or {}
+    return {str(name): functools.partial(_prepare, builder, str(name), source, cache_dir) for name in splits}
+
+
+def _arrow_files(root: str, files: list[str]) -> datasets.Dataset:
+    import datasets
+
+    with explained(f"cannot read the .arrow files of {root!r}"):
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(os.path.join(root, file)) for file in files])
+
+
+def _tar_files(root: str, files: list[str], cache: Path) -> datasets.Dataset:
+    import datasets
+
+    index = tar_index([os.path.join(root, file) for file in files], cache)
+    return datasets.Dataset.from_file(str(index))
+
+
+def _image_files(root: str, split: FolderSplit) -> datasets.Dataset:
+    labels = split.labels() if split.classes else []
+    return _files([os.path.join(root, file) for file in split.files], labels, split.classes)
+
+
+def _listed_files(table: ListedImages, names: list[str]) -> datasets.Dataset:
+    if any(is_remote(path) for path in table.paths):
+        raise ValueError(f"the table lists URLs, such as {table.paths[0]!r}; set data.streaming=true")
+    number = {name: i for i, name in enumerate(names)}
+    return _files(table.paths, [number[x] if isinstance(x, str) else x for x in table.labels], names)
+
+
+def _files(paths: list[str], labels: list[int] | list[int | None], names: list[str]) -> datasets.Dataset:
+    """A row for each file. names: of the classes, which labels number; none: the labels are the classes themselves."""
+    import datasets
+    import pyarrow as pa
+
+    encoded = [os.fsencode(path) for path in paths]  # bytes: a name need not be UTF-8
+    arrays = [pa.nulls(len(paths), pa.binary()), pa.array(encoded, pa.large_binary())]
+    columns = {"image": pa.StructArray.from_arrays(arrays, ["bytes", "path"])}
+    features: dict[str, Any] = {"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("large_binary")}}
+    if labels:
+        columns["label"] = pa.array(labels, type=pa.int64())
+        printed = [printable(name) for name in names]
+        features["label"] = datasets.ClassLabel(names=printed) if names else datasets.Value("int64")
+    info = datasets.DatasetInfo(features=datasets.Features(features))
+    return datasets.Dataset(pa.table(columns), info=info, fingerprint="folder")  # else it hashes all of the paths
+
+
+def source_builder(source: str, cache_dir: str | None) -> Any:
+    """The `datasets` builder of Parquet or Hub data."""
+    import datasets
+
+    path = Path(source).expanduser().absolute()
+    missing = "" if path.exists() else f" on the Hub, and there is no folder {str(path)!r} either"
+    with explained(f"cannot open {source!r}{missing}", hub_id="" if path.exists() else source):
+        if path.is_file():
+            return datasets.load_dataset_builder("parquet", data_files=str(path), cache_dir=cache_dir or None)
+        return datasets.load_dataset_builder(str(path) if path.is_dir() else source, cache_dir=cache_dir or None)
+
+
+def _prepare(builder: Any, split: str, source: str, cache_dir: str | None) -> datasets.Dataset:
+    """Copies the data to the cache unless it is there, and maps one split."""
+    import pyarrow.parquet
+
+    needed, free, folder = cache_need(builder, cache_dir)
+    sizes = f"{source!r} needs about {needed / 1e9:.3f} GB in the cache {folder}, which has {free / 1e9:.3f} GB free"
+    if needed > free:
+        raise ValueError(f"{sizes}; make room there, or set data.cache_dir to a folder on a larger disk")
+    if needed:
+        _log.info("%s; copying", sizes)
+    with explained(f"cannot read {source!r}", hub_id="" if _local_files(builder) else source):
+        for file in _local_files(builder) if needed else []:
+            if pyarrow.parquet.read_metadata(file).num_rows == 0:  # `datasets` fails on it, and does not say why
+                raise ValueError(f"{file} has no rows; remove it")
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+
+def _local_files(builder: Any) -> list[str]:
+    files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
+    return [file for file in files if os.path.isfile(file)]
+
+
+def cache_need(builder: Any, cache_dir: str | None) -> tuple[int, int, str]:
+    """(bytes that builder, if any, has yet to copy to the cache, bytes free there, the cache folder)."""
+    folder = cache_folder(cache_dir)
+    free = shutil.disk_usage(next(part for part in (folder, *folder.parents) if part.exists())).free
+    if builder is None or os.path.isdir(builder.cache_dir):
+        return 0, free, str(folder)
+    local = sum(os.path.getsize(file) for file in _local_files(builder))
+    return local or (builder.info.download_size or 0) + (builder.info.dataset_size or 0), free, str(folder)
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    import datasets
+
+    return Path(cache_dir or str(datasets.config.HF_DATASETS_CACHE)).expanduser().absolute()
+
+
+@contextlib.contextmanager
+def explained(what: str, *, hub_id: str = "") -> Iterator[None]:
+    """Turns any error into a ValueError that says what failed, and why: `datasets` hides that at the end of a chain.
+
+    hub_id: of a data set on the Hub, for what to do where that refuses it.
+    """
+    try:
+        yield
+    except Exception as error:
+        chain: list[BaseException] = [error]
+        while chain[-1].__cause__ is not None:
+            chain.append(chain[-1].__cause__)
+        advice = _hub_advice(hub_id, chain) if hub_id else ""
+        raise ValueError(
+            f"{what}: {type(chain[-1]).__name__}: {str(chain[-1]).rstrip('.') if advice else chain[-1]}{advice}"
+        ) from error
+
+
+def _hub_advice(hub_id: str, chain: list[BaseException]) -> str:
+    import datasets
+    import huggingface_hub.errors
+
+    refused = (
+        datasets.exceptions.DatasetNotFoundError,
+        huggingface_hub.errors.RepositoryNotFoundError,  # and GatedRepoError
+        PermissionError,
+    )
+    status = [getattr(getattr(error, "response", None), "status_code", None) for error in chain]
+    if any(isinstance(error, refused) for error in chain) or {401, 403} & set(status):
+        return "; check the id; " + hub_access_advice(hub_id)
+    if any(isinstance(error, ConnectionError) for error in chain):
+        return "; check this machine's network, or copy the data set here and give its folder as data.source"
+    return ""

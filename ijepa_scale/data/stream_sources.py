@@ -1,0 +1,168 @@
+"""A source -> its shards, to be streamed; and a few of its images in a file, to be read by index."""
+
+import logging
+import os
+import posixpath
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ijepa_scale.data.folders import image_splits, shard_splits
+from ijepa_scale.data.images import image_column, is_label
+from ijepa_scale.data.remote import Patience, is_remote, open_location
+from ijepa_scale.data.shards import first_rows, shard_kind
+from ijepa_scale.data.sources import explained, find_split, inspect_source, source_builder
+from ijepa_scale.data.streams import Shards
+from ijepa_scale.data.tables import listed_images
+from ijepa_scale.data.tars import open_tar, tar_samples
+
+_log = logging.getLogger(__name__)
+
+_SAMPLED_SHARDS = 16
+_SCHEMA = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
+
+
+def shard_locations(source: str, cache_dir: str | None = None) -> dict[str, list[str]]:
+    """The splits of a source as lists of shards. Reads names only, of Hub data too, and copies nothing."""
+    kind, files = inspect_source(source)
+    path = Path(source).expanduser().absolute()
+    root = str(path.parent if path.is_file() else path)
+    if kind == "saved":
+        return {
+            str(split): sorted(str(file) for file in folder.glob("*.arrow") if not file.name.startswith("cache-"))
+            for split, folder in _saved_splits(path).items()
+        }
+    if kind in ("arrow", "tar"):
+        return {split: [os.path.join(root, file) for file in part] for split, part in shard_splits(files).items()}
+    if kind == "table":
+        return {split: listed_images(os.path.join(root, part[0])).paths for split, part in shard_splits(files).items()}
+    if kind == "images":
+        return {
+            split: [os.path.join(root, file) for file in part.files]
+            for split, part in image_splits(root, files).items()
+        }
+    if kind == "list":
+        names = {posixpath.basename(file): file for file in files}
+        if len(names) < len(files):
+            return {"train": files}
+        return {split: [names[name] for name in part] for split, part in shard_splits(list(names)).items()}
+    builder = source_builder(source, cache_dir)
+    return {str(split): [str(file) for file in part] for split, part in (builder.config.data_files or {}).items()}
+
+
+def _saved_splits(path: Path) -> dict[str, Path]:
+    """The folders that `save_to_disk` made of the splits."""
+    import datasets
+
+    if (path / "dataset_dict.json").is_file():
+        return {folder.name: folder for folder in sorted(path.iterdir()) if (folder / "state.json").is_file()}
+    with explained(f"cannot read {str(path)!r}"):
+        return {str(datasets.load_from_disk(str(path)).split or "train"): path}
+
+
+def open_shards(source: str, *, split: str = "train", cache_dir: str | None = None, patience: Patience) -> Shards:
+    """The shards of one split, and what their first rows tell. ValueError for a source that cannot be streamed."""
+    splits = shard_locations(source, cache_dir)
+    found = find_split(list(splits), split, source)
+    locations = splits[found]
+    if not locations:
+        raise ValueError(f"split {found!r} of {source!r} has no files; it must hold at least one image")
+    foreign = [location for location in locations if shard_kind(location) is None]
+    images = inspect_source(source)[0] in ("images", "table")
+    if foreign and not images:
+        raise ValueError(
+            f"{source!r} cannot be streamed: {foreign[0]} is no .parquet, .arrow, .tar or image file; "
+            "set data.streaming=false to copy it to the cache instead"
+        )
+    column = ""
+    if not images and shard_kind(locations[0]) in ("parquet", "arrow"):
+        column = image_column(_dataset(first_rows(locations[0], 32, patience)), source)
+    name = f"{posixpath.basename(source.rstrip('/'))}:{found}"
+    return Shards(name, locations, column, _count(source, found, locations, images, cache_dir))
+
+
+def _dataset(table: pa.Table) -> Any:
+    import datasets
+
+    return datasets.Dataset(table, fingerprint="rows")
+
+
+def _count(source: str, split: str, locations: Sequence[str], images: bool, cache_dir: str | None) -> int:
+    """Images in all, where that can be known without reading them; else 0."""
+    if images:
+        return len(locations)
+    if is_remote(locations[0]):
+        if locations[0].startswith("hf://"):
+            told = (source_builder(source, cache_dir).info.splits or {}).get(split)
+            return (told.num_examples or 0) if told else 0
+        return 0
+    kind = shard_kind(locations[0])
+    with explained(f"cannot read {source!r}"):
+        if kind == "parquet":
+            return sum(pq.read_metadata(location).num_rows for location in locations)
+        if kind == "arrow":
+            return sum(len(_dataset_file(location)) for location in locations)
+    return 0
+
+
+def _dataset_file(location: str) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_file(location)
+
+
+def sample_images(shards: Shards, path: Path, *, count: int, patience: Patience) -> Path:
+    """Write about count images, the first of up to 16 shards, to an Arrow file that `open_images` reads.
+
+    Labels come along where the shards have them. What is there already is kept, so that resumed runs use the same.
+    """
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    locations = list(shards.locations)
+    if shard_kind(locations[0]) == "image":
+        locations = locations[:: max(1, len(locations) // count)][:count]
+        each = 1
+    else:
+        locations = locations[:: -(-len(locations) // _SAMPLED_SHARDS)]
+        each = -(-count // len(locations))
+    _log.info("%s: reading %d images for the health check and the report into %s", shards.name, count, path)
+    tables = (_first_labelled(location, shards.column, each, patience) for location in locations)
+    first = next(tables)
+    written = first.num_rows
+    try:
+        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
+            writer.write_table(first)
+            for table in tables:
+                writer.write_table(table.cast(first.schema))
+                written += table.num_rows
+        if not written:
+            raise ValueError(f"{shards.name}: the first rows of its shards hold no images; check data.source")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+def _first_labelled(location: str, column: str, count: int, patience: Patience) -> pa.Table:
+    """The first images of a shard, with what labels it has."""
+    if column:
+        features = _dataset(first_rows(location, 0, patience)).features
+        keep = [column, *(name for name, feature in features.items() if is_label(name, feature) and name != column)]
+        schema = type(features)({name: features[name] for name in keep}).arrow_schema
+        return first_rows(location, count, patience).select(keep).cast(schema)
+    rows: list[dict[str, Any]] = []
+    with open_location(location, patience) as file:
+        if shard_kind(location) != "tar":
+            rows.append({"image": {"bytes": file.read(), "path": location}})
+        else:
+            tar = open_tar(file, location)
+            for member, content, label in tar_samples(tar):
+                rows.append({"image": {"bytes": content, "path": member.name}, "label": label})
+                if len(rows) == count:
+                    break
+    return pa.Table.from_pylist(rows, _SCHEMA)

@@ -1,0 +1,147 @@
+import subprocess
+import sys
+
+import datasets
+import pytest
+
+from ijepa_scale.data.images import open_file, open_images
+from ijepa_scale.data.remote import Patience
+from ijepa_scale.data.sources import expand_braces
+from ijepa_scale.data.stream_sources import open_shards, sample_images, shard_locations
+from ijepa_scale.data.streams import Streams
+from tests.data.server import serving
+from tests.data.sources import number_of, save_to_disk, write_images, write_jsonl, write_parquet, write_tar
+
+PATIENCE = Patience(0.1, 0.01)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+    return folder
+
+
+def make(kind, root):
+    """A source of images 0..19 and how many shards it has."""
+    if kind == "parquet":
+        write_parquet(root / "s/train-0.parquet", range(12), label=[i % 2 for i in range(12)])
+        write_parquet(root / "s/train-1.parquet", range(12, 20), label=[i % 2 for i in range(12, 20)])
+        return root / "s", 2
+    if kind == "tars":
+        for i in range(2):
+            write_tar(root / f"s/train-{i}.tar", range(10 * i, 10 * i + 10), label=True)
+        return root / "s", 2
+    if kind == "saved":
+        return save_to_disk(root / "s", range(20)), 3
+    write_images(root / "s", range(20))
+    if kind == "table":
+        rows = [{"path": f"s/{i:04}.png", "label": i % 2} for i in range(20)]
+        return write_jsonl(root / "list.jsonl", rows), 20
+    return root / "s", 20
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tars", "saved", "images", "table"])
+def test_every_kind_of_source_is_streamed_and_none_is_copied(tmp_path, cache, kind):
+    source, count = make(kind, tmp_path)
+    shards = open_shards(str(source), patience=PATIENCE)
+    assert shards.name == f"{source.name}:train" and len(shards.locations) == count
+    assert shards.num_images == (0 if kind == "tars" else 20)
+    images, bad, _ = Streams(sources=(shards,), seed=0, shuffle_buffer=5).take(0, 20)
+    assert sorted(number_of(image) for _, _, image in images) == list(range(20)) and not bad
+    assert not list(cache.glob("*/**/*.arrow"))
+    with pytest.raises(ValueError, match="has no split 'test'; it has: train"):
+        open_shards(str(source), split="test", patience=PATIENCE)
+
+
+def test_splits_of_what_is_streamed(tmp_path):
+    for split, first in (("train", 0), ("val", 10)):
+        write_tar(tmp_path / "t" / f"{split}-0.tar", range(first, first + 3))
+        save_to_disk(tmp_path / "saved" / split, range(first, first + 3), shards=1)
+    (tmp_path / "saved/dataset_dict.json").write_text('{"splits": ["train", "val"]}')
+    assert sorted(shard_locations(str(tmp_path / "t"))) == ["train", "validation"]
+    assert sorted(shard_locations(str(tmp_path / "saved"))) == ["train", "val"]
+    assert shard_locations("https://host/{train,test}-{0..1}.tar") == {
+        "train": ["https://host/train-0.tar", "https://host/train-1.tar"],
+        "test": ["https://host/test-0.tar", "https://host/test-1.tar"],
+    }
+
+
+def test_braces():
+    assert expand_braces("a") == ["a"]
+    assert expand_braces("x-{008..011}.tar") == ["x-008.tar", "x-009.tar", "x-010.tar", "x-011.tar"]
+    assert expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
+    for wrong in ("x-{5..3}.tar", "x-{}.tar", "{a}"):
+        with pytest.raises(ValueError, match="braces hold a range"):
+            expand_braces(wrong)
+
+
+def test_what_cannot_be_streamed(tmp_path):
+    with pytest.raises(ValueError, match=r"notes\.zip is no \.parquet, \.arrow, \.tar or image file"):
+        open_shards("https://host/notes.zip", patience=PATIENCE)
+    with pytest.raises(ValueError, match=r"can be streamed only: set data\.streaming=true"):
+        open_images("https://host/x.tar")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tars", "links"])
+def test_a_few_images_are_kept_in_a_file_with_their_labels(tmp_path, kind):
+    with serving(tmp_path) as server:
+        if kind == "links":
+            make("images", tmp_path)
+            rows = [{"path": f"{server.url}/s/{i:04}.png"} for i in range(20)]
+            source = write_jsonl(tmp_path / "links.jsonl", rows)
+        else:
+            source, _ = make(kind, tmp_path)
+        shards = open_shards(str(source), patience=PATIENCE)
+        path = sample_images(shards, tmp_path / "out/train-1.arrow", count=6, patience=PATIENCE)
+        images = open_file(str(path), name=shards.name)
+    numbers = [number_of(images.read(i)) for i in range(len(images))]
+    assert images.name == shards.name and images.split == "train"
+    if kind == "links":
+        assert numbers == [0, 3, 6, 9, 12, 15] and images.label_columns() == {}
+    else:
+        assert numbers == {"parquet": [0, 1, 2, 12, 13, 14], "tars": [0, 1, 2, 10, 11, 12]}[kind]
+        labels = images.label_columns()["label"].values.tolist()
+        assert labels == [n % (2 if kind == "parquet" else 3) for n in numbers]
+    changed = path.stat().st_mtime_ns
+    assert sample_images(shards, path, count=6, patience=PATIENCE).stat().st_mtime_ns == changed
+    assert [file.name for file in path.parent.iterdir()] == ["train-1.arrow"]
+
+
+OPEN = """
+import sys
+from ijepa_scale.data.images import open_images
+from ijepa_scale.data.remote import Patience
+from ijepa_scale.data.stream_sources import open_shards
+for call in (lambda: open_images("me/data"), lambda: open_shards("me/data", patience=Patience(0))):
+    try:
+        call()
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("status, code", [(403, "GatedRepo"), (401, "GatedRepo"), (401, "RepoNotFound")])
+def test_a_hub_that_refuses_is_explained(tmp_path, status, code):
+    with serving(tmp_path) as server:
+        server.faults, server.headers = [status] * 100, {"X-Error-Code": code}
+        environment = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "PYTHONPATH": ":".join(sys.path),
+            "PATH": "",
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+        )
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2, done
+    for line in lines:
+        assert line.startswith("cannot open 'me/data' on the Hub, and there is no folder")
+        assert "terms at https://huggingface.co/datasets/me/data" in line
+        assert "`hf auth login`" in line and "HF_TOKEN" in line

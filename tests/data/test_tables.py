@@ -1,0 +1,108 @@
+import datasets
+import pytest
+
+from ijepa_scale.data.images import open_images, splits_of
+from ijepa_scale.data.sources import is_mapped
+from tests.data.sources import number_of, write_images, write_jsonl
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_images(tmp_path / "pictures", range(6))
+    return tmp_path
+
+
+def numbers(images):
+    return [number_of(images.read(i)) for i in range(len(images))]
+
+
+def test_a_csv(folder):
+    rows = ["id,where,label", "7,pictures/0004.png,dog", "8,pictures/0001.png,cat", "9,pictures/0002.png,"]
+    (folder / "list.csv").write_text("\n".join(rows) + "\n")
+    images = open_images(str(folder / "list.csv"))
+    assert numbers(images) == [4, 1, 2]
+    assert images.sample_id(0) == str(folder / "pictures/0004.png")
+    column = images.label_columns()["label"]
+    assert column.names == ["", "cat", "dog"] and column.values.tolist() == [2, 1, 0]
+
+
+def test_a_tsv_and_json_lines(folder):
+    (folder / "list.tsv").write_text(f"file_name\n{folder}/pictures/0003.png\n")
+    assert numbers(open_images(str(folder / "list.tsv"))) == [3]
+    rows = [{"image": f"pictures/{i:04}.png", "class": i % 2, "x": [i]} for i in (5, 0)]
+    images = open_images(str(write_jsonl(folder / "list.jsonl", [*rows, {"image": "pictures/0001.png"}])))
+    assert numbers(images) == [5, 0, 1]
+    assert images.label_columns()["label"].values.tolist() == [1, 0, -1]
+    assert is_mapped(str(folder / "list.tsv"))
+
+
+def test_columns_are_found_by_name_first_and_by_what_is_there(folder):
+    """`path` holds names of elsewhere; both `image` and `also` hold files."""
+    rows = [{"path": f"/away/{i}.png", "also": "pictures/0000.png", "image": f"pictures/{i:04}.png"} for i in range(3)]
+    assert numbers(open_images(str(write_jsonl(folder / "a.jsonl", rows)))) == [0, 1, 2]
+    rows = [{"path": f"/away/{i}.png", "also": f"pictures/{i:04}.png"} for i in range(3)]
+    assert numbers(open_images(str(write_jsonl(folder / "b.jsonl", rows)))) == [0, 1, 2]
+
+
+def test_missing_files_are_bad_images_and_nothing_but_missing_files_is_an_error(folder):
+    rows = [{"path": f"pictures/{i:04}.png"} for i in (9, 1, 8)]
+    images = open_images(str(write_jsonl(folder / "a.jsonl", rows)))
+    image, bad = images.read_or_substitute(0)
+    assert number_of(image) == 1 and "No such file" in bad[0].reason
+    rows = [{"path": f"photos/{i:04}.png", "text": "x"} for i in range(3)]
+    source = write_jsonl(folder / "b.jsonl", rows)
+    with pytest.raises(
+        ValueError, match=rf"no column of {source}.*'path' would be '{folder}/photos/0000\.png'.*path, text"
+    ):
+        open_images(str(source))
+    (folder / "c.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="there are none; its columns are: a, b"):
+        open_images(str(folder / "c.csv"))
+    (folder / "d.csv").write_text("")
+    with pytest.raises(ValueError, match=r"d\.csv cannot be read as a table"):
+        open_images(str(folder / "d.csv"))
+
+
+def test_one_file_among_many_missing_is_found(folder):
+    rows = [{"path": f"pictures/{i:04}.png"} for i in range(100, 300)] + [{"path": "pictures/0001.png"}]
+    assert len(open_images(str(write_jsonl(folder / "a.jsonl", rows)))) == 201
+
+
+def test_a_folder_with_a_table_for_each_split(folder):
+    (folder / "train.csv").write_text("path,label\npictures/0001.png,b\npictures/0002.png,a\n")
+    (folder / "val.csv").write_text("path,label\npictures/0003.png,b\n")
+    assert sorted(splits_of(str(folder))) == ["train", "validation"]
+    assert numbers(open_images(str(folder))) == [1, 2]
+    val = open_images(str(folder), split="val")
+    assert numbers(val) == [3]
+    assert val.label_columns()["label"].names == ["a", "b"] and val.label_columns()["label"].values.tolist() == [1]
+
+
+def test_a_table_that_lists_no_images_leaves_a_folder_of_images_as_it_is(folder):
+    (folder / "notes.csv").write_text("name,price\nx,1\n")
+    assert numbers(open_images(str(folder))) == [0, 1, 2, 3, 4, 5]
+    (folder / "notes.csv").write_text("name,file\nx,pictures/0004.png\n")
+    assert numbers(open_images(str(folder))) == [4]
+    (folder / "more.csv").write_text("name,file\nx,pictures/0004.png\n")  # which of the two?
+    assert numbers(open_images(str(folder))) == [0, 1, 2, 3, 4, 5]
+
+
+def test_tables_alone_in_a_folder(tmp_path, folder):
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "a.csv").write_text("path\n../pictures/0001.png\n")
+    assert numbers(open_images(str(alone))) == [1]
+    (alone / "b.csv").write_text("path\n../pictures/0001.png\n")
+    with pytest.raises(ValueError, match=r"several tables for one split: a\.csv, b\.csv; give one"):
+        open_images(str(alone))
+    (alone / "b.csv").unlink()
+    (alone / "a.csv").write_text("path\nhttp://localhost/1.png\n")
+    assert not is_mapped(str(alone))
+    with pytest.raises(ValueError, match=r"the table lists URLs.*data.streaming=true"):
+        open_images(str(alone))
+
+
+def test_nothing_is_copied(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    open_images(str(write_jsonl(folder / "a.jsonl", [{"path": "pictures/0001.png"}])))
+    assert not (tmp_path / "cache").exists()
