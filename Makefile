@@ -26,7 +26,7 @@ pretrain: setup
 
 benchmark: setup
 	python launch/benchmark.py --config configs/tiny.yaml $(ARGS)
-	python launch/benchmark.py --config configs/vits16.yaml optimization.micro_batch_size=8 --steps 6 $(ARGS)
+	python launch/benchmark.py --config configs/vits16.yaml optimization.micro_batch_size=32 --steps 5 $(ARGS)
 
 test: setup
 	pytest $(ARGS)

@@ -31,7 +31,7 @@ RANK_RECOVERY = 1.2  # of the lowest so far: the early dip is over
 KNN_FALL = 6.0  # percent points: two standard errors of 30% on 256 images, half of what a health check looks at
 LOSS_RISE = 1.1  # of the lowest so far
 CLEAR = 2.0  # standard errors from which on a difference of scores counts: about 95% confidence
-COLLAPSE_HELP = "see docs/small_compute.md"
+COLLAPSE_HELP = "small runs need loss.variance=0.05 loss.covariance=0.01: see docs/small_compute.md"
 
 
 @dataclass(frozen=True, kw_only=True)

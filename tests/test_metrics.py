@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -270,6 +271,17 @@ def test_features_growing_alike_and_a_falling_knn():
     assert health_verdict(history).startswith("likely collapse: features grow alike")
     history = [health(0, base, knn=30.0), health(1, base, knn=22.9)]
     assert health_verdict(history).startswith("watch: k-NN is below its first value")
+
+
+HEALTH_RUNS = Path(__file__).parent / "health_runs"  # health records of real runs: docs/small_compute.md
+
+
+@pytest.mark.parametrize("path", sorted(HEALTH_RUNS.glob("*.jsonl")), ids=lambda path: path.stem)
+def test_the_verdict_tells_failing_runs_from_good_ones_long_before_their_end(path):
+    records = read_records(path)
+    expected = "likely collapse" if path.stem.startswith("collapsed") else "healthy"
+    verdicts = [health_verdict(records[: number + 1]) for number in range(1, len(records))]
+    assert len(verdicts) >= 4 and [verdict.split(":")[0] for verdict in verdicts] == [expected] * len(verdicts)
 
 
 def test_verdicts_on_short_and_broken_histories(tmp_path):
