@@ -140,7 +140,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             progress.update(step + 1, outcome.record)
         for mark in (batch.mark for batch in outcome.batches if batch.mark):
             run.streams[mark.stream] = mark.state
-        if outcome.bad:
+        if outcome.noted:
             handle_passes(run, step, outcome, say, log)
             handle_bad_images(run, step, outcome, say, log)
         skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
@@ -169,7 +169,7 @@ class StepOutcome:
     record: dict[str, Any]
     applied: bool
     batches: list[Batch]
-    bad: bool  # some rank met an unreadable image
+    noted: bool  # some rank met an unreadable image, or the end of its shards (the same on all)
     stop: bool  # some rank was asked to stop
 
 
@@ -207,7 +207,7 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
     applied = engine.was_step_applied()
     if applied:  # a skipped step leaves the EMA as it was, too
         run.ema.update(momentum)
-    wait, context_tokens, target_tokens, bad, stops, *totals = ranks.sum(
+    wait, context_tokens, target_tokens, noted, stops, *totals = ranks.sum(
         [
             wait,
             sum(batch.masks.context.num_tokens for batch in seen),
@@ -238,7 +238,7 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
         "step_seconds": seconds,
         "memory_bytes": memory_bytes(),
     }
-    return StepOutcome(record, applied, seen, bad > 0, stops > 0)
+    return StepOutcome(record, applied, seen, noted > 0, stops > 0)
 
 
 def next_batch(batches: Iterator[Batch]) -> Batch:
