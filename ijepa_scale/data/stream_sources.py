@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ijepa_scale.data.folders import image_splits, shard_splits
+from ijepa_scale.data.folders import image_splits, printable, shard_splits
 from ijepa_scale.data.images import image_column, is_label
 from ijepa_scale.data.remote import Patience, is_remote, open_location
 from ijepa_scale.data.shards import first_rows, shard_kind
@@ -162,7 +162,7 @@ def _first_labelled(location: str, column: str, count: int, patience: Patience) 
         else:
             tar = open_tar(file, location)
             for member, content, label in tar_samples(tar):
-                rows.append({"image": {"bytes": content, "path": member.name}, "label": label})
+                rows.append({"image": {"bytes": content, "path": printable(member.name)}, "label": label})
                 if len(rows) == count:
                     break
     return pa.Table.from_pylist(rows, _SCHEMA)

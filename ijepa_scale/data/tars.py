@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from ijepa_scale.data.folders import printable
 from ijepa_scale.data.transforms import image_extensions
 
 _log = logging.getLogger(__name__)
@@ -23,7 +24,7 @@ _log = logging.getLogger(__name__)
 _IMAGE = pa.struct(
     [
         ("bytes", pa.binary()),  # none: as for files of a folder
-        ("path", pa.string()),  # the member's name
+        ("path", pa.string()),  # the member's name, in printable form
         ("tar", pa.string()),
         ("offset", pa.int64()),
         ("size", pa.int64()),
@@ -133,7 +134,12 @@ def _rows(path: str) -> list[dict]:
         with open(path, "rb") as file:
             return [
                 {
-                    "image": {"path": member.name, "tar": path, "offset": member.offset_data, "size": member.size},
+                    "image": {
+                        "path": printable(member.name),
+                        "tar": path,
+                        "offset": member.offset_data,
+                        "size": member.size,
+                    },
                     "label": label,
                 }
                 for member, _, label in tar_samples(open_tar(file, path), contents=False)

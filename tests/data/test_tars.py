@@ -76,3 +76,12 @@ def test_a_tar_that_shrinks_gives_bad_images(tmp_path):
         images.read(2)
     path.write_bytes(content)
     assert read_member(str(path), content.index(encoded(2)), len(encoded(2))) == encoded(2)
+
+
+def test_names_need_not_be_utf_8(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        member = tarfile.TarInfo(b"caf\xe9.png".decode("utf-8", "surrogateescape"))
+        member.size = len(encoded(3))
+        tar.addfile(member, io.BytesIO(encoded(3)))
+    images = open_images(str(tmp_path / "x.tar"))
+    assert number_of(images.read(0)) == 3 and images.sample_id(0).startswith("caf") and images.sample_id(0).isascii()
