@@ -92,7 +92,8 @@ class ShardStream:
         self._ahead = next(self._reads)
         self._block = self._fill(_Block(place, self._ahead.number, state["block"]))
         self._next = self._block_after(self._block)
-        self._done: int = state["done"]  # images of the block that were handed out
+        # Images of the block that were handed out: all, where a smaller buffer or other shards have made it shorter.
+        self._done = min(state["done"], len(self._block.images))
         self._images: int = state["images"]  # and of its pass
         for done in self._block.order[: self._done]:
             self._block.images[done] = None

@@ -98,6 +98,14 @@ def test_a_state_goes_on_exactly(tars, size, ranks):
             assert other == mark
 
 
+def test_a_smaller_buffer_goes_on_with_the_next_block(tars):
+    """As --allow-changes lets a run do: more images were handed out than the block has now."""
+    *_, mark = streams_of(tars, shuffle_buffer=9).take(0, 7)
+    changed = streams_of(tars, shuffle_buffer=4).going_on([mark.state])
+    expected = in_order(list(range(len(SIZES))), 20, seed=source_seed(3, 0, 0, 0), size=4)[4:]
+    assert numbers(changed, 16) == expected
+
+
 def test_a_state_is_small(tars):
     streams = streams_of(tars, shuffle_buffer=1000)
     mark = streams.take(0, 20)[2]
