@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -183,14 +183,13 @@ def _build_streams(config: PretrainConfig, paths: list[str], weights: tuple[int,
         open_shards(path, split=data.split, cache_dir=data.cache_dir or None, patience=_start_patience(config))
         for path in paths
     ]
-    if len(opened) == 1 and data.num_images:
-        opened = [replace(opened[0], num_images=data.num_images)]
     return Streams(
         sources=tuple(opened),
         weights=weights,
         seed=config.seed,
         shuffle_buffer=data.shuffle_buffer,
         min_side=config.model.patch_size,
+        num_images=data.num_images,
         patience=Patience(data.retry_seconds),
     )
 

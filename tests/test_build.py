@@ -205,6 +205,9 @@ def test_streams_and_how_long_they_are(tmp_path):
     assert build.build_horizon(source_config("x", tmp_path, streaming=True), 0).total == 4
     told = source_config(str(tmp_path / "t"), tmp_path, streaming=True, steps=0, num_images=8)
     assert build.build_horizon(told, len(build.build_images(told))).steps_per_epoch == 2
+    two = [{"path": str(tmp_path / "t")}, {"path": str(tmp_path / "t")}]
+    told = source_config(two, tmp_path, streaming=True, steps=0, num_images=12)
+    assert build.build_horizon(told, len(build.build_images(told))).steps_per_epoch == 3
     few = source_config(str(tmp_path / "t"), tmp_path, streaming=True, num_images=3)
     with pytest.raises(ValueError, match="t:train has 3 images, fewer than"):
         build.build_images(few)

@@ -199,6 +199,7 @@ class Streams:
 
     Not dealt to ranks yet, as it comes from build.py, it is the only rank's, in one stream.
     states: of each stream, to go on from; None: from its start. min_side: pixels; images with a shorter side are bad.
+    num_images: of an epoch, where the user says so; 0: what the sources know.
     """
 
     sources: tuple[Shards, ...]
@@ -206,6 +207,7 @@ class Streams:
     seed: int
     shuffle_buffer: int
     min_side: int = 1
+    num_images: int = 0
     patience: Patience = field(default_factory=Patience)
     rank: int = 0
     ranks: int = 1
@@ -220,7 +222,7 @@ class Streams:
     def __len__(self) -> int:
         """Images of all sources; 0 where that is not known."""
         known = [shards.num_images for shards in self.sources]
-        return sum(known) if all(known) else 0
+        return self.num_images or (sum(known) if all(known) else 0)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}
