@@ -60,7 +60,7 @@ class DataConfig:
         for part in self.source:
             fits = isinstance(part, dict) and {"path"} <= part.keys() <= {"path", "weight"}
             weight = part.get("weight", 1) if fits else None
-            fits = fits and isinstance(weight, int | float) and 0 < weight < float("inf")
+            fits = isinstance(weight, int | float) and weight is not True and 0 < weight < float("inf")
             _require(
                 fits and isinstance(part["path"], str) and bool(part["path"]),
                 "config key data.source: a list wants {path: ..., weight: ...} for each, the weight above 0 and a "

@@ -101,6 +101,7 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("data: {source: []}", [], r"config key data.source: .*got \[\]"),
         ("", ["data.source=[{path:/a,weight:3}]"], "config key data.source: .*a space after each colon"),
         ("", ["data.source=[{path: /a, weight: 0}]"], "config key data.source: .*the weight above 0"),
+        ("", ["data.source=[{path: /a, weight: true}]"], "config key data.source: .*the weight above 0"),
         ("", ["data.source=[{path: /a, weight: x}]"], "config key data.source: .*the weight above 0"),
         ("", ["data.source=[{path: /a, share: 1}]"], "config key data.source: .*share"),
         ("", ["data.shuffle_buffer=0"], "data.shuffle_buffer must be 1 or more"),
