@@ -76,6 +76,11 @@ def test_braces():
             expand_braces(wrong)
 
 
+def test_braces_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert shard_locations("~/x-{0..1}.tar") == {"train": [str(tmp_path / f"x-{i}.tar") for i in range(2)]}
+
+
 def test_what_cannot_be_streamed(tmp_path):
     with pytest.raises(ValueError, match=r"notes\.zip is no \.parquet, \.arrow, \.tar or image file"):
         open_shards("https://host/notes.zip", patience=PATIENCE)
