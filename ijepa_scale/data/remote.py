@@ -4,13 +4,14 @@ import http.client
 import io
 import logging
 import re
+import string
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -200,7 +201,7 @@ def _full_size(response: Any) -> int | None:
 def _resolve(location: str) -> tuple[str, dict[str, str]]:
     """The URL of a location, and the headers that it needs: the user's token, for the Hub."""
     if not location.startswith("hf://"):
-        return location, {}
+        return quote(location, safe=string.punctuation), {}  # what is quoted already stays as it is
     import huggingface_hub
 
     match = re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", location)

@@ -46,6 +46,14 @@ def test_a_remote_file_is_read_as_a_local_one(server, ranges):
         assert file.read() == b""
 
 
+def test_urls_need_not_be_quoted(server):
+    quoted = server.folder / "a%20%C3%A9.bin"
+    quoted.write_bytes(b"there")
+    for name in ("a é.bin", quoted.name):
+        with open_location(f"{server.url}/{name}", QUICK) as file:
+            assert file.read() == b"there"
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_failures_are_tried_again_from_where_the_connection_broke(server, ranges, caplog):
     server.ranges = ranges
