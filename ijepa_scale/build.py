@@ -226,7 +226,9 @@ def _eval_images(config: PretrainConfig, source: str) -> EvalImages:
     )
     named = [data.eval_split] if data.eval_split else [s for s in ("validation", "val", "valid", "test") if s in splits]
     if sampled:
-        fit, score = max(config.report.train_images, config.logging.health_images), config.report.test_images
+        report, logging = config.report, config.logging
+        fit = max(1, report.train_images, logging.health_images if logging.health_every_steps else 0)
+        score = report.test_images if report.train_images else 0
         train = _sampled_images(config, source, data.split, fit if named else fit + score)
         test = _sampled_images(config, source, named[0], max(1, score)) if named else train
     else:

@@ -6,12 +6,14 @@ import torch
 from ijepa_scale import build
 from ijepa_scale.config import (
     DataConfig,
+    LoggingConfig,
     LossConfig,
     MaskConfig,
     ModelConfig,
     OptimizationConfig,
     PredictorConfig,
     PretrainConfig,
+    ReportConfig,
 )
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.mixture import Mixture
@@ -215,3 +217,13 @@ def test_streams_and_how_long_they_are(tmp_path):
     assert (evaluation.train.name, evaluation.test.name, evaluation.held_out) == ("t:train", "t:validation", True)
     assert evaluation.test.label_columns()["label"].values.tolist() == [1, 2, 0, 1]
     assert len(list((tmp_path / "run/samples").iterdir())) == 2 and not (tmp_path / "cache").exists()
+
+
+def test_no_more_of_a_stream_is_copied_than_is_looked_at(tmp_path):
+    write_tar(tmp_path / "t.tar", range(8))
+    config = source_config(str(tmp_path / "t.tar"), tmp_path, streaming=True)
+    unseen = dataclasses.replace(
+        config, logging=LoggingConfig(health_every_steps=0), report=ReportConfig(train_images=0)
+    )
+    assert len(build.build_eval_images(config).train) == 8
+    assert len(build.build_eval_images(unseen).train) == 1
