@@ -26,6 +26,11 @@ class StreamError(ValueError):
     """A stream cannot go on. One line, that says what to do."""
 
 
+def is_dead_link(error: StreamError) -> bool:
+    """Whether the server is there, and does not have or give what was asked for."""
+    return isinstance(error.__cause__, urllib.error.HTTPError) and error.__cause__.code in (403, 404, 410)
+
+
 @dataclass(frozen=True)
 class Patience:
     """How long the network may fail before the run does: waits of 1, 2, 4 ... seconds, none over longest_wait."""

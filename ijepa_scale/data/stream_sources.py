@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from ijepa_scale.data.folders import image_splits, printable, shard_splits
 from ijepa_scale.data.images import image_column, is_label
-from ijepa_scale.data.remote import Patience, is_remote, open_location
+from ijepa_scale.data.remote import Patience, StreamError, is_dead_link, is_remote, open_location
 from ijepa_scale.data.shards import first_rows, shard_kind
 from ijepa_scale.data.sources import explained, find_split, inspect_source, source_builder
 from ijepa_scale.data.streams import Shards
@@ -158,7 +158,11 @@ def _first_labelled(location: str, column: str, count: int, patience: Patience) 
     rows: list[dict[str, Any]] = []
     with open_location(location, patience) as file:
         if shard_kind(location) != "tar":
-            rows.append({"image": {"bytes": file.read(), "path": location}})
+            try:
+                rows.append({"image": {"bytes": file.read(), "path": location}})
+            except StreamError as error:  # training passes over a dead link of a list, too
+                if not is_dead_link(error):
+                    raise
         else:
             tar = open_tar(file, location)
             for member, content, label in tar_samples(tar):

@@ -8,7 +8,6 @@ the block began, and how much of it was handed out, say all that is to come.
 
 import dataclasses
 import os
-import urllib.error
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +18,7 @@ from PIL import Image
 from ijepa_scale.data.folders import printable
 from ijepa_scale.data.images import MAX_SUBSTITUTES, BadImage, BadImageError, decode, reason_of
 from ijepa_scale.data.order import generator_for, mixture_place, permuted_index, source_seed
-from ijepa_scale.data.remote import Patience, StreamError, is_remote, open_location
+from ijepa_scale.data.remote import Patience, StreamError, is_dead_link, is_remote, open_location
 from ijepa_scale.data.shards import DAMAGED, START, Encoded, Mark, read_shard
 
 State = dict[str, Any]  # as JSON holds it
@@ -303,7 +302,7 @@ class Streams:
                     file = remote.read()
             return decode(file, self.min_side)
         except StreamError as error:
-            if isinstance(error.__cause__, urllib.error.HTTPError) and error.__cause__.code in (403, 404, 410):
+            if is_dead_link(error):
                 raise BadImageError(str(error)) from error  # one dead link of a list
             raise
         except Exception as error:  # decoders raise whatever the bytes lead them to

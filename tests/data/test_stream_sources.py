@@ -113,6 +113,18 @@ def test_a_few_images_are_kept_in_a_file_with_their_labels(tmp_path, kind):
     assert [file.name for file in path.parent.iterdir()] == ["train-1.arrow"]
 
 
+def test_dead_links_among_those_that_are_kept(tmp_path):
+    make("images", tmp_path)
+    with serving(tmp_path) as server:
+        links = [f"{server.url}/{name}.png" for name in ("gone", "s/0003", "gone-too", "s/0005")]
+        shards = open_shards(str(write_jsonl(tmp_path / "x.jsonl", [{"path": x} for x in links])), patience=PATIENCE)
+        images = open_file(str(sample_images(shards, tmp_path / "x.arrow", count=4, patience=PATIENCE)), name="x:train")
+        assert [number_of(images.read(i)) for i in range(len(images))] == [3, 5]
+        server.faults = [404] * 4
+        with pytest.raises(ValueError, match="hold no images"):
+            sample_images(shards, tmp_path / "y.arrow", count=4, patience=PATIENCE)
+
+
 OPEN = """
 import sys
 from ijepa_scale.data.images import open_images
