@@ -71,11 +71,12 @@ def open_shards(source: str, *, split: str = "train", cache_dir: str | None = No
     if not locations:
         raise ValueError(f"split {found!r} of {source!r} has no files; it must hold at least one image")
     foreign = [location for location in locations if shard_kind(location) is None]
-    images = inspect_source(source)[0] in ("images", "table")
+    kind = inspect_source(source)[0]
+    images = kind in ("images", "table")
     if foreign and not images:
+        instead = "give such files" if kind == "list" else "set data.streaming=false to copy it to the cache instead"
         raise ValueError(
-            f"{source!r} cannot be streamed: {foreign[0]} is no .parquet, .arrow, .tar or image file; "
-            "set data.streaming=false to copy it to the cache instead"
+            f"{source!r} cannot be streamed: {foreign[0]} is no .parquet, .arrow, .tar or image file; {instead}"
         )
     column = ""
     if not images and shard_kind(locations[0]) in ("parquet", "arrow"):
