@@ -85,7 +85,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
     if isinstance(images, Streams):
         images = images.deal(rank=ranks.rank, ranks=ranks.world_size, workers=config.data.workers)
         facts["streams"] = images.layout()
-        dealt = images.dealing()
+        dealt = images.dealing(config.data.workers)
     found, notes = find_checkpoint(config, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
     notes += dealt
     if found and isinstance(images, Streams):

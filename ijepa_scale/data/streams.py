@@ -243,9 +243,15 @@ class Streams:
             "shards": [len(source.locations) for source in self.sources],
         }
 
-    def dealing(self) -> list[str]:
-        """How the shards are dealt, for the user."""
+    def dealing(self, workers: int) -> list[str]:
+        """How the shards are dealt, for the user who asked for that many loader processes a rank."""
         lines = []
+        if self.num_streams < workers:
+            fewest = min(self.sources, key=lambda source: len(source.locations))
+            lines.append(
+                f"warning: {fewest.name} has {len(fewest.locations)} shard(s) for {self.ranks} rank(s), so each runs "
+                f"{self.num_streams} loader process(es) and not data.workers={workers}; more shards allow more"
+            )
         every = [(rank, stream) for rank in range(self.ranks) for stream in range(self.num_streams)]
         for source in self.sources:
             count = len(source.locations)
@@ -254,8 +260,8 @@ class Streams:
             text = f"{source.name}: {count:,} shards to {self.ranks} x {self.num_streams} streams"
             if count < self.ranks:
                 lines.append(
-                    f"warning: {text}: fewer shards than ranks, so every rank reads all of them and takes every "
-                    f"{self.ranks}th image; use more shards to read less"
+                    f"warning: {text}: fewer shards than ranks, so every rank reads all of them and takes one image "
+                    f"in {self.ranks}; use more shards to read less"
                 )
             elif low < high:
                 lines.append(

@@ -173,11 +173,12 @@ def test_fewer_shards_than_ranks(tmp_path):
 
 def test_how_shards_are_dealt_is_said(tars):
     def said(ranks, workers):
-        return streams_of(tars).deal(rank=0, ranks=ranks, workers=workers).dealing()[0]
+        return streams_of(tars).deal(rank=0, ranks=ranks, workers=workers).dealing(workers)[0]
 
     assert said(5, 1) == "tars:train: 5 shards to 5 x 1 streams: 1 each"
     assert said(2, 2).startswith("warning: tars:train: 5 shards to 2 x 2 streams: 1 or 2 each; ")
-    assert "fewer shards than ranks" in said(6, 1) and "every 6th image" in said(6, 1)
+    assert said(2, 3).startswith("warning: tars:train has 5 shard(s) for 2 rank(s), so each runs 2 loader process(es)")
+    assert "fewer shards than ranks" in said(6, 1) and "one image in 6" in said(6, 1)
 
 
 def test_a_stream_without_images_is_an_error_and_no_endless_loop(tmp_path):
