@@ -63,12 +63,12 @@ def build_model(
     config: PretrainConfig,
     *,
     initialize: bool = True,
-    gather: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> IJepa:
     """Context encoder, predictor and target encoder, whose forward computes the loss.
 
     initialize: draw the weights from config.seed; the engine passes False and draws its own shards.
-    gather: rows of this rank -> those of all ranks, for loss terms over the images of a micro-step.
+    total: this rank's tensor -> the sum of all ranks', for loss terms over the images of a micro-step.
     """
     context_encoder = build_encoder(config)
     heads = config.predictor.heads or context_encoder.size.heads
@@ -85,7 +85,7 @@ def build_model(
         loss_kind=config.loss.kind,
         variance=config.loss.variance,
         covariance=config.loss.covariance,
-        gather=gather,
+        total=total,
     )
     if initialize:
         initialize_weights(model, config.seed)

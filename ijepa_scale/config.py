@@ -125,7 +125,7 @@ class MaskConfig:
 class LossConfig:
     kind: str = "smooth_l1"  # smooth_l1 (as the released code) | l2 (as the paper's text)
     # Weights of terms against collapse, over the images of one micro-step of all ranks; 0: off, as in the paper.
-    variance: float = 0.0  # of the standard deviations of pooled context features below 1; small runs: 0.05
+    variance: float = 0.0  # of how far the standard deviations of the context tokens fall short of 1; small runs: 0.05
     covariance: float = 0.0  # of the squared covariances between their dimensions; small runs: 0.01
 
     def __post_init__(self) -> None:

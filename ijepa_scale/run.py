@@ -92,7 +92,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         images = go_on(images, found, notes)
 
     with zero.building_context(settings):
-        model = build.build_model(config, initialize=False, gather=ranks.gather_rows)
+        model = build.build_model(config, initialize=False, total=ranks.total)
     engine = zero.initialize(
         model,
         settings,

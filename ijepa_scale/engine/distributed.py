@@ -65,13 +65,13 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of all ranks, in rank order: (B, D) -> (ranks * B, D), on the device, with gradients.
+    def total(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors, on the device, with gradients.
 
-        Gradients that are then averaged over the ranks are those of one process that holds all rows, provided that
-        every rank computes the same scalar from the result.
+        Gradients that are then averaged over the ranks are those of one process that holds everything, provided that
+        every rank computes the same scalar from the sum.
         """
-        return _GatherRows.apply(rows) if self.world_size > 1 else rows
+        return _Total.apply(tensor) if self.world_size > 1 else tensor
 
     def from_first(self, value: T) -> T:
         """Rank 0's value on every rank."""
@@ -107,19 +107,19 @@ class Ranks:
             dist.destroy_process_group()
 
 
-class _GatherRows(torch.autograd.Function):
-    """All ranks' rows; backward needs no communication, as every rank already holds the same gradient of them all."""
+class _Total(torch.autograd.Function):
+    """A sum over the ranks; backward needs no communication, as every rank already holds the gradient of the sum."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+        return tensor
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
-        # The data-parallel mean over ranks divides by their number what only this rank passes on of its own rows.
-        return grads[0].chunk(dist.get_world_size())[dist.get_rank()] * dist.get_world_size()
+        # The data-parallel mean over ranks divides by their number what only this rank passes on to its own tensor.
+        return grads[0] * dist.get_world_size()
 
 
 def start() -> Ranks:

@@ -10,7 +10,7 @@ from ijepa_kernels.ema import ema_update
 from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.regularization import pooled_tokens, variance_covariance
+from ijepa_scale.models.regularization import variance_covariance
 from ijepa_scale.models.vit import VisionTransformer
 
 
@@ -26,25 +26,25 @@ class IJepa(nn.Module):
         loss_kind: str = "smooth_l1",
         variance: float = 0.0,
         covariance: float = 0.0,
-        gather: Callable[[torch.Tensor], torch.Tensor] = lambda rows_BD: rows_BD,
+        total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
     ):
         """variance, covariance: weights of the terms against collapse, taken over the images of one forward.
 
-        gather: this rank's rows -> the rows of all ranks, with gradients; then it is over the images of all ranks.
+        total: this rank's tensor -> the sum of all ranks', with gradients; then they are over the images of all ranks.
         """
         super().__init__()
         self.context_encoder = context_encoder
         self.predictor = predictor
         self.target_encoder = target_encoder.requires_grad_(False)
         self.loss_kind = loss_kind
-        self.variance, self.covariance, self.gather = variance, covariance, gather
+        self.variance, self.covariance, self.total = variance, covariance, total
 
     def forward(self, images_BCHW: torch.Tensor, masks: Masks) -> dict[str, torch.Tensor]:
         """images_BCHW: (B, 3, H, W) uint8. Returns scalars: "loss", to be minimized, averaged over all target tokens.
 
         If the weight of the variance or the covariance term is not 0 (C-JEPA, arXiv:2410.19560, adds them to I-JEPA;
-        here they are on the mean-pooled output of the context encoder), also the loss's parts "prediction", "variance"
-        and "covariance", before their weights and without gradients.
+        here they are on the context encoder's tokens), also the loss's parts "prediction", "variance" and "covariance",
+        before their weights and without gradients.
         """
         with torch.no_grad():
             target_UD = self.target_encoder(images_BCHW, rows_K=masks.target_patches_U)
@@ -53,7 +53,8 @@ class IJepa(nn.Module):
         prediction = target_loss(pred_TD, target_UD, masks.target_index_T, self.loss_kind)
         if not (self.variance or self.covariance):
             return {"loss": prediction}
-        variance, covariance = variance_covariance(self.gather(pooled_tokens(context_TD, masks.context)))
+        patches_T = masks.context.indices_T % masks.num_patches
+        variance, covariance = variance_covariance(context_TD, patches_T, masks.num_patches, self.total)
         loss = prediction + self.variance * variance + self.covariance * covariance
         terms = {"prediction": prediction, "variance": variance, "covariance": covariance}
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}

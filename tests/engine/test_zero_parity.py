@@ -10,8 +10,9 @@ from tests.processes import assert_all, run_ranks
 
 # Measured: masters within 8e-7 after 20 steps, EMA within 4e-7, losses within 6e-8, norms within 2e-7 (relative).
 ROUNDING = 2e-6
-# Measured with the variance and covariance terms: masters within 4e-6, losses and norms as above.
-TERMS_ROUNDING = 1e-5
+# Measured with the variance and covariance terms, on one and two ranks: losses and norms as above; masters within 5e-6,
+# as AdamW blows up the rounding of gradients near 0, and with them the target encoder's outputs within 1.6e-5.
+TERMS_ROUNDING, TERMS_FORWARD_ROUNDING = 1.5e-5, 5e-5
 # Measured: 1.2e-6 on outputs of size 3, behind two blocks and three LayerNorms.
 FORWARD_ROUNDING = 5e-6
 
@@ -69,10 +70,10 @@ def test_fp32_training_equals_a_plain_loop(measured, request, launch, key, stage
     assert facts["ema_moved"] > 1e-2  # what the bounds below are to be compared with
     assert facts["loss"] < ROUNDING
     assert facts["grad_norm"] < ROUNDING
-    bound = TERMS_ROUNDING if "accumulate1" in request.node.name else ROUNDING
-    assert facts["masters"] < bound
-    assert facts["ema"] < bound
-    assert facts["target_beside_plain"] < FORWARD_ROUNDING
+    terms = "accumulate1" in request.node.name
+    assert facts["masters"] < (TERMS_ROUNDING if terms else ROUNDING)
+    assert facts["ema"] < (TERMS_ROUNDING if terms else ROUNDING)
+    assert facts["target_beside_plain"] < (TERMS_FORWARD_ROUNDING if terms else FORWARD_ROUNDING)
 
 
 @pytest.mark.parametrize("launch, key, stage, precision", launches("fp32"))

@@ -29,7 +29,7 @@ def build_encoder() -> VisionTransformer:
 
 
 def build_model(**terms: Any) -> IJepa:
-    """terms: IJepa's variance, covariance and gather."""
+    """terms: IJepa's variance, covariance and total."""
     encoder = build_encoder()
     predictor = Predictor(ViTSize(width=16, depth=1, heads=2, mlp_width=32), encoder_width=32, grid=encoder.grid)
     return IJepa(encoder, predictor, build_encoder(), **terms)
@@ -81,7 +81,7 @@ def start_engine(
         clip_grad_norm=clip,
     )
     with zero.building_context(settings):
-        model = build_model(gather=ranks.gather_rows, **(terms or {}))
+        model = build_model(total=ranks.total, **(terms or {}))
     engine = zero.initialize(
         model,
         settings,

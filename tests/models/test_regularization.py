@@ -1,59 +1,105 @@
 import math
-from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 
 from ijepa_scale.masking.packing import pack_masks
-from ijepa_scale.models.regularization import pooled_tokens, variance_covariance
+from ijepa_scale.models.regularization import variance_covariance
 from tests.models.test_ijepa import PATCHES, images_of, random_masks, tiny_model
 
 
-def by_loops(pooled):
+def alone(tensor):
+    return tensor
+
+
+def by_loops(tokens, patches):
     """The definition, in Python floats: (variance, covariance)."""
-    columns = [np.array(column, dtype=np.float64) for column in pooled.double().T.tolist()]
-    width, images = len(columns), len(columns[0])
+    rows, places = tokens.double().tolist(), patches.tolist()
+    width = len(rows[0])
+    centred = []
+    for row, place in zip(rows, places, strict=True):
+        same = [other for other, where in zip(rows, places, strict=True) if where == place]
+        centred.append([row[d] - sum(other[d] for other in same) / len(same) for d in range(width)])
     variance = covariance = 0.0
-    for i, a in enumerate(columns):
-        variance += max(0.0, 1.0 - math.sqrt(sum((a - a.mean()) ** 2) / (images - 1) + 1e-4)) / width
-        for j, b in enumerate(columns):
-            if i != j:
-                covariance += (sum((a - a.mean()) * (b - b.mean())) / (images - 1)) ** 2 / width
+    for i in range(width):
+        for j in range(width):
+            moment = sum(row[i] * row[j] for row in centred) / (len(rows) - 1)
+            if i == j:
+                variance += max(0.0, 1.0 - math.sqrt(moment + 1e-4)) / width
+            else:
+                covariance += moment**2 / width
     return variance, covariance
 
 
-@pytest.mark.parametrize("images, width, scale", [(2, 1, 0.1), (7, 16, 0.5), (128, 33, 1.0), (5, 8, 3.0)])
-def test_terms_equal_the_definition(images, width, scale):
-    pooled = scale * torch.randn(images, width, generator=torch.Generator().manual_seed(images), dtype=torch.float64)
-    pooled[:, 0] *= 0.01  # a dimension that is nearly dead
-    variance, covariance = variance_covariance(pooled + 100.0)
-    expected = by_loops(pooled)
-    assert (variance.item(), covariance.item()) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert torch.autograd.gradcheck(lambda rows: torch.stack(variance_covariance(rows)), pooled.requires_grad_())
+def random_tokens(tokens, width, patches, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(tokens, width, generator=generator, dtype=torch.float64)
+    return values, torch.randint(patches, (tokens,), generator=generator)
 
 
-def test_identical_images_have_full_variance_loss_and_a_finite_gradient():
-    pooled = torch.ones(4, 3, requires_grad=True)
-    variance, covariance = variance_covariance(pooled)
-    assert variance.item() == pytest.approx(1 - math.sqrt(1e-4)) and covariance.item() == 0.0
+@pytest.mark.parametrize(
+    "tokens, width, patches, scale", [(2, 1, 1, 0.1), (9, 8, 3, 0.5), (60, 5, 7, 1.0), (5, 3, 9, 3.0)]
+)
+def test_terms_equal_the_definition(tokens, width, patches, scale):
+    values, places = random_tokens(tokens, width, patches, seed=tokens)
+    values *= scale
+    values[:, 0] *= 0.01  # a dimension that is nearly dead
+    found = variance_covariance(values + 100.0, places, patches, alone)
+    assert [term.item() for term in found] == pytest.approx(by_loops(values, places), rel=1e-9, abs=1e-12)
+
+
+def test_gradients_are_those_of_the_terms():
+    """Also through the means, which are held constant."""
+    values, places = random_tokens(12, 4, 3)
+    values.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: torch.stack(variance_covariance(x, places, 3, alone)), values)
+
+
+def test_what_depends_on_the_patch_alone_counts_as_collapsed():
+    values, places = random_tokens(7, 5, 7)
+    positions = values[places].float().requires_grad_()  # every image the same token at a patch
+    variance, covariance = variance_covariance(positions, places, 7, alone)
+    assert variance.item() == pytest.approx(1 - math.sqrt(1e-4), abs=1e-6) and covariance.item() < 1e-12
     (variance + covariance).backward()
-    assert torch.equal(pooled.grad, torch.zeros(4, 3))
+    assert bool(torch.isfinite(positions.grad).all())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_pooled_tokens_are_the_means_of_their_sequences(dtype):
-    context, targets = random_masks(2, 5, 1, 3)
-    packed = pack_masks(context, targets, PATCHES).context
-    tokens = torch.randn(packed.num_tokens, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
-    pooled = pooled_tokens(tokens, packed)
-    bounds = packed.cu_seqlens.tolist()
-    expected = [tokens.double()[low:high].mean(0) for low, high in pairwise(bounds)]
-    assert pooled.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(pooled.double(), torch.stack(expected), rtol=1e-6, atol=1e-6)
+def test_bf16_tokens_are_summed_in_fp32():
+    values, places = random_tokens(600, 6, 4)
+    rounded = values.bfloat16()
+    found = variance_covariance(rounded, places.int(), 4, alone)
+    exact = variance_covariance(rounded.double(), places, 4, alone)
+    assert all(term.dtype == torch.float32 for term in found)
+    assert [term.item() for term in found] == pytest.approx([term.item() for term in exact], rel=1e-5)
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms_over_the_context_features():
+def test_sums_over_two_parts_equal_the_whole():
+    """What total() is for: two ranks, here in turns, that each hold a part of the tokens."""
+    values, places = random_tokens(20, 4, 3)
+    parts = [(values[:8], places[:8]), (values[8:], places[8:])]
+    sums = [[], []]
+    for call in range(3):  # the k-th sum needs both parts' k-th terms, which need the sums before
+        for rank, (rows, where) in enumerate(parts):
+            calls = iter(range(3))
+
+            def total(tensor, rank=rank, calls=calls, call=call):
+                number = next(calls)
+                if number == call:
+                    sums[rank].append(tensor.clone())
+                return sums[0][number] + sums[1][number] if number < call else tensor
+
+            variance_covariance(rows, where, 3, total)
+    calls = iter(range(3))
+
+    def total(tensor):
+        number = next(calls)
+        return sums[0][number] + sums[1][number]
+
+    found = variance_covariance(*parts[0], 3, total)
+    assert [term.item() for term in found] == pytest.approx(by_loops(values, places), rel=1e-9)
+
+
+def test_the_loss_is_the_weighted_sum_of_its_terms_over_the_context_tokens():
     images, pixels = 6, images_of(6)
     context, targets = random_masks(4, images, 2, 3)
     masks = pack_masks(context, targets, PATCHES)
@@ -61,8 +107,9 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_over_the_context_features():
     rows = []
     for i in range(images):
         one = pack_masks([context[i]], [targets[i]], PATCHES).context
-        rows.append(plain.context_encoder(pixels[i : i + 1], one).mean(0))
-    expected = by_loops(torch.stack(rows).detach())
+        rows.append(plain.context_encoder(pixels[i : i + 1], one))
+    patches = torch.cat([torch.from_numpy(part) for part in context])
+    expected = by_loops(torch.cat(rows).detach(), patches)
     model = tiny_model()
     model.variance, model.covariance = 0.3, 0.07
     losses = model(pixels, masks)
@@ -74,14 +121,3 @@ def test_the_loss_is_the_weighted_sum_of_its_terms_over_the_context_features():
         prediction["loss"].item() + 0.3 * expected[0] + 0.07 * expected[1], rel=1e-9
     )
     assert [name for name, value in losses.items() if value.requires_grad] == ["loss"]
-
-
-def test_statistics_are_taken_over_the_gathered_rows():
-    pixels = images_of(3)
-    masks = pack_masks(*random_masks(1, 3, 2, 3), PATCHES)
-    others = torch.randn(2, 24, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    model = tiny_model()
-    model.variance = 1.0
-    model.gather = lambda rows: torch.cat([others, rows])
-    rows = pooled_tokens(model.context_encoder(pixels, masks.context), masks.context).detach()
-    assert model(pixels, masks)["variance"].item() == pytest.approx(by_loops(torch.cat([others, rows]))[0], rel=1e-9)
