@@ -26,6 +26,7 @@ from ijepa_scale.schedules import cosine, ema_momentum, learning_rate
 Say = Callable[[str], None]  # a line for the user
 Log = Callable[[dict[str, Any]], None]  # a record for metrics.jsonl
 
+RELEASE_STEPS = 20  # 50 ms at the size of configs/tiny.yaml
 STRIKES = 3  # steps in a row that were skipped, or checkpoints in a row that could not be written, before a run stops
 
 
@@ -153,6 +154,8 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             failed_saves = 0 if save_checkpoint(run, done, say) else failed_saves + 1
             if failed_saves == STRIKES or (failed_saves and (reason or done == horizon.stop)):
                 raise RunError("the checkpoint could not be written (see above); free space or mend the disk")
+        if done % RELEASE_STEPS == 0:
+            ranks.release_memory()
         if reason:
             say(f"stopped by {reason} after step {done}; the same command goes on from there")
             break
