@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Health: below these the words change. Each is far from what a run that learns has shown, so that a warning means it.
 CONSTANT_STD = 0.01  # features vary by 1% of their size: no probe reads more from them than from rounding
 STD_FALL = 0.2  # of the first record: five times as alike as at the start
-RANK_FALL = 0.7  # of the first record: 0.35 and 0.53 in runs that did not learn (docs/small_compute.md)
+RANK_FALL = 0.7  # of the first record: 0.6 to 0.34 from a fifth of runs that did not learn on, 9 in one that did
 RANK_RECOVERY = 1.2  # of the lowest so far: the early dip is over
 KNN_FALL = 6.0  # percent points: two standard errors of 30% on 256 images, half of what a health check looks at
 LOSS_RISE = 1.1  # of the lowest so far

@@ -280,8 +280,10 @@ HEALTH_RUNS = Path(__file__).parent / "health_runs"  # health records of real ru
 def test_the_verdict_tells_failing_runs_from_good_ones_long_before_their_end(path):
     records = read_records(path)
     expected = "likely collapse" if path.stem.startswith("collapsed") else "healthy"
-    verdicts = [health_verdict(records[: number + 1]) for number in range(1, len(records))]
-    assert len(verdicts) >= 4 and [verdict.split(":")[0] for verdict in verdicts] == [expected] * len(verdicts)
+    verdicts = {record["step"]: health_verdict(records[: number + 1]) for number, record in enumerate(records)}
+    early = records[-1]["step"] // 3  # a run with a slow EMA took a tenth of its steps before its rank fell
+    late = [verdict.split(":")[0] for step, verdict in verdicts.items() if step >= early]
+    assert len(late) >= 3 and late == [expected] * len(late)
 
 
 def test_verdicts_on_short_and_broken_histories(tmp_path):
