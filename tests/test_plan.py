@@ -48,7 +48,9 @@ def addmm_flops(onto, left, right, **_):
 
 
 def test_flops_agree_with_the_flop_counter():
-    config = load_config(CONFIGS[[path.stem for path in CONFIGS].index("tiny")], ["model.depth=2", "predictor.depth=2"])
+    # Without the terms against collapse, which are no part of the count: at these widths 1% of it.
+    smaller = ["model.depth=2", "predictor.depth=2", "loss.variance=0", "loss.covariance=0"]
+    config = load_config(CONFIGS[[path.stem for path in CONFIGS].index("tiny")], smaller)
     model = build_model(config)
     context = [np.arange(20), np.arange(20)]
     blocks = [[np.arange(30, 42)] * 4] * 2

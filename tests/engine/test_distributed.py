@@ -35,5 +35,5 @@ def test_memory_that_tensors_left_goes_back_to_the_system():
     )
     assert ended.returncode == 0, ended.stderr
     before, freed, released = map(float, ended.stdout.split())
-    assert freed > before + 150  # what it is about
-    assert released < before + 50
+    assert freed > before + 40  # what it is about: 60 to 330 MB in some runs
+    assert released < before + 20
