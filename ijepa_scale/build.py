@@ -290,9 +290,8 @@ def build_horizon(config: PretrainConfig, num_images: int) -> Horizon:
             "how long the stream is cannot be known without reading it: set optimization.max_steps, or data.num_images "
             "to the number of images of an epoch"
         )
-    steps_per_epoch = num_images // options.global_batch_size if num_images else options.max_steps // options.epochs
-    if num_images == 0:
-        steps_per_epoch = max(1, steps_per_epoch)
+    of_stream = max(1, options.max_steps // options.epochs)
+    steps_per_epoch = num_images // options.global_batch_size if num_images else of_stream
     total = options.max_steps or options.epochs * steps_per_epoch
     stop = min(options.stop_at_step or total, total)
     return Horizon(steps_per_epoch, total, stop, round(total * options.warmup_epochs / options.epochs))

@@ -40,7 +40,9 @@ def load_run(path: str | Path) -> tuple[VisionTransformer, PretrainConfig, Check
     else:
         if not checkpoints.candidates(path / "checkpoints"):
             raise ValueError(f"{path} is no run: there is no checkpoint in {path / 'checkpoints'}; give a run folder")
-        found, _ = checkpoints.newest_good(path / "checkpoints", alone)
+        found, skipped = checkpoints.newest_good(path / "checkpoints", alone)
+        for complaint in skipped:
+            print(f"warning: skipped a checkpoint that is not whole: {complaint}", flush=True)
     assert found is not None  # newest_good() raises where checkpoints exist and none is whole
     config = from_dict(found.manifest["config"])
     encoder = build.build_encoder(config)

@@ -122,3 +122,10 @@ def test_what_a_user_gets_wrong_is_named(run, embedded, tmp_path):
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="step-00000004"):
         load_run(damaged)
+
+
+def test_a_damaged_checkpoint_is_skipped_aloud(run, tmp_path, capsys):
+    shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "step-00000008" / "rank-00000.safetensors").write_bytes(b"")
+    assert load_run(tmp_path)[2].step == 4
+    assert "warning: skipped a checkpoint that is not whole" in capsys.readouterr().out
