@@ -26,7 +26,7 @@ from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
 
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
-DEFAULT_SCENES, VALIDATION_SCENES = 20_000, 2000
+DEFAULT_SCENES, VALIDATION_SCENES = 20_000, 4000
 START_RETRY_SECONDS = 30.0
 
 

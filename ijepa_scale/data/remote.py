@@ -35,7 +35,7 @@ def is_dead_link(error: StreamError) -> bool:
 class Patience:
     """How long the network may fail before the run does: waits of 1, 2, 4 ... seconds, none over longest_wait."""
 
-    seconds: float = 300.0  # of waiting, since something was last read
+    seconds: float = 300.0  # since something was last read, answers that never came included
     first_wait: float = 1.0
     longest_wait: float = 64.0
 
@@ -53,7 +53,7 @@ def open_location(location: str, patience: Patience) -> BinaryIO:
 
 def tried_again(call: Callable[[], T], what: str, patience: Patience) -> T:
     """call(), repeated with growing waits while the network fails. StreamError once patience is at its end."""
-    waited, wait, tries = 0.0, patience.first_wait, 1
+    started, wait, tries = time.monotonic(), patience.first_wait, 1
     while True:
         try:
             return call()
@@ -61,14 +61,14 @@ def tried_again(call: Callable[[], T], what: str, patience: Patience) -> T:
             reason = f"{type(error).__name__}: {error}"
             if isinstance(error, urllib.error.HTTPError) and error.code not in _PASSING:
                 raise StreamError(f"{what} cannot be read: {reason}{_advice(what, error.code)}") from error
-            if waited >= patience.seconds:
+            if (waited := time.monotonic() - started) >= patience.seconds:
                 raise StreamError(
                     f"{what} cannot be read: {reason}; gave up after {tries} tries in {waited:.0f} s: look at the "
                     "network and the server, then start the same command again; data.retry_seconds sets how long to try"
                 ) from error
         _log.warning("warning: %s: %s; trying again in %g s (try %d failed)", what, reason, wait, tries)
         time.sleep(wait)
-        waited, wait, tries = waited + wait, min(2 * wait, patience.longest_wait), tries + 1
+        wait, tries = min(2 * wait, patience.longest_wait), tries + 1
 
 
 def _advice(location: str, status: int) -> str:

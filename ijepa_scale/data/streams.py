@@ -7,6 +7,7 @@ the block began, and how much of it was handed out, say all that is to come.
 """
 
 import dataclasses
+import errno
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -159,6 +160,11 @@ class ShardStream:
                             found = True
                             yield _read_of(location, image, number, Place(number, shard, mark))
                 except DAMAGED as error:
+                    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):  # of a disk
+                        raise StreamError(
+                            f"{printable(location)} cannot be read: {error}; look at the disk, then start the same "
+                            "command again"
+                        ) from error
                     found = True
                     reason = f"{reason_of(error)}; the rest of this shard is left out"
                     yield Read(number, mark[0], printable(location), Place(number, shard + 1), reason=reason)

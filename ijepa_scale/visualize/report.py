@@ -101,8 +101,9 @@ def draw_scores(path: str | Path, scores: Sequence[Score]) -> None:
 def draw_loss_curve(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
     """Write a PNG of a run's curves against the step, from the records of metrics.jsonl.
 
-    Loss, gradient norm, schedules and EMA momentum from the "step" records; feature spread and rank, k-NN and drift
-    from the "health" records, if there are any. A null is a gap; a step that was skipped is marked and counted.
+    Loss, gradient norm, schedules and EMA momentum from the "step" records, and the parts of the loss, if it has any;
+    feature spread and rank, k-NN and drift from the "health" records, if there are any. A null is a gap; a step that
+    was skipped is marked and counted.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -111,7 +112,8 @@ def draw_loss_curve(path: str | Path, records: Sequence[dict[str, Any]]) -> None
     health = [record for record in records if record.get("kind") == "health"]
     if not steps:
         raise ValueError("no step records to draw: metrics.jsonl is empty; train at least one step")
-    columns = 3 if health else 2
+    with_terms = any("loss_variance" in record for record in steps)
+    columns = 2 + with_terms + bool(health)
     figure = Figure(figsize=(4.4 * columns, 6.4), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
     _draw_loss(axes[0, 0], steps)
@@ -121,11 +123,15 @@ def draw_loss_curve(path: str | Path, records: Sequence[dict[str, Any]]) -> None
     _draw_series(axes[1, 1], *_series(steps, "ema_momentum"), GREEN)
     axes[1, 1].set_title("EMA momentum", fontsize=10)
     axes[1, 1].ticklabel_format(axis="y", useOffset=False)
+    if with_terms:
+        for axis, part, color in ((axes[0, 2], "variance", BLUE), (axes[1, 2], "covariance", ORANGE)):
+            _draw_series(axis, *_series(steps, f"loss_{part}"), color)
+            axis.set_title(f"{part} term, before its weight", fontsize=10)
     if health:
-        _draw_pair(axes[0, 2], health, ("feature_std", "feature std", BLUE), ("rankme", "RankMe", ORANGE))
-        axes[0, 2].set_title("features: spread and rank", fontsize=10)
-        _draw_pair(axes[1, 2], health, ("knn", "k-NN (%)", GREEN), ("drift", "drift, target to context", GREY))
-        axes[1, 2].set_title("features: k-NN and drift", fontsize=10)
+        _draw_pair(axes[0, -1], health, ("feature_std", "feature std", BLUE), ("rankme", "RankMe", ORANGE))
+        axes[0, -1].set_title("features: spread and rank", fontsize=10)
+        _draw_pair(axes[1, -1], health, ("knn", "k-NN (%)", GREEN), ("drift", "drift, target to context", GREY))
+        axes[1, -1].set_title("features: k-NN and drift", fontsize=10)
     first, last = steps[0]["step"], max(record["step"] for record in records)
     margin = max(1.0, 0.03 * (last - first))
     for axis in axes.flat:
@@ -146,6 +152,9 @@ def _draw_loss(axis: "Axes", records: Sequence[dict[str, Any]]) -> None:
     if np.isfinite(loss).sum() > 10:
         mean = _moving_average(loss, max(3, round(SMOOTHING * len(loss))))
         axis.plot(*_thin(at, mean)[:2], color=BLUE, linewidth=1.8, label="smoothed")
+    part, prediction = _series(records, "loss_prediction")
+    if np.isfinite(prediction).any():
+        _draw_series(axis, part, prediction, GREEN, label="of it: prediction")
     if len(skipped):
         label = f"{len(skipped)} skipped step{'s' if len(skipped) > 1 else ''}"
         shown = skipped[:: math.ceil(len(skipped) / MAX_POINTS)]

@@ -1,3 +1,4 @@
+import errno
 import itertools
 import json
 import multiprocessing
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ijepa_scale.data import streams
 from ijepa_scale.data.collate import MicroBatches, micro_batch_stream
 from ijepa_scale.data.images import BadImageError
 from ijepa_scale.data.order import generator_for, permuted_index, source_seed
 from ijepa_scale.data.remote import Patience, StreamError
+from ijepa_scale.data.shards import read_shard
 from ijepa_scale.data.streams import Shards, Streams, anew
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
@@ -225,6 +228,16 @@ def test_bad_images_are_passed_over_and_named(tmp_path):
     assert number_of(streams.take(0, 1)[0][0][2]) == numbers(streams.going_on([mark.state]), 1)[0]
     with pytest.raises(BadImageError, match=r"101 images in a row are bad, the last .*less than 9 a side"):
         streams_of(shards, min_side=9).take(0, 1)
+
+
+def test_a_disk_that_fails_ends_the_run_rather_than_the_shard(tars, monkeypatch):
+    def failing(location, **options):
+        yield from list(read_shard(location, **options))[:2]
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(streams, "read_shard", failing)
+    with pytest.raises(StreamError, match=r"\.tar cannot be read: .*Input/output error; look at the disk"):
+        streams_of(tars).take(0, 16)
 
 
 def test_a_damaged_shard_costs_its_rest_alone(tars, tmp_path):

@@ -114,6 +114,18 @@ def test_health_panels_appear_with_health_records_only(tmp_path, monkeypatch):
     assert unlabelled["features: k-NN and drift"].get_ylabel() == "drift, target to context"
 
 
+def test_the_parts_of_the_loss_are_drawn_where_it_has_parts(tmp_path, monkeypatch):
+    parts = {"loss_prediction": 0.25, "loss_variance": 0.5, "loss_covariance": 3.0}
+    steps = [step_record(step, **parts) for step in range(5)]
+    assert not any("term" in title for title in axes_of(tmp_path, [step_record(0)], monkeypatch))
+    for records in (steps, [*steps, health_record(4)]):
+        axes = axes_of(tmp_path, records, monkeypatch)
+        assert list(axes["loss (may rise: its targets move)"].lines[-1].get_ydata()) == [0.25] * 5
+        assert list(axes["variance term, before its weight"].lines[0].get_ydata()) == [0.5] * 5
+        assert list(axes["covariance term, before its weight"].lines[0].get_ydata()) == [3.0] * 5
+        assert any(title.startswith("features") for title in axes) == (len(records) > len(steps))
+
+
 def test_skipped_steps_are_gaps_and_are_counted(tmp_path, monkeypatch):
     records = [step_record(step) for step in range(100)]
     records[3].update(loss=None, grad_norm=None)
