@@ -1,11 +1,15 @@
-"""A web server on this machine that serves a folder, and fails as it is told."""
+"""A web server on this machine that serves a folder, also as the Hub would a data set, and fails as it is told."""
 
 import contextlib
 import http.server
+import json
 import re
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+
+HUB_ID, HUB_COMMIT = "me/data", "a" * 40
 
 
 class Server:
@@ -22,6 +26,22 @@ class Server:
         self.url = ""
 
 
+def hub_answer(folder: Path, path: str) -> list | dict | Path:
+    """What the Hub answers for the data set HUB_ID, whose files are the folder's: JSON, or a file."""
+    api = f"/api/datasets/{HUB_ID}"
+    if path == api or path.startswith(f"{api}/revision/"):
+        return {"id": HUB_ID, "sha": HUB_COMMIT, "private": False, "gated": False, "tags": [], "siblings": []}
+    if match := re.fullmatch(rf"{api}/tree/{HUB_COMMIT}/?(.*)", path):
+        files = sorted((folder / match[1]).iterdir()) if (folder / match[1]).is_dir() else []
+        kinds = [("directory", 0) if file.is_dir() else ("file", file.stat().st_size) for file in files]
+        return [
+            {"type": kind, "path": str(file.relative_to(folder)), "size": size, "oid": "b" * 40}
+            for file, (kind, size) in zip(files, kinds, strict=True)
+        ]
+    match = re.fullmatch(rf"/datasets/{HUB_ID}/resolve/[^/]+/(.+)", path)
+    return folder / (match[1] if match else path.lstrip("/"))
+
+
 @contextlib.contextmanager
 def serving(folder: Path) -> Iterator[Server]:
     server = Server(folder)
@@ -31,8 +51,8 @@ def serving(folder: Path) -> Iterator[Server]:
             wanted = self.headers.get("Range")
             server.requests.append((self.path, wanted, self.headers.get("Authorization")))
             fault = server.faults.pop(0) if server.faults else None
-            path = server.folder / self.path.lstrip("/")
-            if fault is None and not server.redirect and not path.is_file():
+            found = hub_answer(server.folder, self.path.partition("?")[0])
+            if fault is None and not server.redirect and isinstance(found, Path) and not found.is_file():
                 fault = 404
             if server.redirect and fault is None:
                 self.send_response(302)
@@ -47,7 +67,7 @@ def serving(folder: Path) -> Iterator[Server]:
                 self.send_header("Content-Length", "0")
                 self.end_headers()
                 return
-            content = path.read_bytes()
+            content = found.read_bytes() if isinstance(found, Path) else json.dumps(found).encode()
             match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "") if server.ranges else None
             start = int(match[1]) if match else 0
             if start >= len(content) and match:
@@ -61,7 +81,11 @@ def serving(folder: Path) -> Iterator[Server]:
             if match:
                 self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
             self.send_header("Content-Length", str(end - start))
+            self.send_header("ETag", f'"{zlib.crc32(content)}"')
+            self.send_header("X-Repo-Commit", HUB_COMMIT)
             self.end_headers()
+            if self.command == "HEAD":
+                return
             part = content[start:end]
             with contextlib.suppress(ConnectionError):  # the client may have what it wants
                 self.wfile.write(part[: len(part) // 2] if fault == "drop" else part)

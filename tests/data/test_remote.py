@@ -119,9 +119,8 @@ def test_a_file_that_changes_is_not_mixed_with_its_old_content(server):
 
 
 def test_the_hub_gets_the_token_and_its_storage_does_not(server, tmp_path, monkeypatch):
-    path = tmp_path / "datasets/me/data/resolve/abc123/a"
-    path.mkdir(parents=True)
-    (path / "x.bin").write_bytes(b"hub")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.bin").write_bytes(b"hub")
     with serving(tmp_path) as storage:
         urls = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", urls)

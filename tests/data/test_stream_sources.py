@@ -9,7 +9,7 @@ from ijepa_scale.data.remote import Patience
 from ijepa_scale.data.sources import expand_braces
 from ijepa_scale.data.stream_sources import open_shards, sample_images, shard_locations
 from ijepa_scale.data.streams import Streams
-from tests.data.server import serving
+from tests.data.server import HUB_COMMIT, serving
 from tests.data.sources import number_of, save_to_disk, write_images, write_jsonl, write_parquet, write_tar
 
 PATIENCE = Patience(0.1, 0.01)
@@ -125,8 +125,56 @@ def test_dead_links_among_those_that_are_kept(tmp_path):
             sample_images(shards, tmp_path / "y.arrow", count=4, patience=PATIENCE)
 
 
+def lines_with_hub(server, folder, code):
+    """What a new Python prints for whom the server is the Hub, whose address is read at import."""
+    environment = {
+        "HF_ENDPOINT": server.url,
+        "HF_HOME": str(folder / "home"),
+        "HF_TOKEN": "hf_mine",
+        "PYTHONPATH": ":".join(sys.path),
+        "PATH": "",
+    }
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+READ = """
+from ijepa_scale.data.images import open_images
+from ijepa_scale.data.remote import Patience
+from ijepa_scale.data.stream_sources import open_shards
+from ijepa_scale.data.streams import Streams
+from tests.data.sources import number_of
+shards = open_shards("me/data", patience=Patience(0))
+streams = Streams(sources=[shards], seed=0, shuffle_buffer=1, patience=Patience(0))
+print(len(shards.locations), *sorted(number_of(image) for _, _, image in streams.take(0, 8)[0]))
+print("then")
+images = open_images("me/data", split="val")
+print(*(number_of(images.read(i)) for i in range(len(images))))
+"""
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tar"])
+def test_a_data_set_of_the_hub(tmp_path, kind):
+    """Streamed where it is with this user's token, and copied to the cache to be read by index."""
+    write = write_parquet if kind == "parquet" else write_tar
+    for name, numbers in (("train-0", range(5)), ("train-1", range(5, 8)), ("validation-0", range(8, 11))):
+        write(tmp_path / "hub" / "data" / f"{name}.{kind}", numbers)
+    with serving(tmp_path / "hub") as server:
+        server.headers = {"X-Error-Code": "EntryNotFound"}
+        lines = lines_with_hub(server, tmp_path, READ)
+    assert lines == ["2 0 1 2 3 4 5 6 7", "then", "8 9 10"]
+    files = [(path, token) for path, wanted, token in server.requests if "/resolve/" in path and kind in path]
+    assert {token for _, token in files} == {"Bearer hf_mine"}
+    assert {path.partition(HUB_COMMIT)[2][:13] for path, _ in files} == {
+        "/data/train-0",
+        "/data/train-1",
+        "/data/validat",
+    }
+
+
 OPEN = """
-import sys
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.remote import Patience
 from ijepa_scale.data.stream_sources import open_shards
@@ -142,22 +190,8 @@ for call in (lambda: open_images("me/data"), lambda: open_shards("me/data", pati
 def test_a_hub_that_refuses_is_explained(tmp_path, status, code):
     with serving(tmp_path) as server:
         server.faults, server.headers = [status] * 100, {"X-Error-Code": code}
-        environment = {
-            "HF_ENDPOINT": server.url,
-            "HF_HOME": str(tmp_path / "home"),
-            "PYTHONPATH": ":".join(sys.path),
-            "PATH": "",
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", OPEN],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=tmp_path,
-        )
-    lines = done.stdout.splitlines()
-    assert len(lines) == 2, done
+        lines = lines_with_hub(server, tmp_path, OPEN)
+    assert len(lines) == 2
     for line in lines:
         assert line.startswith("cannot open 'me/data' on the Hub, and there is no folder")
         assert "terms at https://huggingface.co/datasets/me/data" in line
