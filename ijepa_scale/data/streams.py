@@ -263,7 +263,8 @@ class Streams:
             count = len(source.locations)
             counts = [len(self._dealt(count, *which)) for which in every]
             low, high = min(counts), max(counts)
-            text = f"{source.name}: {count:,} shards to {self.ranks} x {self.num_streams} streams"
+            shards = f"{count:,} shard{'s' if count > 1 else ''}"
+            text = f"{source.name}: {shards} to {self.ranks} x {self.num_streams} streams"
             if count < self.ranks:
                 lines.append(
                     f"warning: {text}: fewer shards than ranks, so every rank reads all of them and takes one image "

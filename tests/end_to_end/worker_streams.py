@@ -1,4 +1,4 @@
-"""launch/pretrain.py on streams, with what it trains on written down; each runs inside ranks."""
+"""launch/pretrain.py, with what it trains on written down; each runs inside ranks."""
 
 import os
 from pathlib import Path
@@ -16,7 +16,8 @@ def record_names(*arguments: str) -> None:
 
     def train_step(run: Any, step: int, *rest: Any, **options: Any) -> Any:
         outcome = original(run, step, *rest, **options)
-        names = [name.replace(" ", ":") for batch in outcome.batches for name in batch.names]
+        named = [batch.names or [run.images.sample_id(i) for i in batch.indices] for batch in outcome.batches]
+        names = [name.replace(" ", ":") for batch in named for name in batch]
         with open(run_dir / f"names-{os.environ.get('RANK', '0')}.txt", "a") as file:
             file.write(" ".join([str(step), *names]) + "\n")
         return outcome
