@@ -35,4 +35,5 @@ def test_gradients_are_accumulated_and_reduced_in_fp32():
 
 def test_raw_settings_are_merged_last():
     config = zero.deepspeed_config(**SIZES, extra={"zero_optimization": {"overlap_comm": True}, "steps_per_print": 7})
-    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True} and config["steps_per_print"] == 7
+    assert config["zero_optimization"].items() >= {"stage": 2, "overlap_comm": True}.items()
+    assert config["steps_per_print"] == 7
