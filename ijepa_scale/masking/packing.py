@@ -38,7 +38,8 @@ class Masks:
     context: one sequence an image. target_blocks: M sequences an image (image-major), all of one length.
     prediction: the predictor's sequences, one a target block: the image's context tokens, then the block's mask
     tokens; its indices_T name the patches. prediction_source_T: (T_p,) int32, row among the context tokens, -1 for a
-    mask token. target_rows_T: (T_t,) int64, rows of the predictor's output that answer target_blocks, in its order.
+    mask token; prediction_copies_TM: (T_c, M) int32, the rows that hold each context token. target_rows_T: (T_t,) int64,
+    rows of the predictor's input that hold mask tokens and of its output that answer target_blocks, in its order.
     target_patches_U: (U,) int64, ascending, the patches that some target block holds, image * num_patches + patch;
     target_index_T: (T_t,) int64, the place among them of each token of target_blocks.
     """
@@ -47,6 +48,7 @@ class Masks:
     target_blocks: Packed
     prediction: Packed
     prediction_source_T: torch.Tensor
+    prediction_copies_TM: torch.Tensor
     target_rows_T: torch.Tensor
     target_patches_U: torch.Tensor
     target_index_T: torch.Tensor
@@ -59,6 +61,7 @@ class Masks:
             target_blocks=self.target_blocks.to(device),
             prediction=self.prediction.to(device),
             prediction_source_T=self.prediction_source_T.to(device, non_blocking=True),
+            prediction_copies_TM=self.prediction_copies_TM.to(device, non_blocking=True),
             target_rows_T=self.target_rows_T.to(device, non_blocking=True),
             target_patches_U=self.target_patches_U.to(device, non_blocking=True),
             target_index_T=self.target_index_T.to(device, non_blocking=True),
@@ -99,7 +102,12 @@ def pack_masks(context: Sequence[np.ndarray], target_blocks: Sequence[Sequence[n
     rows = np.concatenate([[0], np.cumsum([part.size for part in contexts])])
     sequences: list[np.ndarray] = []
     sources: list[np.ndarray] = []
+    copies: list[np.ndarray] = []  # a block's sequence is as long as every other of its image
+    row = 0  # of the prediction
     for image, (visible, image_blocks) in enumerate(zip(contexts, blocks, strict=True)):
+        length = visible.size + image_blocks[0].size
+        copies.append(row + np.arange(visible.size)[:, None] + length * np.arange(len(image_blocks)))
+        row += length * len(image_blocks)
         for block in image_blocks:
             sequences.append(np.concatenate([visible, block]))
             sources.append(np.concatenate([np.arange(rows[image], rows[image + 1]), np.full(block.size, -1)]))
@@ -112,6 +120,7 @@ def pack_masks(context: Sequence[np.ndarray], target_blocks: Sequence[Sequence[n
         target_blocks=targets,
         prediction=_packed(sequences, np.repeat(starts, blocks_an_image).tolist()),
         prediction_source_T=torch.from_numpy(source_T),
+        prediction_copies_TM=torch.from_numpy(np.concatenate(copies).astype(np.int32)),
         target_rows_T=torch.from_numpy(np.flatnonzero(source_T < 0)),
         target_patches_U=target_patches,
         target_index_T=target_index,

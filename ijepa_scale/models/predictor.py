@@ -35,8 +35,10 @@ class Predictor(nn.Module):
             self.predictor_embed(context_TD),
             self.mask_token.view(-1),
             self.predictor_pos_embed[0],
-            masks.prediction_source_T,
-            packed.indices_T,
+            source_R=masks.prediction_source_T,
+            indices_R=packed.indices_T,
+            copies_TM=masks.prediction_copies_TM,
+            mask_rows_K=masks.target_rows_T,
         )
         sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens)
         # What follows the last attention is row-wise: the context's rows are dropped before it.

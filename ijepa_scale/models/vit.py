@@ -78,7 +78,7 @@ class Attention(nn.Module):
         qkv_T3HE = self.qkv(tokens_TD).unflatten(-1, (3, self.heads, -1))
         mixed_TD = packed_attention(qkv_T3HE, sequences).flatten(1)
         if rows_K is not None:
-            mixed_TD, residual_TD = gather_rows(mixed_TD, rows_K), gather_rows(residual_TD, rows_K)
+            mixed_TD, residual_TD = (gather_rows(rows, rows_K, unique=True) for rows in (mixed_TD, residual_TD))
         return self.proj(mixed_TD, residual_TD)
 
 
@@ -105,7 +105,7 @@ class Block(nn.Module):
     def forward(
         self, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """rows_K: (K,) integers, the rows wanted; all attend, and what follows is computed for these alone."""
+        """rows_K: (K,) integers, the rows wanted, each once; all attend, and what follows is computed for these alone."""
         tokens_TD = self.attn(self.norm1(tokens_TD), tokens_TD, sequences, rows_K)
         return self.mlp(self.norm2(tokens_TD), tokens_TD)
 
@@ -113,7 +113,7 @@ class Block(nn.Module):
 def run_blocks(
     blocks: nn.ModuleList, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """All blocks in turn. rows_K: (K,) integers, rows of the result; None: all."""
+    """All blocks in turn. rows_K: (K,) integers, rows of the result, each once; None: all."""
     for i, block in enumerate(blocks, 1):
         tokens_TD = block(tokens_TD, sequences, rows_K if i == len(blocks) else None)
     return tokens_TD

@@ -1,29 +1,25 @@
 """uint8 images -> normalized rows of pixels, only for the patches asked for.
 
-B images of C channels, N patches an image, T rows, p the side of a patch.
+B images of C channels, N patches an image, T rows, p the side of a patch, K = 3 * p * p pixels a row.
 """
 
+from __future__ import annotations
+
 import torch
+
+from ijepa_kernels.dispatch import blocks, check_indices, jit, launch, require, tl, use_kernels
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# --- definition
 
-def patchify(
+
+def patchify_definition(
     images_BCHW: torch.Tensor, patch_size: int, *, indices_T: torch.Tensor | None = None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Normalized pixels of patches, so that the patch embedding is one matrix product over the patches needed.
-
-    images_BCHW: (B, 3, H, W) uint8, sides multiples of patch_size. indices_T: (T,) integers, image * N + patch; None:
-    all patches in order. Returns (T, 3 * p * p) in dtype, (value / 255 - mean) / std with ImageNet's mean and std,
-    channels first as a Conv2d weight flattens.
-    """
-    if images_BCHW.dtype != torch.uint8 or images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
-        raise ValueError(f"images must be (B, 3, H, W) uint8, got {tuple(images_BCHW.shape)} {images_BCHW.dtype}")
     batch, channels, height, width = images_BCHW.shape
     p = patch_size
-    if height % p or width % p:
-        raise ValueError(f"image sides {height} x {width} are not multiples of the patch size {p}")
     patches = images_BCHW.view(batch, channels, height // p, p, width // p, p)
     if indices_T is None:
         pixels = patches.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, p * p)
@@ -37,3 +33,86 @@ def patchify(
     mean = torch.tensor(IMAGENET_MEAN, dtype=compute, device=images_BCHW.device)[:, None]
     std = torch.tensor(IMAGENET_STD, dtype=compute, device=images_BCHW.device)[:, None]
     return pixels.to(compute).div_(255).sub_(mean).div_(std).flatten(1).to(dtype)
+
+
+# --- kernel: a program makes BLOCK_T rows of one channel
+
+
+@jit
+def _patchify_kernel(
+    images_ptr,  # (B, 3, H, W) in, uint8
+    indices_ptr,  # (T,) in, or not used
+    out_ptr,  # (T, 3 * p * p) out
+    T, HEIGHT, WIDTH, COLUMNS, PATCHES,  # COLUMNS patches across, PATCHES an image
+    P: tl.constexpr, HAS_INDICES: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    channel = tl.program_id(1)
+    at = tl.arange(0, BLOCK_P)  # of the P * P pixels
+    mask = (t < T)[:, None] & (at < P * P)[None, :]
+    index = t
+    if HAS_INDICES:
+        index = tl.load(indices_ptr + t, mask=t < T, other=0).to(tl.int64)
+    image, patch = index // PATCHES, index % PATCHES
+    top, left = patch // COLUMNS * P, patch % COLUMNS * P
+    corner = ((image * 3 + channel) * HEIGHT + top) * WIDTH + left
+    pixels = tl.load(images_ptr + corner[:, None] + (at // P * WIDTH + at % P)[None, :], mask=mask, other=0)
+    mean = tl.where(channel == 0, 0.485, tl.where(channel == 1, 0.456, 0.406))  # IMAGENET_MEAN
+    std = tl.where(channel == 0, 0.229, tl.where(channel == 1, 0.224, 0.225))  # IMAGENET_STD
+    values = (pixels.to(tl.float32) / 255 - mean) / std
+    tl.store(out_ptr + (t[:, None] * 3 + channel) * P * P + at[None, :], values.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# --- operation
+
+
+@torch.library.triton_op("ijepa::patchify", mutates_args={})
+def _patchify(images: torch.Tensor, patch_size: int, indices: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    batch, channels, height, width = images.shape
+    num_patches = height // patch_size * (width // patch_size)
+    count = batch * num_patches if indices is None else indices.shape[0]
+    out = images.new_empty(count, channels * patch_size**2, dtype=dtype)
+    pixels = 1 << max(4, (patch_size**2 - 1).bit_length())
+    rows = max(1, 2048 // pixels)
+    launch(
+        _patchify_kernel,
+        (blocks(count, rows), channels),
+        *(images, images if indices is None else indices, out),
+        *(count, height, width, width // patch_size, num_patches),
+        P=patch_size,
+        HAS_INDICES=indices is not None,
+        BLOCK_T=rows,
+        BLOCK_P=pixels,
+    )
+    return out
+
+
+# --- public
+
+
+def patchify(
+    images_BCHW: torch.Tensor, patch_size: int, *, indices_T: torch.Tensor | None = None, dtype: torch.dtype
+) -> torch.Tensor:
+    """Normalized pixels of patches, so that the patch embedding is one matrix product over the patches needed.
+
+    images_BCHW: (B, 3, H, W) uint8, sides multiples of patch_size. indices_T: (T,) int32 or int64, image * N + patch;
+    None: all patches in order. Returns (T, 3 * p * p) in dtype, (value / 255 - mean) / std with ImageNet's mean and
+    std, channels first as a Conv2d weight flattens. Raises ValueError for another type, shape or device.
+    """
+    require(
+        images_BCHW.dtype == torch.uint8 and images_BCHW.ndim == 4 and images_BCHW.shape[1] == 3,
+        f"images must be (B, 3, H, W) uint8, got {tuple(images_BCHW.shape)} {images_BCHW.dtype}",
+    )
+    height, width = images_BCHW.shape[2:]
+    require(
+        height % patch_size == 0 == width % patch_size,
+        f"image sides {height} x {width} are not multiples of the patch size {patch_size}",
+    )
+    if indices_T is not None:
+        require(indices_T.ndim == 1, f"indices_T must be (T,), got {tuple(indices_T.shape)}")
+        patches = images_BCHW.shape[0] * (height // patch_size) * (width // patch_size)
+        check_indices(images_BCHW.device, indices_T=(indices_T, patches))
+    if dtype == torch.float64 or not use_kernels(images_BCHW):  # the kernel computes in fp32
+        return patchify_definition(images_BCHW, patch_size, indices_T=indices_T, dtype=dtype)
+    indices = None if indices_T is None else indices_T.contiguous()
+    return _patchify(images_BCHW.contiguous(), patch_size, indices, dtype)

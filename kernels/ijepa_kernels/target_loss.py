@@ -1,24 +1,154 @@
-"""The loss against layer-normalized targets, gathered from the target encoder's dense output."""
+"""The loss against layer-normalized targets, gathered from the target encoder's output.
+
+T predictions, D their width, U target tokens.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from ijepa_kernels.dispatch import blocks, check_indices, check_tokens, jit, launch, require, tl, use_kernels
+
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}
+SCALED = 4096  # elements a program scales
+
+# --- definition
+
+
+def target_loss_definition(
+    pred_TD: torch.Tensor, target_UD: torch.Tensor, indices_T: torch.Tensor, kind: str = "smooth_l1", eps: float = 1e-5
+) -> torch.Tensor:
+    compute = torch.float64 if pred_TD.dtype == torch.float64 else torch.float32
+    rows_TD = target_UD.detach().index_select(0, indices_T).to(compute)
+    normalized_TD = F.layer_norm(rows_TD, rows_TD.shape[-1:], eps=eps)
+    return LOSSES[kind](pred_TD.to(compute), normalized_TD)
+
+
+# --- kernels
+
+
+@jit
+def _target_loss_kernel(
+    pred_ptr,  # (T, D) in
+    target_ptr,  # (U, D) in
+    indices_ptr,  # (T,) in
+    row_loss_ptr,  # (T,) out, fp32 or fp64, summed over D
+    grad_ptr,  # (T, D) out, d(summed loss) / d(pred): fp16 does not hold that of the mean
+    D, eps,
+    SMOOTH_L1: tl.constexpr, GRAD: tl.constexpr, FP64: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0).to(tl.int64)  # one row a program; t * D may pass 2**31
+    d = tl.arange(0, BLOCK_D)
+    mask = d < D
+    accumulate: tl.constexpr = tl.float64 if FP64 else tl.float32
+    row = tl.load(indices_ptr + t).to(tl.int64)
+    pred = tl.load(pred_ptr + t * D + d, mask=mask, other=0.0).to(accumulate)
+    target = tl.load(target_ptr + row * D + d, mask=mask, other=0.0).to(accumulate)
+    centered = tl.where(mask, target - tl.sum(target, axis=0) / D, 0.0)
+    deviation = tl.sqrt(tl.sum(centered * centered, axis=0) / D + eps)
+    error = tl.where(mask, pred - centered / deviation, 0.0)
+    if SMOOTH_L1:  # beta 1
+        size = tl.abs(error)
+        loss = tl.where(size < 1, 0.5 * error * error, size - 0.5)
+        slope = tl.minimum(tl.maximum(error, -1.0), 1.0)
+    else:
+        loss = error * error
+        slope = 2 * error
+    tl.store(row_loss_ptr + t, tl.sum(loss, axis=0))
+    if GRAD:
+        tl.store(grad_ptr + t * D + d, slope.to(grad_ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _scale_kernel(
+    values_ptr,  # (COUNT,) in
+    factor_ptr,  # () in, fp32 or fp64
+    out_ptr,  # (COUNT,) out
+    COUNT, BLOCK: tl.constexpr,
+):  # fmt: skip
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    factor = tl.load(factor_ptr)
+    values = tl.load(values_ptr + at, mask=at < COUNT, other=0.0).to(factor.dtype) * factor
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=at < COUNT)
+
+
+# --- autograd
+
+
+@torch.library.triton_op("ijepa::target_loss", mutates_args={})
+def _target_loss(
+    pred: torch.Tensor, target: torch.Tensor, indices: torch.Tensor, smooth_l1: bool, eps: float, with_grad: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean loss, and the gradient of its sum."""
+    count, width = pred.shape
+    fp64 = pred.dtype == torch.float64
+    row_loss = pred.new_empty(count, dtype=torch.float64 if fp64 else torch.float32)
+    grad = torch.empty_like(pred) if with_grad else pred.new_empty(0)
+    block = 1 << max(4, (width - 1).bit_length())
+    launch(
+        _target_loss_kernel,
+        (count,),
+        *(pred, target, indices, row_loss, grad, width, eps),
+        SMOOTH_L1=smooth_l1,
+        GRAD=with_grad,
+        FP64=fp64,
+        BLOCK_D=block,
+        num_warps=4 if block <= 1024 else 8,
+    )
+    return row_loss.sum() / (count * width), grad
+
+
+@torch.library.triton_op("ijepa::scaled", mutates_args={})
+def _scaled(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """values * factor in the dtype of values, rounded once: torch would first round the factor to that dtype."""
+    out = torch.empty_like(values)
+    launch(_scale_kernel, (blocks(values.numel(), SCALED),), values, factor, out, values.numel(), BLOCK=SCALED)
+    return out
+
+
+def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(output[1])
+
+
+def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
+    (grad,) = ctx.saved_tensors
+    return _scaled(grad, grad_loss / grad.numel()), None, None, None, None, None
+
+
+_target_loss.register_autograd(_backward, setup_context=_setup)
+
+
+# --- public
 
 
 def target_loss(
-    pred_TD: torch.Tensor, target_MD: torch.Tensor, indices_T: torch.Tensor, kind: str = "smooth_l1", eps: float = 1e-5
+    pred_TD: torch.Tensor, target_UD: torch.Tensor, indices_T: torch.Tensor, kind: str = "smooth_l1", eps: float = 1e-5
 ) -> torch.Tensor:
     """Mean smooth-L1 (beta 1) or squared error over the target tokens (I-JEPA, arXiv:2301.08243, section 3).
 
-    pred_TD: (T, D). target_MD: (M, D) target encoder output, a constant; row indices_T[t] answers prediction t; its
-    rows are layer-normalized over D without affine. Returns a scalar, fp32 (fp64 for fp64 input).
+    pred_TD: (T, D), any float dtype. target_UD: (U, D) target encoder output, a constant; row indices_T[t] answers
+    prediction t; its rows are layer-normalized over D without affine. indices_T: (T,) int32 or int64. Returns a scalar,
+    fp32 (fp64 for fp64 input); of no predictions it is NaN. Raises ValueError for another type, shape or device.
     """
-    if kind not in LOSSES:
-        raise ValueError(f"unknown loss {kind!r}; choose one of {', '.join(LOSSES)}")
-    compute = torch.float64 if pred_TD.dtype == torch.float64 else torch.float32
-    rows_TD = target_MD.detach().index_select(0, indices_T).to(compute)
-    normalized_TD = F.layer_norm(rows_TD, rows_TD.shape[-1:], eps=eps)
-    return LOSSES[kind](pred_TD.to(compute), normalized_TD)
+    require(kind in LOSSES, f"unknown loss {kind!r}; choose one of {', '.join(LOSSES)}")
+    check_tokens(pred_TD=pred_TD, target_UD=target_UD)
+    require(
+        indices_T.shape == (pred_TD.shape[0],),
+        f"indices_T must be ({pred_TD.shape[0]},), got {tuple(indices_T.shape)}",
+    )
+    check_indices(pred_TD.device, indices_T=(indices_T, target_UD.shape[0]))
+    if not use_kernels(pred_TD):
+        return target_loss_definition(pred_TD, target_UD, indices_T, kind, eps)
+    with_grad = pred_TD.requires_grad and torch.is_grad_enabled()
+    loss, _ = _target_loss(
+        pred_TD.contiguous(),
+        target_UD.detach().contiguous(),
+        indices_T.contiguous(),
+        kind == "smooth_l1",
+        eps,
+        with_grad,
+    )
+    return loss

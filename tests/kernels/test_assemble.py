@@ -1,73 +1,123 @@
 import pytest
 import torch
 
-from ijepa_kernels.assemble import assemble
+from ijepa_kernels.assemble import assemble, assemble_definition
+from tests.kernels.accuracy import DTYPES, WIDTHS, assert_as_exact_as_definition, values
 
 
-def case(context_rows, rows, width, num_patches, images=3, seed=0):
-    """Inputs in float64; the first three are what gradients flow to."""
+def indices_of(tokens, copies, mask_tokens, num_patches, images=3, seed=0):
+    """Every token `copies` times and the mask tokens, in any order."""
     generator = torch.Generator().manual_seed(seed)
-    return (
-        torch.randn(context_rows, width, generator=generator, dtype=torch.float64),
-        torch.randn(width, generator=generator, dtype=torch.float64),
-        torch.randn(num_patches, width, generator=generator, dtype=torch.float64),
-        torch.randint(-1, context_rows, (rows,), generator=generator),
-        torch.randint(images * num_patches, (rows,), generator=generator),
-    )
+    count = tokens * copies + mask_tokens
+    rows = torch.randperm(count, generator=generator)
+    source = torch.full((count,), -1)
+    held = rows[: tokens * copies].view(tokens, copies)
+    source[held.flatten()] = torch.arange(tokens).repeat_interleave(copies)
+    return {
+        "source_R": source,
+        "indices_R": torch.randint(images * num_patches, (count,), generator=generator),
+        "copies_TM": held,
+        "mask_rows_K": rows[tokens * copies :],
+    }
 
 
-def naive(context, mask_token, pos_embed, source, indices):
+def inputs_of(tokens, width):
+    return values(tokens, width), values(width, seed=1)
+
+
+def naive(context, mask_token, pos_embed, indices):
     rows = []
-    for place in range(len(source)):
-        token = mask_token if int(source[place]) == -1 else context[int(source[place])]
-        rows.append(token + pos_embed[int(indices[place]) % len(pos_embed)])
+    for source, index in zip(indices["source_R"].tolist(), indices["indices_R"].tolist(), strict=True):
+        rows.append((mask_token if source == -1 else context[source]) + pos_embed[index % len(pos_embed)])
     return torch.stack(rows)
 
 
-SHAPES = [(1, 1, 1, 1), (4, 9, 6, 5), (11, 40, 17, 35), (2, 3, 384, 196)]
+def moved(indices, device, dtype=torch.int64):
+    return {name: tensor.to(device, dtype) for name, tensor in indices.items()}
+
+
+SHAPES = [(1, 1, 1, 1), (4, 2, 3, 5), (11, 4, 17, 35), (2, 3, 300, 196)]  # tokens, copies, mask tokens, patches
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
-def test_value_and_gradient_match_a_loop(shape, index_dtype):
-    *inputs, source, indices = case(*shape)
-    ours = [tensor.clone().requires_grad_() for tensor in inputs]
-    loops = [tensor.clone().requires_grad_() for tensor in inputs]
-    actual = assemble(*ours, source.to(index_dtype), indices.to(index_dtype))
-    expected = naive(*loops, source, indices)
-    assert torch.equal(actual, expected)
-    upstream = torch.randn(actual.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    grads = torch.autograd.grad(actual, ours, upstream)
+def test_value_and_gradient_match_a_loop(shape, index_dtype, device):
+    indices, pos_embed = indices_of(*shape), values(shape[3], 19, seed=2)
+    ours = [tensor.to(device).requires_grad_() for tensor in inputs_of(shape[0], 19)]
+    loops = [tensor.requires_grad_() for tensor in inputs_of(shape[0], 19)]
+    actual = assemble(*ours, pos_embed.to(device), **moved(indices, device, index_dtype))
+    expected = naive(*loops, pos_embed, indices)
+    assert torch.equal(actual.cpu(), expected)
+    upstream = values(*actual.shape, seed=3)
+    grads = torch.autograd.grad(actual, ours, upstream.to(device))
     expected_grads = torch.autograd.grad(expected, loops, upstream, materialize_grads=True)
     for mine, theirs in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(mine.cpu(), theirs, rtol=1e-13, atol=1e-13)
 
 
-def test_gradcheck():
-    *inputs, source, indices = case(4, 9, 3, 5)
-    assert (source == -1).any() and (source >= 0).any()
-    torch.autograd.gradcheck(
-        lambda *tensors: assemble(*tensors, source, indices), [tensor.requires_grad_() for tensor in inputs]
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_as_exact_as_the_definition(width, dtype, device):
+    indices = moved(indices_of(5, 4, 9, 6), device, torch.int32)
+    pos = values(6, width, seed=2).to(device, torch.float32)  # a buffer, in fp32 whatever the model's dtype
+    assert_as_exact_as_definition(
+        lambda context, mask_token: assemble(context, mask_token, pos, **indices),
+        lambda context, mask_token: assemble_definition(
+            context, mask_token, pos, indices["source_R"], indices["indices_R"]
+        ),
+        inputs_of(5, width),
+        [dtype, dtype],
+        device,
+        values(29, width, seed=3),
     )
 
 
-@pytest.mark.parametrize("only_masks", [True, False])
-def test_only_mask_tokens_and_only_context(only_masks):
-    context, mask_token, pos_embed, source, indices = case(4, 9, 6, 5)
-    source = torch.full_like(source, -1) if only_masks else source.clamp(min=0)
-    context.requires_grad_(), mask_token.requires_grad_()
-    out = assemble(context, mask_token, pos_embed, source, indices)
+def test_gradcheck(device):
+    indices, pos = moved(indices_of(4, 2, 3, 5), device), values(5, 3, seed=2).to(device)
+    inputs = [tensor.to(device).requires_grad_() for tensor in inputs_of(4, 3)]
+    torch.autograd.gradcheck(lambda *tensors: assemble(*tensors, pos, **indices), inputs)
+
+
+@pytest.mark.parametrize("tokens, mask_tokens", [(0, 9), (5, 0), (0, 0)])
+def test_no_context_and_no_mask_tokens(tokens, mask_tokens, device):
+    indices, pos = indices_of(tokens, 2, mask_tokens, 6), values(6, 7, seed=2)
+    context, mask_token = (tensor.to(device).requires_grad_() for tensor in inputs_of(tokens, 7))
+    out = assemble(context, mask_token, pos.to(device), **moved(indices, device))
     out.sum().backward()
-    assert torch.equal(out, naive(context, mask_token, pos_embed, source, indices))
-    assert (context.grad.count_nonzero() == 0) == only_masks
-    assert (mask_token.grad.count_nonzero() == 0) == (not only_masks)
+    assert out.shape == (2 * tokens + mask_tokens, 7)
+    if tokens:
+        assert torch.equal(context.grad.cpu(), torch.full((tokens, 7), 2.0, dtype=torch.float64))
+    assert torch.equal(mask_token.grad.cpu(), torch.full((7,), float(mask_tokens), dtype=torch.float64))
 
 
-def test_bf16_context_decides_the_dtype():
-    """fp32 position embeddings and mask token meet bf16 tokens: the error is that of a few bf16 roundings."""
-    *inputs, source, indices = case(11, 40, 17, 35)
-    context, mask_token, pos_embed = (tensor.float() for tensor in inputs)
-    actual = assemble(context.bfloat16(), mask_token, pos_embed, source, indices)
-    assert actual.dtype == torch.bfloat16
-    exact = naive(*(tensor.bfloat16().double() for tensor in inputs), source, indices)
-    torch.testing.assert_close(actual.double(), exact, rtol=2**-8, atol=2**-8)
+def test_frozen_inputs_get_no_gradient(device):
+    indices, pos = moved(indices_of(4, 2, 3, 5), device), values(5, 3, seed=2).to(device).requires_grad_()
+    context, mask_token = (tensor.to(device) for tensor in inputs_of(4, 3))
+    assemble(context, mask_token.requires_grad_(), pos, **indices).sum().backward()
+    assert context.grad is None and pos.grad is None and (mask_token.grad == 3).all()
+
+
+def test_the_same_bits_every_time(device):
+    indices, pos = moved(indices_of(20, 4, 700, 49), device), values(49, 96, seed=2).float().to(device)
+    inputs = [tensor.float().to(device).requires_grad_() for tensor in inputs_of(20, 96)]
+    upstream = values(780, 96, seed=3).float().to(device)
+    first, *others = (
+        torch.autograd.grad(assemble(*inputs, pos, **indices), inputs, upstream)
+        for _ in range(20 if device == "cuda" else 2)
+    )
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def test_wrong_arguments_are_named():
+    indices, pos = indices_of(4, 2, 3, 5), values(5, 3, seed=2)
+    context, mask_token = inputs_of(4, 3)
+    for change, name in (
+        ({"copies_TM": indices["copies_TM"][1:]}, "copies_TM must have a row for each of 4 tokens"),
+        ({"mask_rows_K": indices["mask_rows_K"][1:]}, "must name 11 rows between them, got 8 and 2"),
+        ({"indices_R": indices["indices_R"][1:]}, r"indices_R must be \(11,\)"),
+        ({"source_R": indices["source_R"].float()}, "source_R must be int32 or int64"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            assemble(context, mask_token, pos, **{**indices, **change})
+    with pytest.raises(ValueError, match="mask_token_P must be as wide as context_TP, 3, got 4"):
+        assemble(context, values(4), pos, **indices)

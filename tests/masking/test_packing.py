@@ -56,6 +56,10 @@ def test_agrees_with_lists(images, blocks, size, num_patches):
     assert masks.prediction_source_T.dtype == torch.int32 and masks.target_rows_T.dtype == torch.int64
     assert masks.prediction_source_T.tolist() == source
     assert masks.target_rows_T.tolist() == target_rows
+    assert masks.prediction_copies_TM.dtype == torch.int32
+    assert masks.prediction_copies_TM.tolist() == [
+        [row for row, token in enumerate(source) if token == wanted] for wanted in range(masks.context.num_tokens)
+    ]
     assert masks.num_patches == num_patches
     patches = sorted({index for sequence in sequences["target_blocks"] for index in sequence})
     assert masks.target_patches_U.dtype == masks.target_index_T.dtype == torch.int64
@@ -76,7 +80,7 @@ def test_arrays_and_lists_are_the_same_and_a_device_moves_everything():
     for packed, other in ((masks.context, plain.context), (masks.prediction, plain.prediction)):
         assert torch.equal(packed.indices_T, other.indices_T)
     moved = masks.to("meta")
-    tensors = [moved.prediction_source_T, moved.target_rows_T]
+    tensors = [moved.prediction_source_T, moved.prediction_copies_TM, moved.target_rows_T]
     for packed in (moved.context, moved.target_blocks, moved.prediction):
         tensors += [packed.indices_T, packed.cu_seqlens]
     assert all(tensor.device.type == "meta" for tensor in tensors)

@@ -1,0 +1,124 @@
+"""Whether the Triton kernels run or the definitions, and how a kernel is launched.
+
+Tensors on CUDA go to the kernels, others to the definitions. IJEPA_KERNELS=off: all go to the definitions; on: none
+does. TRITON_INTERPRET=1: CPU tensors go to the kernels too, which Triton's interpreter runs. IJEPA_KERNELS_CHECK=1:
+indices are looked at first, which waits for the device. All are read once, at import.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # it is for Linux alone
+    triton = tl = None
+
+F = TypeVar("F", bound=Callable[..., Any])
+MODES = ("auto", "on", "off")
+
+_mode = os.environ.get("IJEPA_KERNELS") or "auto"
+_check = os.environ.get("IJEPA_KERNELS_CHECK") == "1"
+_interpreted = triton is not None and bool(triton.knobs.runtime.interpret)
+_recorded: list[tuple[Any, tuple, dict[str, Any]]] | None = None
+
+if _mode not in MODES:
+    raise ValueError(f"IJEPA_KERNELS={_mode!r} in the environment; wants one of {', '.join(MODES)}")
+
+
+def jit(function: F) -> F:
+    """triton.jit, where there is Triton."""
+    return function if triton is None else triton.jit(function)
+
+
+def use_kernels(tensor: torch.Tensor) -> bool:
+    """Whether the kernels run on this tensor."""
+    if _mode == "off":
+        return False
+    if _interpreted or _recorded is not None:
+        return True
+    if _mode == "on" and not tensor.is_cuda:
+        raise ValueError(f"IJEPA_KERNELS=on in the environment, but a tensor is on {tensor.device}; unset it")
+    return tensor.is_cuda and triton is not None
+
+
+def chosen(device: torch.device) -> str:
+    """What runs on a device, and why, in words."""
+    kernels = use_kernels(torch.empty(0, device=device))
+    why = f"IJEPA_KERNELS={_mode}" if _mode != "auto" else f"tensors are on {device.type}"
+    return f"{'Triton kernels' if kernels else 'PyTorch definitions'} ({why})"
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """kernel[grid](*arguments, **options), in a form that torch.compile understands; not at all for an empty grid."""
+    if _recorded is not None:
+        _recorded.append((kernel, arguments, options))
+    elif 0 in grid:
+        return
+    elif _interpreted:
+        kernel[grid](*arguments, **options)
+    else:
+        torch.library.wrap_triton(kernel)[grid](*arguments, **options)
+
+
+@contextmanager
+def recording() -> Iterator[list[tuple[Any, tuple, dict[str, Any]]]]:
+    """(kernel, arguments, options) of all launches within, none of which takes place: results are not to be used."""
+    global _recorded
+    _recorded = []
+    try:
+        yield _recorded
+    finally:
+        _recorded = None
+
+
+def require(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
+
+
+def check_tokens(**tensors: torch.Tensor) -> None:
+    """That matrices are (rows, width), of one width, floating type and device."""
+    (first_name, first), *others = tensors.items()
+    for name, tensor in tensors.items():
+        require(tensor.ndim == 2, f"{name} must be (rows, width), got {tuple(tensor.shape)}")
+        require(tensor.is_floating_point(), f"{name} must be of a floating type, got {tensor.dtype}")
+    for name, tensor in others:
+        require(
+            tensor.shape[1] == first.shape[1],
+            f"{name} must be as wide as {first_name}, {first.shape[1]}, got {tensor.shape[1]}",
+        )
+        require(tensor.device == first.device, f"{name} must be on {first.device}, got {tensor.device}")
+
+
+def check_indices(device: torch.device, *, low: int = 0, **indices: tuple[torch.Tensor, int | None]) -> None:
+    """That indices are vectors of int32 or int64 on the device; with IJEPA_KERNELS_CHECK=1 also their range.
+
+    indices: name -> (tensor, number of rows that they may name, or None). low: the smallest that is allowed.
+    """
+    for name, (tensor, rows) in indices.items():
+        require(tensor.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {tensor.dtype}")
+        require(tensor.device == device, f"{name} must be on {device}, got {tensor.device}")
+        if _check and rows is not None and tensor.numel():
+            wrong = ((tensor < low) | (tensor >= rows)).nonzero()
+            if len(wrong):
+                place = tuple(wrong[0].tolist())
+                value = tensor[place].item()
+                raise ValueError(f"{name} must lie in {low}..{rows - 1}, got {value} at {list(place)}")
+
+
+def tile(width: int) -> tuple[int, int]:
+    """(rows, columns) that one program moves: columns waste little of the last part of a row."""
+    columns = max((2**k for k in range(4, 11)), key=lambda size: (width / (-(-width // size) * size) > 0.9, size))
+    columns = min(columns, 1 << max(4, (width - 1).bit_length()))
+    return max(1, 4096 // columns), columns
+
+
+def blocks(count: int, size: int) -> int:
+    return -(-count // size)

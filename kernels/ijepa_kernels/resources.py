@@ -1,0 +1,140 @@
+"""What each kernel needs when it is compiled for a GPU: registers, shared memory, spills, width of global loads.
+
+python -m ijepa_kernels.resources prints the table as Markdown; no GPU is needed.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ijepa_kernels import dispatch
+from ijepa_kernels.assemble import assemble
+from ijepa_kernels.ema import ema_update
+from ijepa_kernels.gather import gather_rows
+from ijepa_kernels.patchify import patchify
+from ijepa_kernels.target_loss import target_loss
+
+CAPABILITIES = (80, 90)
+WIDTHS = (16, 37, 384, 768, 1024, 1280, 1408, 1664)
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+}
+
+Launch = tuple[Any, tuple, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Resources:
+    kernel: str
+    dtype: str  # of its first tensor
+    width: int  # or patch size
+    capability: int
+    registers: int  # a thread
+    shared_bytes: int  # a block
+    spilled_bytes: int  # a thread: local memory and stack
+    load_bytes: int  # the widest global load of a thread
+
+
+def launches(width: int, dtype: torch.dtype) -> list[Launch]:
+    """Every launch, forward and backward, of all operations on rows of a width, as on CUDA."""
+    tokens = torch.zeros(4, width, dtype=dtype, requires_grad=True)
+    pos, mask_token = torch.zeros(2, width), torch.zeros(width, dtype=dtype, requires_grad=True)
+    four = torch.arange(4, dtype=torch.int32)
+    with dispatch.recording() as recorded:
+        for unique in (True, False):
+            gather_rows(tokens, four, unique=unique).sum().backward()
+        gather_rows(tokens, four, pos_embed_ND=pos)
+        rows = {"source_R": four, "indices_R": four, "copies_TM": four.view(4, 1), "mask_rows_K": four[:0]}
+        assemble(tokens, mask_token, pos, **rows).sum().backward()
+        for kind in ("smooth_l1", "l2"):
+            target_loss(tokens, tokens, four, kind).backward()
+        ema = torch.zeros(4, width)
+        ema_update(ema, ema, 0.9, ema.to(dtype))
+    return recorded
+
+
+def patchify_launches(patch_size: int, dtype: torch.dtype) -> list[Launch]:
+    images = torch.zeros(1, 3, 2 * patch_size, 2 * patch_size, dtype=torch.uint8)
+    with dispatch.recording() as recorded:
+        patchify(images, patch_size, dtype=dtype)
+        patchify(images, patch_size, indices_T=torch.arange(2, dtype=torch.int32), dtype=dtype)
+    return recorded
+
+
+def compiled(launch: Launch, width: int, dtype: torch.dtype, capability: int) -> Resources:
+    """Compile one launch ahead of time, of tensors that start at multiples of 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel, arguments, options = launch
+    signature, constants, aligned = {}, {}, {}
+    for place, (name, value) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            aligned[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if value % 16 == 0:  # what a run specializes on
+                aligned[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    launch_options = {key: value for key, value in options.items() if key not in kernel.arg_names}
+    for name in kernel.arg_names[len(arguments) :]:
+        signature[name] = "constexpr"
+        constants[(kernel.arg_names.index(name),)] = options[name]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    loads = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bus](\d+)", binary.asm["ptx"])
+    return Resources(
+        kernel=kernel.__name__.strip("_").removesuffix("_kernel"),
+        dtype=_TYPES[dtype],
+        width=width,
+        capability=capability,
+        registers=used["REG"],
+        shared_bytes=max(used["SHARED"], binary.metadata.shared),
+        spilled_bytes=used["LOCAL"] + used["STACK"],
+        load_bytes=max((int(vector or 1) * int(bits) // 8 for vector, bits in loads), default=0),
+    )
+
+
+def table(widths: Iterable[int], dtypes: Iterable[torch.dtype]) -> Iterator[Resources]:
+    for dtype in dtypes:
+        for width, recorded in (
+            *((width, launches(width, dtype)) for width in widths),
+            *((patch_size, patchify_launches(patch_size, dtype)) for patch_size in (14, 16)),
+        ):
+            for capability in CAPABILITIES:
+                for launch in recorded:
+                    yield compiled(launch, width, dtype, capability)
+
+
+def main() -> None:
+    print("| kernel | type | width | sm | registers | shared, bytes | spilled, bytes | widest load, bytes |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in dict.fromkeys(table((384, 1280, 1408, 1664), (torch.bfloat16,))):
+        print(
+            f"| {row.kernel} | {row.dtype} | {row.width} | {row.capability} | {row.registers} | {row.shared_bytes} "
+            f"| {row.spilled_bytes} | {row.load_bytes} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

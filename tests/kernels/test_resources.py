@@ -1,0 +1,51 @@
+"""Every kernel, forward and backward, compiled for A100 and H100: that it compiles, spills nothing and loads wide."""
+
+import pytest
+import torch
+
+from ijepa_kernels.resources import CAPABILITIES, WIDTHS, compiled, launches, patchify_launches, table
+from tests.kernels.accuracy import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
+
+
+def check(rows):
+    rows = list(rows)
+    assert {row.capability for row in rows} == set(CAPABILITIES)
+    kernels = {row.kernel for row in rows}
+    expected = {
+        "gather",
+        "scatter",
+        "segment_sum",
+        "assemble",
+        "context_grad",
+        "mask_grad",
+        "target_loss",
+        "scale",
+        "ema",
+    }
+    assert kernels == expected | {"patchify"}
+    assert [row for row in rows if row.spilled_bytes] == []
+    narrow = [row for row in rows if row.width % 16 == 0 and row.width > 16 and row.load_bytes < 16]
+    assert narrow == []
+
+
+def test_the_widths_of_vit_h_and_an_odd_one():
+    check(table((37, 1280), (torch.bfloat16,)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_all_widths_and_types(dtype):
+    check(table(WIDTHS, (dtype,)))
+
+
+def test_recording_launches_nothing():
+    assert len(launches(16, torch.float32)) >= 12 and len(patchify_launches(14, torch.bfloat16)) == 2
+
+
+def test_a_kernel_that_spills_is_seen(monkeypatch):
+    """The row of 8192 columns that a program of one warp holds does not fit its registers."""
+    (launch, *_) = [one for one in launches(8192, torch.float32) if one[0].__name__ == "_target_loss_kernel"]
+    kernel, arguments, options = launch
+    assert compiled((kernel, arguments, {**options, "num_warps": 1}), 8192, torch.float32, 80).spilled_bytes > 0
