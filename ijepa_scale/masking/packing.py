@@ -38,8 +38,8 @@ class Masks:
     context: one sequence an image. target_blocks: M sequences an image (image-major), all of one length.
     prediction: the predictor's sequences, one a target block: the image's context tokens, then the block's mask
     tokens; its indices_T name the patches. prediction_source_T: (T_p,) int32, row among the context tokens, -1 for a
-    mask token; prediction_copies_TM: (T_c, M) int32, the rows that hold each context token. target_rows_T: (T_t,) int64,
-    rows of the predictor's input that hold mask tokens and of its output that answer target_blocks, in its order.
+    mask token. prediction_copies_TM: (T_c, M) int32, the rows that hold each context token. target_rows_T: (T_t,)
+    int64, rows of the predictor's input that hold mask tokens and of its output that answer target_blocks, in order.
     target_patches_U: (U,) int64, ascending, the patches that some target block holds, image * num_patches + patch;
     target_index_T: (T_t,) int64, the place among them of each token of target_blocks.
     """

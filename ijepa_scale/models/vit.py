@@ -105,7 +105,7 @@ class Block(nn.Module):
     def forward(
         self, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """rows_K: (K,) integers, the rows wanted, each once; all attend, and what follows is computed for these alone."""
+        """rows_K: (K,) integers, the rows wanted, each once; all attend, what follows is computed for these alone."""
         tokens_TD = self.attn(self.norm1(tokens_TD), tokens_TD, sequences, rows_K)
         return self.mlp(self.norm2(tokens_TD), tokens_TD)
 

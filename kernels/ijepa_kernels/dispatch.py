@@ -51,7 +51,11 @@ def use_kernels(tensor: torch.Tensor) -> bool:
 def chosen(device: torch.device) -> str:
     """What runs on a device, and why, in words."""
     kernels = use_kernels(torch.empty(0, device=device))
-    why = f"IJEPA_KERNELS={_mode}" if _mode != "auto" else f"tensors are on {device.type}"
+    why = f"tensors are on {device.type}"
+    if _mode != "auto":
+        why = f"IJEPA_KERNELS={_mode}"
+    elif _interpreted:
+        why = "TRITON_INTERPRET=1"
     return f"{'Triton kernels' if kernels else 'PyTorch definitions'} ({why})"
 
 

@@ -34,7 +34,7 @@ def _ema_kernel(
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < COUNT
-    # In fp64, which memory still hides: rounded once. The weight is fp32, and small: it costs less than another rounding.
+    # In fp64, as memory is what this waits for: rounded once. The weight is fp32; being small, it adds little error.
     ema = tl.load(ema_ptr + at, mask=mask, other=0.0).to(tl.float64)
     source = tl.load(source_ptr + at, mask=mask, other=0.0).to(tl.float64)
     if NEAR:
@@ -57,8 +57,9 @@ def ema_update(
     """ema = momentum * ema + (1 - momentum) * source, in place; its copy goes to target.
 
     ema: any shape, fp32 (or fp64, for the definition): in bf16 an average loses nearly all of its small updates.
-    source: same shape, any float dtype. target: same shape, bf16, fp16 or fp32, or None. Momentum 1 leaves ema as it is, bit for bit, and momentum 0 makes
-    it the source. Returns ema. Raises ValueError for another type, shape, device or momentum.
+    source: same shape, any float dtype. target: same shape, bf16, fp16 or fp32, or None. Momentum 1 leaves ema as it
+    is, bit for bit, and momentum 0 makes it the source. The kernel wants ema and target contiguous. Returns ema. Raises
+    ValueError for another type, shape, device or momentum.
     """
     require(ema.dtype in (torch.float32, torch.float64), f"ema must be float32, got {ema.dtype}")
     require(0.0 <= momentum <= 1.0, f"momentum must lie in 0..1, got {momentum}")

@@ -72,8 +72,8 @@ def patchify_launches(patch_size: int, dtype: torch.dtype) -> list[Launch]:
     return recorded
 
 
-def compiled(launch: Launch, width: int, dtype: torch.dtype, capability: int) -> Resources:
-    """Compile one launch ahead of time, of tensors that start at multiples of 16 bytes."""
+def compile_ahead(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel for one launch, of tensors that start at multiples of 16 bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -95,7 +95,13 @@ def compiled(launch: Launch, width: int, dtype: torch.dtype, capability: int) ->
         signature[name] = "constexpr"
         constants[(kernel.arg_names.index(name),)] = options[name]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch_options)
+
+
+def compiled(launch: Launch, width: int, dtype: torch.dtype, capability: int) -> Resources:
+    import triton
+
+    kernel, binary = launch[0], compile_ahead(launch, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()

@@ -1,9 +1,19 @@
 """Every kernel, forward and backward, compiled for A100 and H100: that it compiles, spills nothing and loads wide."""
 
+import re
+
 import pytest
 import torch
 
-from ijepa_kernels.resources import CAPABILITIES, WIDTHS, compiled, launches, patchify_launches, table
+from ijepa_kernels.resources import (
+    CAPABILITIES,
+    WIDTHS,
+    compile_ahead,
+    compiled,
+    launches,
+    patchify_launches,
+    table,
+)
 from tests.kernels.accuracy import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
@@ -38,6 +48,21 @@ def test_the_widths_of_vit_h_and_an_odd_one():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_all_widths_and_types(dtype):
     check(table(WIDTHS, (dtype,)))
+
+
+def test_offsets_are_64_bits_wide():
+    """Each argument is addressed by 64 bits, so that rows * width may pass 2**31; then 32 do within a row."""
+    for launch in [*launches(1280, torch.bfloat16), *patchify_launches(14, torch.bfloat16)]:
+        code = compile_ahead(launch, 80).asm["ttir"]
+        origin = dict(re.findall(r"(%\w+) = tt\.(?:splat|broadcast|expand_dims) (%\w+)", code))
+        addressed = re.findall(r"tt\.addptr (%\w+), .* (?:tensor<(?:\d+x)*)?i(\d+)>?(?: loc|$)", code, re.MULTILINE)
+        narrow = set()
+        for base, bits in addressed:
+            while base in origin:
+                base = origin[base]
+            if bits == "32" and base.endswith("_ptr"):
+                narrow.add(base)
+        assert len(addressed) >= 2 and narrow <= {"%mask_token_ptr"}, (launch[0].__name__, narrow)
 
 
 def test_recording_launches_nothing():

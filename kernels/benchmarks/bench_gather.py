@@ -1,0 +1,66 @@
+import pytest
+import torch
+
+from benchmarks.cases import CASES, case_of, num_bytes, tokens
+from ijepa_kernels.gather import gather_rows, gather_rows_definition
+
+compiled = torch.compile(gather_rows_definition, dynamic=False)
+
+
+def torch_gather(rows, indices):
+    return rows.gather(0, indices[:, None].expand(-1, rows.shape[1]))
+
+
+PROVIDERS = {
+    "ours": lambda rows, indices: gather_rows(rows, indices, unique=True),
+    "definition (index_select)": gather_rows_definition,
+    "compiled": compiled,
+    "torch.gather": torch_gather,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_target_rows(case, provider, row):
+    """The target encoder's rows that some target block holds."""
+    case = case_of(*case)
+    rows, indices = tokens(case.images * case.masks.num_patches, case.width), case.masks.target_patches_U
+    moved = 2 * num_bytes(rows[: len(indices)]) + num_bytes(indices)
+    run = PROVIDERS[provider]
+    with torch.no_grad():
+        row(lambda: run(rows, indices), op="gather", shape=case.label, provider=provider, bytes_moved=moved)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_backward_of_unique_rows(case, provider, row):
+    case = case_of(*case)
+    rows = tokens(case.images * case.masks.num_patches, case.width).requires_grad_()
+    indices = case.masks.target_patches_U
+    out = PROVIDERS[provider](rows, indices)
+    upstream = torch.randn_like(out)
+    row(
+        lambda: torch.autograd.grad(out, rows, upstream, retain_graph=True),
+        op="gather backward, unique rows",
+        shape=case.label,
+        provider=provider,
+        bytes_moved=num_bytes(upstream, rows, indices),
+    )
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_backward_of_repeated_rows(case, provider, row):
+    case = case_of(*case)
+    rows = tokens(case.images * case.masks.num_patches, case.width).requires_grad_()
+    indices = case.masks.target_blocks.indices_T.long()
+    run = gather_rows if provider == "ours" else PROVIDERS[provider]
+    out = run(rows, indices)
+    upstream = torch.randn_like(out)
+    row(
+        lambda: torch.autograd.grad(out, rows, upstream, retain_graph=True),
+        op="gather backward, repeated rows",
+        shape=case.label,
+        provider=provider,
+        bytes_moved=num_bytes(upstream, rows, indices),
+    )

@@ -1,0 +1,27 @@
+import pytest
+import torch
+
+from benchmarks.cases import CASES, case_of, num_bytes, tokens
+from ijepa_kernels.target_loss import target_loss, target_loss_definition
+
+PROVIDERS = {
+    "ours": target_loss,
+    "definition": target_loss_definition,
+    "compiled": torch.compile(target_loss_definition, dynamic=False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_loss_and_gradient(case, provider, row):
+    """Bytes: predictions and targets in, gradients out, each once."""
+    case = case_of(*case)
+    indices = case.masks.target_index_T
+    pred = tokens(len(indices), case.width).requires_grad_()
+    target = tokens(len(case.masks.target_patches_U), case.width)
+
+    def run():
+        return torch.autograd.grad(PROVIDERS[provider](pred, target, indices), pred)
+
+    moved = num_bytes(pred, target, indices, pred)
+    row(run, op="target_loss, forward and backward", shape=case.label, provider=provider, bytes_moved=moved)

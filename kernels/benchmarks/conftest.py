@@ -1,0 +1,132 @@
+"""Times the kernels beside their definitions and peers: pytest kernels/benchmarks --benchmark-only.
+
+On a GPU by its own events, with a cold second-level cache, as triton.testing.do_bench does. The rows go to
+docs/measurements/DEVICE/kernels.json. On a CPU only the definitions and peers run, on small batches: such numbers say
+nothing about GPUs, and are not kept.
+"""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.cases import ON_GPU
+
+MEASUREMENTS = Path(__file__).resolve().parents[2] / "docs" / "measurements"
+FLUSHED = 1 << 30  # bytes written between rounds: more than any cache holds, and long enough to hide launches behind
+ROUNDS, WARMUP_ROUNDS = (30, 5) if ON_GPU else (3, 1)
+COPIED = 1 << (30 if ON_GPU else 27)  # bytes
+
+_rows: list[dict] = []
+_copy_rate = 0.0  # bytes a second, read and written
+
+
+class Moment:
+    """A moment on the GPU's clock."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "Moment") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
+def clock():
+    return Moment() if ON_GPU else time.perf_counter()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=clock))
+
+
+@pytest.fixture(scope="session")
+def flush():
+    cache = torch.empty(FLUSHED if ON_GPU else 0, dtype=torch.uint8, device="cuda" if ON_GPU else "cpu")
+    return lambda: cache.zero_() and None if ON_GPU else None
+
+
+@pytest.fixture
+def row(benchmark, flush, copy_rate):
+    """row(run, op=..., shape=..., provider=..., bytes_moved=...): times run() and keeps the row."""
+
+    def timed(run, *, op: str, shape: str, provider: str, bytes_moved: int) -> None:
+        if not ON_GPU and provider in ("ours", "compiled"):
+            pytest.skip("on a CPU the definitions run")
+        run()  # compiles
+        memory = 0
+        if ON_GPU:
+            torch.cuda.synchronize()
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            memory = torch.cuda.max_memory_allocated() - before
+        benchmark.pedantic(run, setup=flush, rounds=ROUNDS, warmup_rounds=WARMUP_ROUNDS)
+        stats = benchmark.stats.stats
+        rate = bytes_moved / stats.median
+        _rows.append(
+            {
+                "op": op,
+                "shape": shape,
+                "provider": provider,
+                "milliseconds": {"median": 1e3 * stats.median, "low": 1e3 * stats.q1, "high": 1e3 * stats.q3},
+                "bytes": bytes_moved,
+                "gigabytes_per_second": rate / 1e9,
+                "share_of_copy": rate / copy_rate,
+                "extra_memory_bytes": memory,
+            }
+        )
+        benchmark.extra_info.update(_rows[-1])
+
+    return timed
+
+
+@pytest.fixture(scope="session")
+def copy_rate(flush):
+    """Bytes a second that a copy reads and writes, in this run."""
+    global _copy_rate
+    source = torch.empty(COPIED, dtype=torch.uint8, device="cuda" if ON_GPU else "cpu").zero_()
+    target = torch.empty_like(source)
+    seconds = []
+    for _ in range(WARMUP_ROUNDS + ROUNDS):
+        flush()
+        start = clock()
+        target.copy_(source)
+        seconds.append(clock() - start)
+    _copy_rate = 2 * COPIED / sorted(seconds[WARMUP_ROUNDS:])[ROUNDS // 2]
+    return _copy_rate
+
+
+def pytest_terminal_summary(terminalreporter):
+    if not _rows:
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    device = torch.cuda.get_device_name() if ON_GPU else "CPU"
+    title = f"{device}: a copy reads and writes {_copy_rate / 1e9:,.0f} GB/s"
+    table = Table("op", "shape", "provider", "ms", "GB/s", "of a copy", "extra MiB", title=title)
+    for one in _rows:
+        table.add_row(
+            *(one["op"], one["shape"], one["provider"], f"{one['milliseconds']['median']:.3f}"),
+            f"{one['gigabytes_per_second']:,.0f}",
+            f"{100 * one['share_of_copy']:.0f}%",
+            f"{one['extra_memory_bytes'] / 2**20:,.0f}",
+        )
+    Console(width=120).print(table)
+    if not ON_GPU:
+        print("Definitions and peers on a CPU, small batches: these numbers say nothing about GPUs.")
+        return
+    import triton
+
+    folder = MEASUREMENTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    facts = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    result = {**facts, "copy_gigabytes_per_second": _copy_rate / 1e9, "rows": _rows}
+    (folder / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"written: {folder / 'kernels.json'}")

@@ -1,0 +1,53 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from ijepa_kernels import dispatch
+from tests.kernels.accuracy import INTERPRETED
+
+CASES = """
+import torch
+from ijepa_kernels.dispatch import chosen
+from ijepa_kernels.gather import gather_rows
+print(chosen(torch.device("cpu")))
+try:
+    print(gather_rows(torch.ones(4, 2), torch.tensor([0, 3, 4])).shape)
+except (ValueError, IndexError) as error:
+    print(type(error).__name__, error)
+"""
+
+
+def lines_with(**environment):
+    """What a new Python prints, in which these environment variables are set."""
+    settings = {"PYTHONPATH": ":".join(sys.path), "PATH": "", **environment}
+    command = [sys.executable, "-c", CASES]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+    return done.stdout.splitlines() or done.stderr.splitlines()[-1:]
+
+
+def test_the_environment_decides():
+    assert lines_with()[0] == "PyTorch definitions (tensors are on cpu)"
+    assert lines_with(IJEPA_KERNELS="off", TRITON_INTERPRET="1")[0] == "PyTorch definitions (IJEPA_KERNELS=off)"
+    assert lines_with(TRITON_INTERPRET="1")[0] == "Triton kernels (TRITON_INTERPRET=1)"
+    assert "IJEPA_KERNELS=on in the environment, but a tensor is on cpu" in lines_with(IJEPA_KERNELS="on")[0]
+    assert "IJEPA_KERNELS='yes' in the environment; wants one of auto, on, off" in lines_with(IJEPA_KERNELS="yes")[0]
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_indices_out_of_range_are_named_when_asked_for(interpret):
+    lines = lines_with(IJEPA_KERNELS_CHECK="1", TRITON_INTERPRET=interpret)
+    assert lines[1] == "ValueError indices_K must lie in 0..3, got 4 at [2]"
+
+
+@pytest.mark.parametrize("width", [1, 16, 37, 96, 384, 768, 1024, 1280, 1408, 1664, 5120])
+def test_tiles_waste_little(width):
+    rows, columns = dispatch.tile(width)
+    assert columns & (columns - 1) == 0 and 16 <= columns <= 1024 and rows * columns <= 4096
+    assert width < 16 or width / (-(-width // columns) * columns) > (0.9 if width % 128 == 0 else 0.57)
+
+
+def test_an_empty_grid_is_not_launched():
+    dispatch.launch(None, (0, 4))
+    assert not INTERPRETED or dispatch.use_kernels(torch.empty(0))
