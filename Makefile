@@ -5,13 +5,15 @@ BIN := .venv/bin
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS ?=
+GPU_PYTHON := $(if $(filter file default,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup pretrain benchmark test test-all lint
+.PHONY: help setup pretrain benchmark test test-all lint gpu-check
 help:
 	@echo "make setup      create .venv, install, build DeepSpeed's CPU operation, render the scenes (once)"
 	@echo "make pretrain   train configs/tiny.yaml on $(RANKS) processes and report (ARGS='optimization.max_steps=50' ...)"
 	@echo "make benchmark  time the training step on this CPU against a dense baseline (minutes)"
+	@echo "make gpu-check  on a GPU: kernel tests and benchmarks (PYTHON=python3: with that one's packages, no .venv)"
 	@echo "make test       the quick tests; make test-all adds the slow ones; make lint: ruff, mypy, layers"
 
 setup: .venv/.ready
@@ -33,6 +35,12 @@ test: setup
 
 test-all: setup
 	pytest -m "slow or not slow" $(ARGS)
+
+# Needs no network and no .venv where PYTHON is given and has the packages.
+gpu-check: $(if $(filter file default,$(origin PYTHON)),setup)
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest -m gpu tests
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest kernels/benchmarks --benchmark-only --benchmark-columns=min,median,max
+	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/benchmarks/tables.py
 
 lint: setup
 	ruff check . && ruff format --check . && mypy && PYTHONPATH=.:kernels lint-imports

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ijepa_kernels.dispatch import chosen
 from ijepa_scale.assess import measure_health, preview_masks, report
 from ijepa_scale.config import PretrainConfig, to_dict
 from ijepa_scale.data.collate import Batch, micro_batch_stream
@@ -124,6 +125,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
     reason = ""
     for note in run.notes:
         say(note)
+    say(f"operations: {chosen(ranks.device)}")
     say(
         f"{run.images.name}: {count_text(run)}, {horizon.steps_per_epoch} steps an epoch; "
         f"{ranks.world_size} x {run.dataset.micro_batch_size} x {run.dataset.accumulation_steps} images a step; "

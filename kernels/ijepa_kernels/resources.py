@@ -37,6 +37,7 @@ Launch = tuple[Any, tuple, dict[str, Any]]
 @dataclass(frozen=True)
 class Resources:
     kernel: str
+    variant: str  # what it was specialized to
     dtype: str  # of its first tensor
     width: int  # or patch size
     capability: int
@@ -111,6 +112,7 @@ def compiled(launch: Launch, width: int, dtype: torch.dtype, capability: int) ->
     loads = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bus](\d+)", binary.asm["ptx"])
     return Resources(
         kernel=kernel.__name__.strip("_").removesuffix("_kernel"),
+        variant=", ".join(key.lower() for key, value in launch[2].items() if value is True),
         dtype=_TYPES[dtype],
         width=width,
         capability=capability,
@@ -133,11 +135,11 @@ def table(widths: Iterable[int], dtypes: Iterable[torch.dtype]) -> Iterator[Reso
 
 
 def main() -> None:
-    print("| kernel | type | width | sm | registers | shared, bytes | spilled, bytes | widest load, bytes |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| kernel | variant | type | width | sm | registers | shared, bytes | spilled, bytes | widest load, bytes |")
+    print("|---|---|---|---|---|---|---|---|---|")
     for row in dict.fromkeys(table((384, 1280, 1408, 1664), (torch.bfloat16,))):
         print(
-            f"| {row.kernel} | {row.dtype} | {row.width} | {row.capability} | {row.registers} | {row.shared_bytes} "
+            f"| {row.kernel} | {row.variant} | {row.dtype} | {row.width} | {row.capability} | {row.registers} | {row.shared_bytes} "
             f"| {row.spilled_bytes} | {row.load_bytes} |"
         )
 
