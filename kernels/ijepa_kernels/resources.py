@@ -139,8 +139,8 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for row in dict.fromkeys(table((384, 1280, 1408, 1664), (torch.bfloat16,))):
         print(
-            f"| {row.kernel} | {row.variant} | {row.dtype} | {row.width} | {row.capability} | {row.registers} | {row.shared_bytes} "
-            f"| {row.spilled_bytes} | {row.load_bytes} |"
+            f"| {row.kernel} | {row.variant} | {row.dtype} | {row.width} | {row.capability} | {row.registers} "
+            f"| {row.shared_bytes} | {row.spilled_bytes} | {row.load_bytes} |"
         )
 
 
