@@ -6,9 +6,10 @@ GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS ?=
 GPU_PYTHON := $(if $(filter file default,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
+GPU_PATH := PYTHONPATH=.:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup pretrain benchmark test test-all lint gpu-check
+.PHONY: help setup pretrain benchmark test test-all lint gpu-check gpu-tests gpu-benchmarks
 help:
 	@echo "make setup      create .venv, install, build DeepSpeed's CPU operation, render the scenes (once)"
 	@echo "make pretrain   train configs/tiny.yaml on $(RANKS) processes and report (ARGS='optimization.max_steps=50' ...)"
@@ -36,11 +37,14 @@ test: setup
 test-all: setup
 	pytest -m "slow or not slow" $(ARGS)
 
-# Needs no network and no .venv where PYTHON is given and has the packages.
-gpu-check: $(if $(filter file default,$(origin PYTHON)),setup)
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest -m gpu tests
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m pytest kernels/benchmarks --benchmark-only --benchmark-columns=min,median,max
-	PYTHONPATH=.:kernels $(GPU_PYTHON) kernels/benchmarks/tables.py
+# Needs no network and no .venv where PYTHON is given and has the packages. Both parts run: make -k.
+gpu-check:
+	$(MAKE) -k gpu-tests gpu-benchmarks
+gpu-tests: $(if $(filter file default,$(origin PYTHON)),setup)
+	$(GPU_PATH) $(GPU_PYTHON) -m pytest -m gpu tests/kernels
+gpu-benchmarks: $(if $(filter file default,$(origin PYTHON)),setup)
+	$(GPU_PATH) $(GPU_PYTHON) -m pytest kernels/benchmarks --benchmark-only --benchmark-columns=min,median,max
+	$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py
 
 lint: setup
 	ruff check . && ruff format --check . && mypy && PYTHONPATH=.:kernels lint-imports

@@ -25,3 +25,20 @@ def test_loss_and_gradient(case, provider, row):
 
     moved = num_bytes(pred, target, indices, pred)
     row(run, op="target_loss, forward and backward", shape=case.label, provider=provider, bytes_moved=moved)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_pass(case, row):
+    """Loss and gradient as the forward leaves them: the backward of ours only multiplies by what comes from above."""
+    case = case_of(*case)
+    indices = case.masks.target_index_T
+    pred = tokens(len(indices), case.width).requires_grad_()
+    target = tokens(len(case.masks.target_patches_U), case.width)
+    moved = num_bytes(pred, target, indices, pred)
+    row(
+        lambda: target_loss(pred, target, indices),
+        op="target_loss, forward with gradient",
+        shape=case.label,
+        provider="ours",
+        bytes_moved=moved,
+    )

@@ -14,8 +14,8 @@ OURS = ("ours", "definition", "definition (index_select)", "compiled")
 def table(result: dict[str, Any]) -> str:
     """One device: a line for each operation at each shape."""
     lines = [
-        f"{result['device']}, torch {result['torch']}, triton {result['triton']}: milliseconds, medians; a copy reads "
-        f"and writes {result['copy_gigabytes_per_second']:,.0f} GB/s.",
+        f"{result['device']}, torch {result['torch']}, triton {result['triton']}: milliseconds, medians; shares are of "
+        f"a copy of as many bytes, which reads and writes up to {result['copy_gigabytes_per_second']:,.0f} GB/s.",
         "",
         "| operation | shape | ours | of a copy | definition | compiled | best peer |",
         "|---|---|---|---|---|---|---|",
@@ -28,11 +28,15 @@ def table(result: dict[str, Any]) -> str:
         peers = {provider: time for provider, time in times.items() if provider not in OURS}
         best = min(peers, key=peers.__getitem__) if peers else None
         lines.append(
-            f"| {op} | {shape} | {_text(times.get('ours'))} | {100 * rows['ours']['share_of_copy']:.0f}% "
+            f"| {op} | {shape} | {_text(times.get('ours'))} | {_percent(rows.get('ours'))} "
             f"| {_text(definition)} | {_text(times.get('compiled'))} | "
             f"{f'{peers[best]:.3f} ({best})' if best else ''} |"
         )
     return "\n".join(lines)
+
+
+def _percent(row: dict[str, Any] | None) -> str:
+    return "" if row is None else f"{100 * row['share_of_copy']:.0f}%"
 
 
 def _text(milliseconds: float | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from ijepa_kernels.dispatch import blocks, check_indices, check_tokens, jit, launch, require, tile, tl, use_kernels
+from ijepa_kernels.dispatch import CHECK, blocks, check_indices, check_tokens, jit, launch, tile, tl, use_kernels
 
 MASK_ROWS = 256  # rows of mask tokens whose gradients one program adds up
 
@@ -42,7 +42,7 @@ def _assemble_kernel(
     p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     inside, mask = r < R, (r < R)[:, None] & (p < P)[None, :]
     source = tl.load(source_ptr + r, mask=inside, other=0).to(tl.int64)
-    patch = tl.load(indices_ptr + r, mask=inside, other=0).to(tl.int64) % N
+    patch = (tl.load(indices_ptr + r, mask=inside, other=0).to(tl.int32) % N).to(tl.int64)
     accumulate: tl.constexpr = tl.float64 if FP64 else tl.float32
     visible = mask & (source >= 0)[:, None]
     rows = tl.load(context_ptr + source[:, None] * P + p[None, :], mask=visible, other=0.0).to(accumulate)
@@ -192,22 +192,26 @@ def assemble(
     whose source is -1. Returns (R, P) in the dtype of context_TP. Raises ValueError for another type, shape or device.
     """
     check_tokens(context_TP=context_TP, pos_embed_NP=pos_embed_NP, mask_token_P=mask_token_P[None])
-    count = source_R.shape[0]
-    require(
-        indices_R.shape == (count,) == source_R.shape, f"indices_R must be ({count},), got {tuple(indices_R.shape)}"
-    )
-    require(
-        copies_TM.ndim == 2 and copies_TM.shape[0] == context_TP.shape[0],
-        f"copies_TM must have a row for each of {context_TP.shape[0]} tokens, got {tuple(copies_TM.shape)}",
-    )
-    require(
-        copies_TM.numel() + mask_rows_K.numel() == count,
-        f"copies_TM and mask_rows_K must name {count} rows between them, got {copies_TM.numel()} and "
-        f"{mask_rows_K.numel()}",
-    )
-    device = context_TP.device
-    check_indices(device, low=-1, source_R=(source_R, context_TP.shape[0]))
-    check_indices(device, indices_R=(indices_R, None), copies_TM=(copies_TM, count), mask_rows_K=(mask_rows_K, count))
+    device, tokens, count = context_TP.device, context_TP.shape[0], source_R.shape[0]
+    check_indices(device, low=-1, source_R=(source_R, tokens))
+    check_indices(device, indices_R=(indices_R, 2**31), mask_rows_K=(mask_rows_K, count))
+    check_indices(device, ndim=2, copies_TM=(copies_TM, count))
+    if indices_R.shape[0] != count:
+        raise ValueError(f"indices_R must be ({count},), got {tuple(indices_R.shape)}")
+    if copies_TM.shape[0] != tokens:
+        raise ValueError(f"copies_TM must have a row for each of {tokens} tokens, got {tuple(copies_TM.shape)}")
+    if copies_TM.shape[0] * copies_TM.shape[1] + mask_rows_K.shape[0] != count:
+        raise ValueError(
+            f"copies_TM and mask_rows_K must name {count} rows between them, got {copies_TM.numel()} and "
+            f"{mask_rows_K.numel()}"
+        )
+    if CHECK:
+        expected = torch.full_like(source_R, -2).index_fill(0, mask_rows_K.long(), -1)
+        owners = torch.arange(tokens, device=device, dtype=source_R.dtype)
+        expected[copies_TM.long()] = owners[:, None].expand_as(copies_TM)
+        wrong = (expected != source_R).nonzero()
+        if len(wrong):
+            raise ValueError(f"copies_TM and mask_rows_K do not agree with source_R at row {wrong[0].item()}")
     if not use_kernels(context_TP):
         return assemble_definition(context_TP, mask_token_P, pos_embed_NP, source_R, indices_R)
     return _assemble(

@@ -24,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 MODES = ("auto", "on", "off")
 
 _mode = os.environ.get("IJEPA_KERNELS") or "auto"
-_check = os.environ.get("IJEPA_KERNELS_CHECK") == "1"
+CHECK = os.environ.get("IJEPA_KERNELS_CHECK") == "1"
 _interpreted = triton is not None and bool(triton.knobs.runtime.interpret)
 _recorded: list[tuple[Any, tuple, dict[str, Any]]] | None = None
 
@@ -82,39 +82,41 @@ def recording() -> Iterator[list[tuple[Any, tuple, dict[str, Any]]]]:
         _recorded = None
 
 
-def require(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)
+# Checks are plain ifs: a message that is put together before it is needed makes torch.compile fix the token count.
 
 
 def check_tokens(**tensors: torch.Tensor) -> None:
     """That matrices are (rows, width), of one width, floating type and device."""
-    (first_name, first), *others = tensors.items()
+    (first_name, first), *_ = tensors.items()
     for name, tensor in tensors.items():
-        require(tensor.ndim == 2, f"{name} must be (rows, width), got {tuple(tensor.shape)}")
-        require(tensor.is_floating_point(), f"{name} must be of a floating type, got {tensor.dtype}")
-    for name, tensor in others:
-        require(
-            tensor.shape[1] == first.shape[1],
-            f"{name} must be as wide as {first_name}, {first.shape[1]}, got {tensor.shape[1]}",
-        )
-        require(tensor.device == first.device, f"{name} must be on {first.device}, got {tensor.device}")
+        if tensor.ndim != 2:
+            raise ValueError(f"{name} must be (rows, width), got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a floating type, got {tensor.dtype}")
+        if tensor.shape[1] != first.shape[1]:
+            raise ValueError(f"{name} must be as wide as {first_name}, {first.shape[1]}, got {tensor.shape[1]}")
+        if tensor.device != first.device:
+            raise ValueError(f"{name} must be on {first.device}, got {tensor.device}")
 
 
-def check_indices(device: torch.device, *, low: int = 0, **indices: tuple[torch.Tensor, int | None]) -> None:
-    """That indices are vectors of int32 or int64 on the device; with IJEPA_KERNELS_CHECK=1 also their range.
+def check_indices(device: torch.device, *, ndim: int = 1, low: int = 0, **indices: tuple[torch.Tensor, int]) -> None:
+    """That indices are int32 or int64, of so many dimensions and on the device.
 
-    indices: name -> (tensor, number of rows that they may name, or None). low: the smallest that is allowed.
+    indices: name -> (tensor, number of rows that they may name). With IJEPA_KERNELS_CHECK=1 also that they lie in
+    low..rows - 1.
     """
     for name, (tensor, rows) in indices.items():
-        require(tensor.dtype in (torch.int32, torch.int64), f"{name} must be int32 or int64, got {tensor.dtype}")
-        require(tensor.device == device, f"{name} must be on {device}, got {tensor.device}")
-        if _check and rows is not None and tensor.numel():
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"{name} must be int32 or int64, got {tensor.dtype}")
+        if tensor.ndim != ndim:
+            raise ValueError(f"{name} must have {ndim} dimension(s), got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+        if CHECK and tensor.numel():
             wrong = ((tensor < low) | (tensor >= rows)).nonzero()
             if len(wrong):
-                place = tuple(wrong[0].tolist())
-                value = tensor[place].item()
-                raise ValueError(f"{name} must lie in {low}..{rows - 1}, got {value} at {list(place)}")
+                place = wrong[0].tolist()
+                raise ValueError(f"{name} must lie in {low}..{rows - 1}, got {tensor[tuple(place)].item()} at {place}")
 
 
 def tile(width: int) -> tuple[int, int]:

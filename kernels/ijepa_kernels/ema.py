@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ijepa_kernels.dispatch import blocks, jit, launch, require, tl, use_kernels
+from ijepa_kernels.dispatch import blocks, jit, launch, tl, use_kernels
 
 BLOCK = 4096  # elements a program averages
 
@@ -47,6 +47,23 @@ def _ema_kernel(
         tl.store(target_ptr + at, ema.to(target_ptr.dtype.element_ty), mask=mask)
 
 
+# --- operation
+
+
+@torch.library.triton_op("ijepa::ema_update", mutates_args={"ema", "target"})
+def _ema(ema: torch.Tensor, source: torch.Tensor, target: torch.Tensor | None, momentum: float) -> None:
+    count = ema.numel()
+    launch(
+        _ema_kernel,
+        (blocks(count, BLOCK),),
+        *(ema, source, ema if target is None else target, count, min(momentum, 1.0 - momentum)),
+        NEAR=momentum >= 0.5,
+        HAS_TARGET=target is not None,
+        BLOCK=BLOCK,
+        num_warps=8,
+    )
+
+
 # --- public
 
 
@@ -57,29 +74,27 @@ def ema_update(
     """ema = momentum * ema + (1 - momentum) * source, in place; its copy goes to target.
 
     ema: any shape, fp32 (or fp64, for the definition): in bf16 an average loses nearly all of its small updates.
-    source: same shape, any float dtype. target: same shape, bf16, fp16 or fp32, or None. Momentum 1 leaves ema as it
-    is, bit for bit, and momentum 0 makes it the source. The kernel wants ema and target contiguous. Returns ema. Raises
-    ValueError for another type, shape, device or momentum.
+    source: same shape, any float dtype. target: same shape, bf16, fp16 or fp32, or None. Momentum 1 leaves finite
+    averages as they are, and momentum 0 makes them the source, exactly. The kernel wants ema and target contiguous.
+    Returns ema. Raises ValueError for another type, shape, device or momentum.
     """
-    require(ema.dtype in (torch.float32, torch.float64), f"ema must be float32, got {ema.dtype}")
-    require(0.0 <= momentum <= 1.0, f"momentum must lie in 0..1, got {momentum}")
+    if ema.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"ema must be float32, got {ema.dtype}")
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must lie in 0..1, got {momentum}")
     for name, tensor in (("source", source), ("target", target)):
-        if tensor is not None:
-            require(tensor.shape == ema.shape, f"{name} must be {tuple(ema.shape)} as ema, got {tuple(tensor.shape)}")
-            require(tensor.device == ema.device, f"{name} must be on {ema.device}, got {tensor.device}")
-            require(tensor.is_floating_point(), f"{name} must be of a floating type, got {tensor.dtype}")
+        if tensor is None:
+            continue
+        if tensor.shape != ema.shape:
+            raise ValueError(f"{name} must be {tuple(ema.shape)} as ema, got {tuple(tensor.shape)}")
+        if tensor.device != ema.device:
+            raise ValueError(f"{name} must be on {ema.device}, got {tensor.device}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be of a floating type, got {tensor.dtype}")
     if ema.dtype == torch.float64 or not use_kernels(ema):
         return ema_update_definition(ema, source, momentum, target)
     for name, tensor in (("ema", ema), ("target", target)):
-        require(tensor is None or tensor.is_contiguous(), f"{name} must be contiguous, as it is written in place")
-    count = ema.numel()
-    launch(
-        _ema_kernel,
-        (blocks(count, BLOCK),),
-        *(ema, source.contiguous(), ema if target is None else target, count, min(momentum, 1.0 - momentum)),
-        NEAR=momentum >= 0.5,
-        HAS_TARGET=target is not None,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, as the kernel writes to it in place")
+    _ema(ema, source.contiguous(), target, momentum)
     return ema

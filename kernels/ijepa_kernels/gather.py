@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ijepa_kernels.dispatch import blocks, check_indices, check_tokens, jit, launch, require, tile, tl, use_kernels
+from ijepa_kernels.dispatch import CHECK, blocks, check_indices, check_tokens, jit, launch, tile, tl, use_kernels
 
 # --- definition
 
@@ -37,7 +37,7 @@ def _gather_kernel(
     values = tl.load(tokens_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0)
     if HAS_POS:
         accumulate: tl.constexpr = tl.float64 if FP64 else tl.float32
-        pos = tl.load(pos_ptr + (row % N)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        pos = tl.load(pos_ptr + (row.to(tl.int32) % N).to(tl.int64)[:, None] * D + d[None, :], mask=mask, other=0.0)
         values = values.to(accumulate) + pos.to(accumulate)
     tl.store(out_ptr + k[:, None] * D + d[None, :], values.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -119,7 +119,7 @@ def _segment_sum(grad: torch.Tensor, indices: torch.Tensor, num_rows: int) -> to
     bounds = torch.searchsorted(sorted_indices, starts)
     width = grad.shape[1]
     out = grad.new_empty(num_rows, width)
-    columns = tile(width)[1]
+    columns = min(1024, 1 << max(4, (width - 1).bit_length()))
     launch(
         _segment_sum_kernel,
         (num_rows, blocks(width, columns)),
@@ -158,14 +158,16 @@ def gather_rows(
 ) -> torch.Tensor:
     """tokens_TD[indices_K], and with pos_embed_ND the position embedding of patch indices_K % N added.
 
-    tokens_TD: (T, D), any float dtype; tokens of whole images come flattened, (B * N, D). indices_K: (K,) int32 or
-    int64. unique: the caller's word that no index comes twice; then the backward stores rows instead of adding them up,
+    tokens_TD: (T, D), any float dtype, or (B, N, D), taken as (B * N, D). indices_K: (K,) int32 or int64. unique: the caller's word that no index comes twice; then the backward stores rows instead of adding them up,
     and were it untrue, gradients would be silently wrong. pos_embed_ND: (N, D), a constant. Returns (K, D) in the dtype
     of tokens_TD. Raises ValueError for another type, shape or device.
     """
-    require(indices_K.ndim == 1, f"indices_K must be (K,), got {tuple(indices_K.shape)}")
+    if tokens_TD.ndim == 3:
+        tokens_TD = tokens_TD.flatten(0, 1)
     check_tokens(tokens_TD=tokens_TD, **({} if pos_embed_ND is None else {"pos_embed_ND": pos_embed_ND}))
     check_indices(tokens_TD.device, indices_K=(indices_K, tokens_TD.shape[0]))
+    if CHECK and unique and len(indices_K.unique()) < len(indices_K):
+        raise ValueError("indices_K must name each row once where unique=True; gradients would be wrong")
     if not use_kernels(tokens_TD):
         return gather_rows_definition(tokens_TD, indices_K, pos_embed_ND)
     pos = None if pos_embed_ND is None else pos_embed_ND.detach().contiguous()

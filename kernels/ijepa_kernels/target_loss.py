@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from ijepa_kernels.dispatch import blocks, check_indices, check_tokens, jit, launch, require, tl, use_kernels
+from ijepa_kernels.dispatch import blocks, check_indices, check_tokens, jit, launch, tl, use_kernels
 
 LOSSES: dict[str, Callable[..., torch.Tensor]] = {"smooth_l1": F.smooth_l1_loss, "l2": F.mse_loss}
 SCALED = 4096  # elements a program scales
@@ -31,12 +31,18 @@ def target_loss_definition(
 
 
 @jit
+def _power(rows, D):
+    """The largest power of two up to rows * D, fp32."""
+    return ((rows.to(tl.float32) * D).to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@jit
 def _target_loss_kernel(
     pred_ptr,  # (T, D) in
     target_ptr,  # (U, D) in
     indices_ptr,  # (T,) in
     row_loss_ptr,  # (T,) out, fp32 or fp64, summed over D
-    grad_ptr,  # (T, D) out, d(summed loss) / d(pred): fp16 does not hold that of the mean
+    grad_ptr,  # (T, D) out, d(mean loss) / d(pred) times a power of two: fp16 does not hold it as it is
     D, eps,
     SMOOTH_L1: tl.constexpr, GRAD: tl.constexpr, FP64: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -47,9 +53,11 @@ def _target_loss_kernel(
     row = tl.load(indices_ptr + t).to(tl.int64)
     pred = tl.load(pred_ptr + t * D + d, mask=mask, other=0.0).to(accumulate)
     target = tl.load(target_ptr + row * D + d, mask=mask, other=0.0).to(accumulate)
-    centered = tl.where(mask, target - tl.sum(target, axis=0) / D, 0.0)
-    deviation = tl.sqrt(tl.sum(centered * centered, axis=0) / D + eps)
-    error = tl.where(mask, pred - centered / deviation, 0.0)
+    # A row's own numbers in fp64: in fp32, division and square root are approximations on a GPU.
+    mean = (tl.sum(target, axis=0).to(tl.float64) / D).to(accumulate)
+    centered = tl.where(mask, target - mean, 0.0)
+    variance = tl.sum(centered * centered, axis=0).to(tl.float64) / D
+    error = tl.where(mask, pred - centered * (1 / tl.sqrt(variance + eps)).to(accumulate), 0.0)
     if SMOOTH_L1:  # beta 1
         size = tl.abs(error)
         loss = tl.where(size < 1, 0.5 * error * error, size - 0.5)
@@ -59,20 +67,24 @@ def _target_loss_kernel(
         slope = 2 * error
     tl.store(row_loss_ptr + t, tl.sum(loss, axis=0))
     if GRAD:
-        tl.store(grad_ptr + t * D + d, slope.to(grad_ptr.dtype.element_ty), mask=mask)
+        rows = tl.num_programs(0)
+        scale = (_power(rows, D).to(tl.float64) / (rows.to(tl.float64) * D)).to(accumulate)
+        tl.store(grad_ptr + t * D + d, (slope * scale).to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
 def _scale_kernel(
-    values_ptr,  # (COUNT,) in
+    grad_ptr,  # (T, D) in, of _target_loss_kernel
     factor_ptr,  # () in, fp32 or fp64
-    out_ptr,  # (COUNT,) out
-    COUNT, BLOCK: tl.constexpr,
+    out_ptr,  # (T, D) out
+    T, D, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < tl.full([], T, tl.int64) * D
     factor = tl.load(factor_ptr)
-    values = tl.load(values_ptr + at, mask=at < COUNT, other=0.0).to(factor.dtype) * factor
-    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=at < COUNT)
+    factor = factor * (1 / _power(tl.full([], T, tl.int32), D).to(tl.float64)).to(factor.dtype)  # a power of two: exact
+    values = tl.load(grad_ptr + at, mask=mask, other=0.0).to(factor.dtype) * factor
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 # --- autograd
@@ -82,7 +94,7 @@ def _scale_kernel(
 def _target_loss(
     pred: torch.Tensor, target: torch.Tensor, indices: torch.Tensor, smooth_l1: bool, eps: float, with_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean loss, and the gradient of its sum."""
+    """The mean loss, and its gradient times a power of two."""
     count, width = pred.shape
     fp64 = pred.dtype == torch.float64
     row_loss = pred.new_empty(count, dtype=torch.float64 if fp64 else torch.float32)
@@ -96,26 +108,28 @@ def _target_loss(
         GRAD=with_grad,
         FP64=fp64,
         BLOCK_D=block,
-        num_warps=4 if block <= 1024 else 8,
+        num_warps=max(1, min(8, block // 256)),  # 8 columns a thread
     )
     return row_loss.sum() / (count * width), grad
 
 
-@torch.library.triton_op("ijepa::scaled", mutates_args={})
-def _scaled(values: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """values * factor in the dtype of values, rounded once: torch would first round the factor to that dtype."""
-    out = torch.empty_like(values)
-    launch(_scale_kernel, (blocks(values.numel(), SCALED),), values, factor, out, values.numel(), BLOCK=SCALED)
+@torch.library.triton_op("ijepa::target_loss_grad", mutates_args={})
+def _scaled(grad: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The gradient for an upstream gradient, rounded once where that is a power of two, as in plain training."""
+    count, width = grad.shape
+    out = torch.empty_like(grad)
+    launch(_scale_kernel, (blocks(count * width, SCALED),), grad, factor, out, count, width, BLOCK=SCALED)
     return out
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
 def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
     (grad,) = ctx.saved_tensors
-    return _scaled(grad, grad_loss / grad.numel()), None, None, None, None, None
+    return None if grad_loss is None else _scaled(grad, grad_loss), None, None, None, None, None
 
 
 _target_loss.register_autograd(_backward, setup_context=_setup)
@@ -133,13 +147,12 @@ def target_loss(
     prediction t; its rows are layer-normalized over D without affine. indices_T: (T,) int32 or int64. Returns a scalar,
     fp32 (fp64 for fp64 input); of no predictions it is NaN. Raises ValueError for another type, shape or device.
     """
-    require(kind in LOSSES, f"unknown loss {kind!r}; choose one of {', '.join(LOSSES)}")
+    if kind not in LOSSES:
+        raise ValueError(f"unknown loss {kind!r}; choose one of {', '.join(LOSSES)}")
     check_tokens(pred_TD=pred_TD, target_UD=target_UD)
-    require(
-        indices_T.shape == (pred_TD.shape[0],),
-        f"indices_T must be ({pred_TD.shape[0]},), got {tuple(indices_T.shape)}",
-    )
     check_indices(pred_TD.device, indices_T=(indices_T, target_UD.shape[0]))
+    if indices_T.shape[0] != pred_TD.shape[0]:
+        raise ValueError(f"indices_T must be ({pred_TD.shape[0]},), got {tuple(indices_T.shape)}")
     if not use_kernels(pred_TD):
         return target_loss_definition(pred_TD, target_UD, indices_T, kind, eps)
     with_grad = pred_TD.requires_grad and torch.is_grad_enabled()

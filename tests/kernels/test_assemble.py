@@ -90,6 +90,16 @@ def test_no_context_and_no_mask_tokens(tokens, mask_tokens, device):
     assert torch.equal(mask_token.grad.cpu(), torch.full((7,), float(mask_tokens), dtype=torch.float64))
 
 
+def test_views_of_larger_tensors(device):
+    indices, pos = moved(indices_of(4, 2, 3, 5), device, torch.int32), values(5, 16, seed=2).float().to(device)
+    context, mask_token = (tensor.float().to(device) for tensor in inputs_of(4, 16))
+    expected = assemble(context, mask_token, pos, **indices)
+    strided = torch.stack([context, context], dim=1)[:, 1]
+    shifted = torch.cat([mask_token[:1], mask_token])[1:]  # starts 4 bytes off
+    parts = {name: torch.cat([tensor[:1], tensor])[1:] for name, tensor in indices.items()}
+    assert not strided.is_contiguous() and torch.equal(assemble(strided, shifted, pos, **parts), expected)
+
+
 def test_frozen_inputs_get_no_gradient(device):
     indices, pos = moved(indices_of(4, 2, 3, 5), device), values(5, 3, seed=2).to(device).requires_grad_()
     context, mask_token = (tensor.to(device) for tensor in inputs_of(4, 3))
@@ -114,7 +124,7 @@ def test_wrong_arguments_are_named():
     for change, name in (
         ({"copies_TM": indices["copies_TM"][1:]}, "copies_TM must have a row for each of 4 tokens"),
         ({"mask_rows_K": indices["mask_rows_K"][1:]}, "must name 11 rows between them, got 8 and 2"),
-        ({"indices_R": indices["indices_R"][1:]}, r"indices_R must be \(11,\)"),
+        ({"indices_R": indices["indices_R"][1:]}, r"indices_R must be \(11,\), got \(10,\)"),
         ({"source_R": indices["source_R"].float()}, "source_R must be int32 or int64"),
     ):
         with pytest.raises(ValueError, match=name):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from ijepa_kernels.assemble import assemble
 from ijepa_kernels.gather import gather_rows
@@ -53,6 +54,24 @@ def test_patchify(device):
     indices = torch.tensor([7, 0, 2], dtype=torch.int32, device=device)
     same_compiled(lambda images: patchify(images, 14, dtype=torch.float32), images)
     same_compiled(lambda images: patchify(images, 14, indices_T=indices, dtype=torch.float32), images)
+
+
+def test_other_numbers_of_tokens_do_not_compile_again(device):
+    """Once for fixed and once for any number."""
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    pos = values(5, 32, seed=2).float().to(device)
+
+    def step(context, mask_token, indices, places):
+        rows = assemble(context, mask_token, pos, **indices)
+        return target_loss(gather_rows(rows, places, unique=True), context.detach(), places % 2)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for count in (4, 5, 6, 7, 9):
+        indices = moved(indices_of(count, 2, count + 3, 5), device)
+        mask_token = values(32, seed=1).float().to(device).requires_grad_()
+        compiled(tokens(count, 32, device), mask_token, indices, torch.arange(count + 1, device=device))
+    assert counter.frame_count == 2
 
 
 def test_a_module(device):

@@ -19,10 +19,10 @@ except (ValueError, IndexError) as error:
 """
 
 
-def lines_with(**environment):
+def lines_with(code=CASES, **environment):
     """What a new Python prints, in which these environment variables are set."""
     settings = {"PYTHONPATH": ":".join(sys.path), "PATH": "", **environment}
-    command = [sys.executable, "-c", CASES]
+    command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     return done.stdout.splitlines() or done.stderr.splitlines()[-1:]
 
@@ -39,6 +39,42 @@ def test_the_environment_decides():
 def test_indices_out_of_range_are_named_when_asked_for(interpret):
     lines = lines_with(IJEPA_KERNELS_CHECK="1", TRITON_INTERPRET=interpret)
     assert lines[1] == "ValueError indices_K must lie in 0..3, got 4 at [2]"
+
+
+CONTRADICTIONS = """
+import torch
+from ijepa_kernels.assemble import assemble
+from ijepa_kernels.gather import gather_rows
+rows = dict(
+    source_R=torch.tensor([0, 1, -1]),
+    indices_R=torch.tensor([0, 1, 2]),
+    copies_TM=torch.tensor([[0], [1]]),
+    mask_rows_K=torch.tensor([2]),
+)
+two, one = torch.ones(2, 4), torch.ones(4)
+assemble(two, one, two, **rows)
+for change in (
+    {"copies_TM": torch.tensor([[1], [0]])},
+    {"mask_rows_K": torch.tensor([1])},
+    {"indices_R": torch.tensor([0, -7, 2])},
+    None,
+):
+    try:
+        if change:
+            assemble(two, one, two, **{**rows, **change})
+        else:
+            gather_rows(two, torch.tensor([1, 1]), unique=True)
+    except ValueError as error:
+        print(error)
+"""
+
+
+def test_contradictions_are_named_when_asked_for():
+    lines = lines_with(CONTRADICTIONS, IJEPA_KERNELS_CHECK="1")
+    assert len(lines) == 4
+    assert lines[0] == "copies_TM and mask_rows_K do not agree with source_R at row 0"
+    assert "do not agree" in lines[1] and "indices_R must lie in 0.." in lines[2] and "got -7 at [1]" in lines[2]
+    assert "indices_K must name each row once" in lines[3]
 
 
 @pytest.mark.parametrize("width", [1, 16, 37, 96, 384, 768, 1024, 1280, 1408, 1664, 5120])

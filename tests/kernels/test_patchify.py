@@ -67,14 +67,14 @@ def test_lower_precisions_are_the_exact_values_rounded(device):
     assert torch.equal(patchify(images, 4, dtype=torch.float16), single.half())
 
 
-def test_memory_layout_does_not_matter_and_the_images_stay_as_they_are():
-    images = images_of(2, 12, 8)
+def test_memory_layout_does_not_matter_and_the_images_stay_as_they_are(device):
+    images = images_of(2, 12, 8).to(device)
     before = images.clone()
     expected = patchify(images, 4, dtype=torch.float32)
     assert torch.equal(images, before)
     assert torch.equal(patchify(images.to(memory_format=torch.channels_last), 4, dtype=torch.float32), expected)
     wide = torch.cat([images, images], dim=3)[..., :8]
-    indices = torch.tensor([7, 0, 11])
+    indices = torch.tensor([7, 0, 11], device=device)
     assert torch.equal(patchify(wide, 4, dtype=torch.float32), expected)
     assert torch.equal(patchify(wide, 4, indices_T=indices, dtype=torch.float32), expected[indices])
 
