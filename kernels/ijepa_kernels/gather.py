@@ -158,9 +158,10 @@ def gather_rows(
 ) -> torch.Tensor:
     """tokens_TD[indices_K], and with pos_embed_ND the position embedding of patch indices_K % N added.
 
-    tokens_TD: (T, D), any float dtype, or (B, N, D), taken as (B * N, D). indices_K: (K,) int32 or int64. unique: the caller's word that no index comes twice; then the backward stores rows instead of adding them up,
-    and were it untrue, gradients would be silently wrong. pos_embed_ND: (N, D), a constant. Returns (K, D) in the dtype
-    of tokens_TD. Raises ValueError for another type, shape or device.
+    tokens_TD: (T, D), any float dtype, or (B, N, D), taken as (B * N, D). indices_K: (K,) int32 or int64. unique: the
+    caller's word that no index comes twice; then the backward stores rows instead of adding them up, and were it
+    untrue, gradients would be silently wrong. pos_embed_ND: (N, D), a constant. Returns (K, D) in the dtype of
+    tokens_TD. Raises ValueError for another type, shape or device.
     """
     if tokens_TD.ndim == 3:
         tokens_TD = tokens_TD.flatten(0, 1)
