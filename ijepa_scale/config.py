@@ -125,8 +125,10 @@ class MaskConfig:
 class LossConfig:
     kind: str = "smooth_l1"  # smooth_l1 (as the released code) | l2 (as the paper's text)
     # Weights of terms against collapse, over the images of one micro-step of all ranks; 0: off, as in the paper.
-    variance: float = 0.0  # of how far the standard deviations of the context tokens fall short of 1; small runs: 0.05
-    covariance: float = 0.0  # of the squared covariances between their dimensions; small runs: 0.01
+    variance: float = (
+        0.0  # of how far the standard deviations of the context tokens fall short of 1; small runs: 0.01, 0.02
+    )
+    covariance: float = 0.0  # of the squared covariances between their dimensions; small runs: a fifth of variance
 
     def __post_init__(self) -> None:
         for key in ("variance", "covariance"):

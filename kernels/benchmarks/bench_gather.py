@@ -31,35 +31,20 @@ def test_target_rows(case, provider, row):
         row(lambda: run(rows, indices), op="gather", shape=case.label, provider=provider, bytes_moved=moved)
 
 
+@pytest.mark.parametrize("rows_are", ["unique", "repeated"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_backward_of_unique_rows(case, provider, row):
+def test_backward(case, rows_are, provider, row):
     case = case_of(*case)
     rows = tokens(case.images * case.masks.num_patches, case.width).requires_grad_()
-    indices = case.masks.target_patches_U
-    out = PROVIDERS[provider](rows, indices)
-    upstream = torch.randn_like(out)
-    row(
-        lambda: torch.autograd.grad(out, rows, upstream, retain_graph=True),
-        op="gather backward, unique rows",
-        shape=case.label,
-        provider=provider,
-        bytes_moved=num_bytes(upstream, rows, indices),
-    )
-
-
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("provider", PROVIDERS)
-def test_backward_of_repeated_rows(case, provider, row):
-    case = case_of(*case)
-    rows = tokens(case.images * case.masks.num_patches, case.width).requires_grad_()
-    indices = case.masks.target_blocks.indices_T.long()
-    run = gather_rows if provider == "ours" else PROVIDERS[provider]
+    unique = rows_are == "unique"
+    indices = case.masks.target_patches_U if unique else case.masks.target_blocks.indices_T.long()
+    run = gather_rows if provider == "ours" and not unique else PROVIDERS[provider]
     out = run(rows, indices)
     upstream = torch.randn_like(out)
     row(
         lambda: torch.autograd.grad(out, rows, upstream, retain_graph=True),
-        op="gather backward, repeated rows",
+        op=f"gather backward, {rows_are} rows",
         shape=case.label,
         provider=provider,
         bytes_moved=num_bytes(upstream, rows, indices),

@@ -5,7 +5,18 @@ from __future__ import annotations
 
 import torch
 
-from ijepa_kernels.dispatch import CHECK, blocks, check_indices, check_tokens, jit, launch, tile, tl, use_kernels
+from ijepa_kernels.dispatch import (
+    CHECK,
+    blocks,
+    check_indices,
+    check_tokens,
+    jit,
+    launch,
+    launch_tiles,
+    tile,
+    tl,
+    use_kernels,
+)
 
 MASK_ROWS = 256  # rows of mask tokens whose gradients one program adds up
 
@@ -36,10 +47,10 @@ def _assemble_kernel(
     source_ptr, indices_ptr,  # (R,) in
     out_ptr,  # (R, P) out
     R, P, N,
-    FP64: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+    FP64: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    r = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    r = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    p = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     inside, mask = r < R, (r < R)[:, None] & (p < P)[None, :]
     source = tl.load(source_ptr + r, mask=inside, other=0).to(tl.int64)
     patch = (tl.load(indices_ptr + r, mask=inside, other=0).to(tl.int32) % N).to(tl.int64)
@@ -58,13 +69,13 @@ def _context_grad_kernel(
     copies_ptr,  # (T, M) in: the rows that hold each token
     out_ptr,  # (T, P) out
     T, P, M: tl.constexpr,
-    FP64: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr,
+    FP64: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    p = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    t = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    p = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = (t < T)[:, None] & (p < P)[None, :]
     accumulate: tl.constexpr = tl.float64 if FP64 else tl.float32
-    total = tl.zeros([BLOCK_T, BLOCK_P], dtype=accumulate)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], dtype=accumulate)
     for m in tl.static_range(M):
         row = tl.load(copies_ptr + t * M + m, mask=t < T, other=0).to(tl.int64)
         total += tl.load(grad_ptr + row[:, None] * P + p[None, :], mask=mask, other=0.0).to(accumulate)
@@ -106,14 +117,11 @@ def _assemble(
 ) -> torch.Tensor:
     count, width = source.shape[0], context.shape[1]
     out = context.new_empty(count, width)
-    rows, columns = tile(width)
-    launch(
+    launch_tiles(
         _assemble_kernel,
-        (blocks(count, rows), blocks(width, columns)),
+        *(count, width),
         *(context, mask_token, pos, source, indices, out, count, width, pos.shape[0]),
         FP64=context.dtype == torch.float64,
-        BLOCK_R=rows,
-        BLOCK_P=columns,
     )
     return out
 
@@ -122,16 +130,8 @@ def _assemble(
 def _context_grad(grad: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
     (count, num_copies), width = copies.shape, grad.shape[1]
     out = grad.new_empty(count, width)
-    rows, columns = tile(width)
-    launch(
-        _context_grad_kernel,
-        (blocks(count, rows), blocks(width, columns)),
-        *(grad, copies, out, count, width),
-        M=num_copies,
-        FP64=grad.dtype == torch.float64,
-        BLOCK_T=rows,
-        BLOCK_P=columns,
-    )
+    fp64 = grad.dtype == torch.float64
+    launch_tiles(_context_grad_kernel, count, width, grad, copies, out, count, width, M=num_copies, FP64=fp64)
     return out
 
 

@@ -71,6 +71,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         torch.library.wrap_triton(kernel)[grid](*arguments, **options)
 
 
+def launch_tiles(kernel: Any, count: int, width: int, *arguments: Any, **options: Any) -> None:
+    """launch() with a program for each BLOCK_ROWS x BLOCK_COLUMNS of count rows of a width."""
+    rows, columns = tile(width)
+    grid = (blocks(count, rows), blocks(width, columns))
+    launch(kernel, grid, *arguments, **options, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
+
+
 @contextmanager
 def recording() -> Iterator[list[tuple[Any, tuple, dict[str, Any]]]]:
     """(kernel, arguments, options) of all launches within, none of which takes place: results are not to be used."""

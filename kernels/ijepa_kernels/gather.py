@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from ijepa_kernels.dispatch import CHECK, blocks, check_indices, check_tokens, jit, launch, tile, tl, use_kernels
+from ijepa_kernels.dispatch import (
+    CHECK,
+    blocks,
+    check_indices,
+    check_tokens,
+    jit,
+    launch,
+    launch_tiles,
+    tl,
+    use_kernels,
+)
 
 # --- definition
 
@@ -18,7 +28,7 @@ def gather_rows_definition(
     return rows_KD + pos_embed_ND.detach().to(rows_KD.dtype).index_select(0, indices_K % pos_embed_ND.shape[0])
 
 
-# --- kernels: a program moves BLOCK_K rows by BLOCK_D columns
+# --- kernels: a program moves BLOCK_ROWS rows by BLOCK_COLUMNS columns
 
 
 @jit
@@ -28,10 +38,10 @@ def _gather_kernel(
     pos_ptr,  # (N, D) in, or not used
     out_ptr,  # (K, D) out
     K, D, N,
-    HAS_POS: tl.constexpr, FP64: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_POS: tl.constexpr, FP64: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = (k < K)[:, None] & (d < D)[None, :]
     row = tl.load(indices_ptr + k, mask=k < K, other=0).to(tl.int64)  # row * D may pass 2**31
     values = tl.load(tokens_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0)
@@ -47,10 +57,10 @@ def _scatter_kernel(
     grad_ptr,  # (K, D) in
     indices_ptr,  # (K,) in, each row once
     out_ptr,  # (T, D) out, zeros
-    K, D, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    K, D, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    k = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    k = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    d = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = (k < K)[:, None] & (d < D)[None, :]
     row = tl.load(indices_ptr + k, mask=k < K, other=0).to(tl.int64)
     values = tl.load(grad_ptr + k[:, None] * D + d[None, :], mask=mask, other=0.0)
@@ -82,16 +92,13 @@ def _segment_sum_kernel(
 def _gather(tokens: torch.Tensor, indices: torch.Tensor, pos: torch.Tensor | None, unique: bool) -> torch.Tensor:
     count, width = indices.shape[0], tokens.shape[1]
     out = tokens.new_empty(count, width)
-    rows, columns = tile(width)
-    launch(
+    launch_tiles(
         _gather_kernel,
-        (blocks(count, rows), blocks(width, columns)),
+        *(count, width),
         *(tokens, indices, tokens if pos is None else pos, out),
         *(count, width, 1 if pos is None else pos.shape[0]),
         HAS_POS=pos is not None,
         FP64=tokens.dtype == torch.float64,
-        BLOCK_K=rows,
-        BLOCK_D=columns,
     )
     return out
 
@@ -100,14 +107,7 @@ def _gather(tokens: torch.Tensor, indices: torch.Tensor, pos: torch.Tensor | Non
 def _scatter(grad: torch.Tensor, indices: torch.Tensor, num_rows: int) -> torch.Tensor:
     count, width = grad.shape
     out = grad.new_zeros(num_rows, width)
-    rows, columns = tile(width)
-    launch(
-        _scatter_kernel,
-        (blocks(count, rows), blocks(width, columns)),
-        *(grad, indices, out, count, width),
-        BLOCK_K=rows,
-        BLOCK_D=columns,
-    )
+    launch_tiles(_scatter_kernel, count, width, grad, indices, out, count, width)
     return out
 
 
