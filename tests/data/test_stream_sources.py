@@ -1,7 +1,6 @@
 import subprocess
 import sys
 
-import datasets
 import pytest
 
 from ijepa_scale.data.images import open_file, open_images
@@ -13,13 +12,6 @@ from tests.data.server import HUB_COMMIT, serving
 from tests.data.sources import number_of, save_to_disk, write_images, write_jsonl, write_parquet, write_tar
 
 PATIENCE = Patience(0.1, 0.01)
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder
 
 
 def make(kind, root):

@@ -1,19 +1,11 @@
 import io
 import tarfile
 
-import datasets
 import pytest
 
 from ijepa_scale.data.images import BadImageError, open_images
 from ijepa_scale.data.tars import read_member, tar_index
 from tests.data.sources import encoded, number_of, write_tar
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
-    return folder
 
 
 def test_a_folder_of_tars(tmp_path, cache):
