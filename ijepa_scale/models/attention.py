@@ -69,7 +69,8 @@ def packed_attention(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tens
 def _dense_attention(qkv_T3HE: torch.Tensor, count: int, length: int) -> torch.Tensor:
     """count sequences of one length."""
     tokens, _, heads, width = qkv_T3HE.shape
-    q, k, v = qkv_T3HE.view(count, length, 3, heads, width).permute(2, 0, 3, 1, 4)
+    # unbind's gradient is one stack in the layout of qkv; that of a permuted view's parts would be copied once more
+    q, k, v = (part.view(count, length, heads, width).transpose(1, 2) for part in qkv_T3HE.unbind(1))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(tokens, heads, width)
 
 
