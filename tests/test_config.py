@@ -160,6 +160,8 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("engine: {zero_stage: 0}", [], "engine.zero_stage must be 1, 2 or 3, got 0: .*use 1"),
         ("engine: {zero_stage: 4}", [], "engine.zero_stage must be 1, 2 or 3, got 4$"),
         ("engine: {precision: fp16}", [], "engine.precision must be auto, fp32 or bf16, got 'fp16'"),
+        ("engine: {activation_checkpointing: every_1}", [], "none, predictor, full, or every_N with N from 2"),
+        ("engine: {activation_checkpointing: every_nth}", [], "got 'every_nth'"),
         ("checkpoint: {every_steps: 0}", [], "checkpoint.every_steps must be 1 or more"),
         ("checkpoint: {keep_last: 0}", [], "checkpoint.keep_last must be 1 or more"),
         ("checkpoint: {keep_every: -1}", [], "checkpoint.keep_every must be 0 or more"),
@@ -271,6 +273,7 @@ def different(value):
 FREE = {
     "run_dir", "data.workers", "data.retry_seconds", "data.cache_dir", "data.eval_split", "data.max_bad_fraction",
     "optimization.micro_batch_size", "optimization.stop_at_step", "engine.zero_stage", "engine.hang_seconds",
+    "engine.activation_checkpointing", "engine.compile",
     "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every", "logging.wandb",
     "logging.wandb_project", "logging.health_every_steps", "logging.health_images", "report.train_images",
     "report.test_images",
