@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ijepa_scale.data.remote import StreamError
 from ijepa_scale.data.streams import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import distributed
+from ijepa_scale.engine.feed import Feed, HostCopy, collecting_by_hand
 from ijepa_scale.engine.signals import STOP_EXIT_CODE, StopRequest
 from ijepa_scale.metrics import JsonlWriter, Progress, WandbWriter, memory_bytes, read_records
 from ijepa_scale.optim import set_schedules
@@ -27,7 +29,7 @@ from ijepa_scale.schedules import cosine, ema_momentum, learning_rate
 Say = Callable[[str], None]  # a line for the user
 Log = Callable[[dict[str, Any]], None]  # a record for metrics.jsonl
 
-RELEASE_STEPS = 20  # 50 ms at the size of configs/tiny.yaml
+RELEASE_STEPS = 20  # 50 ms at the size of configs/tiny.yaml; then Python's cycles are collected, too
 STRIKES = 3  # steps in a row that were skipped, or checkpoints in a row that could not be written, before a run stops
 
 
@@ -83,6 +85,7 @@ def train(run: Run, stop_request: StopRequest) -> str:
         if run.ranks.first:
             progress = stack.enter_context(Progress(run.horizon.stop, run.start_step))
         stack.callback(faulthandler.cancel_dump_traceback_later)
+        stack.enter_context(collecting_by_hand())
         return loop(run, stop_request, progress, log)
 
 
@@ -117,12 +120,30 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
     config, ranks, horizon = run.config, run.ranks, run.horizon
     say: Say = progress.message if progress else lambda text: None
     batches = micro_batch_stream(
-        run.dataset, start_step=run.start_step, stop_step=horizon.stop, workers=config.data.workers
+        run.dataset,
+        start_step=run.start_step,
+        stop_step=horizon.stop,
+        workers=config.data.workers,
+        pinned=ranks.device.type == "cuda",
     )
+    feed = Feed(batches, ranks.device)
     health = [r for r in read_records(run.folder.metrics) if r.get("kind") == "health"] if ranks.first else []
     skipped_in_a_row = failed_saves = 0
-    loss = None
+    loss: float | None = None
     reason = ""
+    unsettled: list[StepOutcome] = []
+
+    def settle() -> None:
+        """Log the last step, once its numbers are here: a step later, while the device computes, or where one asks."""
+        nonlocal loss
+        for outcome in unsettled:
+            record = completed(run, outcome)
+            log(record)
+            loss = record["loss"]
+            if progress:
+                progress.update(record["step"] + 1, record)
+        unsettled.clear()
+
     for note in run.notes:
         say(note)
     say(f"operations: {chosen(ranks.device)}")
@@ -135,14 +156,14 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         if config.engine.hang_seconds:  # a rank that hangs leaves the others waiting in a collective, for ever
             faulthandler.dump_traceback_later(config.engine.hang_seconds, exit=True)
         if config.logging.health_every_steps and step % config.logging.health_every_steps == 0:
+            settle()
             measure_health(run, step, health, log, say, loss=loss)
-        outcome = train_step(run, step, batches, stop=bool(stop_request.pending()))
-        log(outcome.record)
-        loss = outcome.record["loss"]
-        if progress:
-            progress.update(step + 1, outcome.record)
+        outcome = train_step(run, step, feed, stop=bool(stop_request.pending()), meanwhile=settle)
+        unsettled.append(outcome)
         for mark in (batch.mark for batch in outcome.batches if batch.mark):
             run.streams[mark.stream] = mark.state
+        if outcome.noted or not outcome.applied:
+            settle()
         if outcome.noted:
             handle_passes(run, step, outcome, say, log)
             handle_bad_images(run, step, outcome, say, log)
@@ -153,10 +174,12 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         if outcome.stop:
             reason = ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
         if done % config.checkpoint.every_steps == 0 or done == horizon.stop or reason:
+            settle()
             failed_saves = 0 if save_checkpoint(run, done, say) else failed_saves + 1
             if failed_saves == STRIKES or (failed_saves and (reason or done == horizon.stop)):
                 raise RunError("the checkpoint could not be written (see above); free space or mend the disk")
         if done % RELEASE_STEPS == 0:
+            gc.collect()
             ranks.release_memory()
         if reason:
             say(f"stopped by {reason} after step {done}; the same command goes on from there")
@@ -171,15 +194,23 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
 class StepOutcome:
     """One step: its record, whether it was applied, what this rank saw, and what any rank met (the same on all)."""
 
-    record: dict[str, Any]
+    record: dict[str, Any]  # without what is in numbers
+    names: list[str]  # of the loss and its terms
+    numbers: HostCopy  # these of each micro-step, then the gradient norm
     applied: bool
     batches: list[Batch]
     noted: bool  # some rank met an unreadable image, or the end of its shards (the same on all)
     stop: bool  # some rank was asked to stop
 
 
-def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> StepOutcome:
-    """One optimizer step on all ranks. stop: whether this rank was asked to stop."""
+def train_step(
+    run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callable[[], None] = lambda: None
+) -> StepOutcome:
+    """One optimizer step on all ranks. stop: whether this rank was asked to stop.
+
+    The host waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite. Until
+    then a GPU has its work, and the host does its own: the next batch, agreements between ranks, meanwhile().
+    """
     engine, options, horizon, ranks = run.engine, run.config.optimization, run.horizon, run.ranks
     started = time.perf_counter()
     lr = learning_rate(
@@ -194,47 +225,43 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
     momentum = ema_momentum(step, horizon.total, *options.ema)
     set_schedules(engine.optimizer.optimizer.param_groups, lr=lr, weight_decay=weight_decay)
 
-    wait = 0.0
-    sums: dict[str, float] = {}  # the loss and its terms, over the micro-steps
+    waited = feed.waited
+    losses: list[dict[str, torch.Tensor]] = []
     seen = []
-    for _ in range(run.dataset.accumulation_steps):
-        before = time.perf_counter()
-        batch = next_batch(batches)
-        wait += time.perf_counter() - before
+    for micro in range(run.dataset.accumulation_steps):
+        if micro:
+            engine.step()  # of the micro-step before, which DeepSpeed counts
+        batch = next_batch(feed)
         seen.append(batch)
-        moved = batch.to(ranks.device)
         with explained_memory_errors(run):
-            losses = engine(moved.images, moved.masks)
-            engine.backward(losses["loss"])
-            engine.step()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
-    applied = engine.was_step_applied()
-    if applied:  # a skipped step leaves the EMA as it was, too
-        run.ema.update(momentum)
-    wait, context_tokens, target_tokens, noted, stops, *totals = ranks.sum(
+            losses.append(engine(batch.images, batch.masks))
+            engine.backward(losses[-1]["loss"])
+        if step + 1 < horizon.stop or micro + 1 < run.dataset.accumulation_steps:
+            feed.load()
+    meanwhile()
+    wait, context_tokens, target_tokens, noted, stops = ranks.sum(
         [
-            wait,
+            feed.waited - waited,
             sum(batch.masks.context.num_tokens for batch in seen),
             sum(batch.masks.target_blocks.num_tokens for batch in seen),
             sum(len(batch.bad) + (len(batch.mark.passes) if batch.mark else 0) for batch in seen),
             float(stop),
-            *(value / len(seen) for value in sums.values()),
         ]
     )
+    with explained_memory_errors(run):
+        engine.step()
+    applied = engine.was_step_applied()
+    if applied:  # a skipped step leaves the EMA as it was, too
+        run.ema.update(momentum)
+    norm = torch.as_tensor(engine.get_global_grad_norm(), device=ranks.device)
     seconds = time.perf_counter() - started
     record = {
         "kind": "step",
         "step": step,
         "epoch": step / horizon.steps_per_epoch,
-        **{
-            name if name == "loss" else f"loss_{name}": total / ranks.world_size
-            for name, total in zip(sums, totals, strict=True)
-        },
         "lr": lr,
         "weight_decay": weight_decay,
         "ema_momentum": momentum,
-        "grad_norm": float(engine.get_global_grad_norm()),
         "applied": applied,
         "context_tokens": int(context_tokens),
         "target_tokens": int(target_tokens),
@@ -243,12 +270,26 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
         "step_seconds": seconds,
         "memory_bytes": memory_bytes(),
     }
-    return StepOutcome(record, applied, seen, noted > 0, stops > 0)
+    numbers = HostCopy([value for terms in losses for value in terms.values()] + [norm])
+    return StepOutcome(record, list(losses[0]), numbers, applied, seen, noted > 0, stops > 0)
 
 
-def next_batch(batches: Iterator[Batch]) -> Batch:
+def completed(run: Run, outcome: StepOutcome) -> dict[str, Any]:
+    """The record of a step with its loss, over all ranks and micro-steps, and gradient norm. All ranks call it."""
+    *losses, norm = outcome.numbers.numbers()
+    micro_steps = [losses[i : i + len(outcome.names)] for i in range(0, len(losses), len(outcome.names))]
+    totals = run.ranks.sum([sum(values) for values in zip(*micro_steps, strict=True)])
+    count = run.ranks.world_size * len(micro_steps)
+    means = {
+        name if name == "loss" else f"loss_{name}": total / count
+        for name, total in zip(outcome.names, totals, strict=True)
+    }
+    return {**outcome.record, **means, "grad_norm": norm}
+
+
+def next_batch(feed: Feed) -> Batch:
     try:
-        return next(batches)
+        return feed.take()
     except (BadImageError, StreamError) as error:
         raise RunError(str(error).splitlines()[-1], local=True) from error  # a worker's comes with its traceback
 

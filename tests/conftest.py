@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from tests import processes
@@ -17,6 +18,11 @@ checkpoint: {every_steps: 4}
 logging: {health_every_steps: 0}
 report: {train_images: 0}
 """
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """Images and masks -> Batch: the micro-batch of any rank at any micro-step, as a pure function of its position."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from ijepa_scale.data.order import generator_for, image_at
 from ijepa_scale.data.streams import StreamMark, Streams
 from ijepa_scale.data.transforms import random_resized_crop
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
-from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
+from ijepa_scale.masking.packing import Masks, limit_context, map_tensors, pack_masks
 
 # Streams of random numbers, the first part of each key after the seed.
 SIZES, CROP, BLOCKS, CONTEXT = range(4)
@@ -35,8 +35,17 @@ class Batch:
     names: tuple[str, ...] = ()
     mark: StreamMark | None = None
 
-    def to(self, device: torch.device) -> "Batch":
-        return replace(self, images=self.images.to(device, non_blocking=True), masks=self.masks.to(device))
+    def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return replace(self, images=change(self.images), masks=map_tensors(self.masks, change))
+
+    def tensors(self) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        self.map_tensors(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory; the loader's thread calls it."""
+        return self.map_tensors(torch.Tensor.pin_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +126,12 @@ class MicroBatches(Dataset):
         return replace(self, images=images)[step * self.accumulation_steps]
 
 
-def micro_batch_stream(dataset: MicroBatches, *, start_step: int, stop_step: int, workers: int) -> Iterator[Batch]:
+def micro_batch_stream(
+    dataset: MicroBatches, *, start_step: int, stop_step: int, workers: int, pinned: bool = False
+) -> Iterator[Batch]:
     """This rank's micro-batches from start_step up to stop_step, in order, loaded by worker processes.
+
+    pinned: in page-locked memory, from which copies to a GPU take no part of the host's time.
 
     Of streams there is a process for each: micro-step m is made by process m - start, modulo their number, and that is
     always the same stream.
@@ -132,6 +145,7 @@ def micro_batch_stream(dataset: MicroBatches, *, start_step: int, stop_step: int
         sampler=range(start_step * accumulation, stop_step * accumulation),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
+        pin_memory=pinned,
         worker_init_fn=_ignore_signals,
     )
     return _ended(iter(loader))

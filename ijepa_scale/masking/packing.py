@@ -1,10 +1,24 @@
 """Ragged lists of patch indices -> packed tokens: flat indices and cu_seqlens, on the host, without a device sync."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+
+T = TypeVar("T")
+
+
+def map_tensors(value: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
+    """A frozen dataclass with every tensor in it, and in dataclasses in it, changed."""
+
+    def changed(part: Any) -> Any:
+        return change(part) if isinstance(part, torch.Tensor) else map_tensors(part, change)
+
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    return replace(value, **{item.name: changed(getattr(value, item.name)) for item in fields(value)})
 
 
 @dataclass(frozen=True)
@@ -24,11 +38,7 @@ class Packed:
         return self.indices_T.shape[0]
 
     def to(self, device: torch.device | str) -> "Packed":
-        return replace(
-            self,
-            indices_T=self.indices_T.to(device, non_blocking=True),
-            cu_seqlens=self.cu_seqlens.to(device, non_blocking=True),
-        )
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
@@ -55,17 +65,7 @@ class Masks:
     num_patches: int
 
     def to(self, device: torch.device | str) -> "Masks":
-        return replace(
-            self,
-            context=self.context.to(device),
-            target_blocks=self.target_blocks.to(device),
-            prediction=self.prediction.to(device),
-            prediction_source_T=self.prediction_source_T.to(device, non_blocking=True),
-            prediction_copies_TM=self.prediction_copies_TM.to(device, non_blocking=True),
-            target_rows_T=self.target_rows_T.to(device, non_blocking=True),
-            target_patches_U=self.target_patches_U.to(device, non_blocking=True),
-            target_index_T=self.target_index_T.to(device, non_blocking=True),
-        )
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def _packed(indices: list[np.ndarray], offsets: list[int]) -> Packed:

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import signal
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -62,10 +63,12 @@ def signalled_while_saving(*arguments: str) -> None:
 def endless_step(*arguments: str) -> None:
     """Step 4 never ends on rank 0."""
     counter = itertools.count()
+    run_dir = next(Path(a.removeprefix("run_dir=")) for a in arguments if a.startswith("run_dir="))
     step = train.train_step
 
     def stuck(*given: Any, **options: Any) -> Any:
         if next(counter) == 4 and os.environ["RANK"] == "0":
+            (run_dir / "stuck").touch()
             while True:
                 signal.pause()
         return step(*given, **options)

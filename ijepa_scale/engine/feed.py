@@ -1,0 +1,81 @@
+"""What keeps the device from waiting: batches copied ahead, results fetched behind, no collections by surprise."""
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator
+
+import torch
+
+from ijepa_scale.data.collate import Batch
+
+
+class Feed:
+    """Batches on the device. load() starts copying the next one, on a stream of its own; take() hands it out."""
+
+    def __init__(self, batches: Iterator[Batch], device: torch.device):
+        self.batches, self.device = batches, device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.waited = 0.0  # seconds, for the loader, in all
+        self._loaded: Batch | Exception | None = None
+
+    def load(self) -> None:
+        """Fetch the next batch and start its copy. What goes wrong is raised by the take() that would hand it out."""
+        started = time.perf_counter()
+        try:
+            batch = next(self.batches)
+        except Exception as error:
+            self._loaded = error
+        else:
+            with torch.cuda.stream(self.stream):
+                self._loaded = batch.map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True))
+        self.waited += time.perf_counter() - started
+
+    def take(self) -> Batch:
+        """The next batch, for work on the current stream. Raises what the loader raised."""
+        if self._loaded is None:
+            self.load()
+        batch, self._loaded = self._loaded, None
+        if isinstance(batch, Exception):
+            raise batch
+        assert batch is not None
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            # Its memory belongs to the other stream, which may not have it back before this one's work is done.
+            for tensor in batch.tensors():
+                tensor.record_stream(current)
+        return batch
+
+
+class HostCopy:
+    """Numbers on their way from the device; numbers() waits for them alone, not for work given to the device since."""
+
+    def __init__(self, values: list[torch.Tensor]):
+        """values: scalars of any float dtype on one device."""
+        self.copy = torch.stack([value.detach().float() for value in values]).to("cpu", non_blocking=True)
+        self.done = None
+        if values[0].device.type == "cuda":
+            self.done = torch.cuda.Event()
+            self.done.record()
+
+    def numbers(self) -> list[float]:
+        if self.done is not None:
+            self.done.synchronize()
+        return self.copy.tolist()
+
+
+@contextlib.contextmanager
+def collecting_by_hand() -> Iterator[None]:
+    """Python collects cycles only where gc.collect() is called: on all ranks after the same steps.
+
+    On its own each rank would pause at another time, and all others would wait for it in the next collective.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
