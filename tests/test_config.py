@@ -270,6 +270,7 @@ def different(value):
 
 FREE = {
     "run_dir", "data.workers", "data.retry_seconds", "data.cache_dir", "data.eval_split", "data.max_bad_fraction",
+    "model.attention",
     "optimization.micro_batch_size", "optimization.stop_at_step", "engine.zero_stage", "engine.hang_seconds",
     "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every", "logging.wandb",
     "logging.wandb_project", "logging.health_every_steps", "logging.health_images", "report.train_images",
