@@ -89,7 +89,7 @@ def test_every_kernel_can_be_asked_for_by_name():
 def test_a_cpu_attends_by_the_definition():
     choice = build.build_attention(config_of(), device=CPU, dtype=torch.float32)
     assert choice.name == "sdpa" and choice.attend is None
-    asked = config_of(model=ModelConfig(name="vit_tiny", patch_size=4, attention="fa2"))
+    asked = config_of(model=dataclasses.replace(config_of().model, attention="fa2"))
     with pytest.raises(ValueError, match=r"^model.attention=fa2 needs a CUDA device"):
         build.build_attention(asked, device=CPU, dtype=torch.bfloat16)
 

@@ -179,7 +179,7 @@ def self_test(
     device: torch.device,
     dtype: torch.dtype,
 ) -> None:
-    """Hold a kernel to the definition in float64, output and gradients, within each sequence. Takes a second or so.
+    """Hold a kernel to the definition in float64, output and gradients, within each sequence.
 
     head_shapes: (heads, head width), each tested on ragged sequences of 1 to `longest` tokens, the last of which stands
     for padding: no gradient comes in there. Raises ValueError for a kernel that is wrong, or fails.

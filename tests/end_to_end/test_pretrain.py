@@ -169,6 +169,7 @@ def specks(tmp_path_factory):
         (["data.source={specks}", "optimization.global_batch_size=2"], "1 images, fewer than"),
         (["data.source={specks}", "optimization.global_batch_size=1"], "small.png"),
         (["data.source={few}", "engine.deepspeed.fp16={{enabled: true}}"], "engine.deepspeed.fp16"),
+        (["data.source={few}", "model.attention=fa3", "engine.precision=fp32"], "model.attention=fa3 "),
         (["data.source={few}", "--resume", "{few}"], "manifest.json"),
     ],
 )

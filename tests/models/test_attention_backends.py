@@ -478,7 +478,8 @@ def test_no_kernel_waits_for_the_device(name):
     plain = sequences_of([256, 1, 190, 77])
     sequences = Sequences(plain.cu_seqlens.cuda(), 256, 524, attend)
     qkv = qkv_of(524, 16, 80, dtype=BF16).cuda().requires_grad_()
-    packed_attention(qkv, sequences).sum().backward()  # what compiles does so here
+    out = packed_attention(qkv, sequences)  # what compiles does so here
+    out.backward(torch.ones_like(out))
     torch.cuda.set_sync_debug_mode("error")
     try:
         out = packed_attention(qkv, sequences)
