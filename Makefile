@@ -41,7 +41,7 @@ test-all: setup
 gpu-check:
 	$(MAKE) -k gpu-tests gpu-benchmarks
 gpu-tests: $(if $(filter file default,$(origin PYTHON)),setup)
-	$(GPU_PATH) $(GPU_PYTHON) -m pytest -m gpu tests/kernels tests/models/test_attention_backends.py
+	$(GPU_PATH) $(GPU_PYTHON) -m pytest -m gpu tests/kernels tests/models/test_attention_*.py
 gpu-benchmarks: $(if $(filter file default,$(origin PYTHON)),setup)
 	$(GPU_PATH) $(GPU_PYTHON) -m pytest kernels/benchmarks --benchmark-only --benchmark-columns=min,median,max
 	$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py

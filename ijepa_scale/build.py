@@ -22,7 +22,8 @@ from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
 from ijepa_scale.models.attention import Attend
-from ijepa_scale.models.attention_backends import Choice, choose_attention, self_test
+from ijepa_scale.models.attention_backends import Choice, choose_attention
+from ijepa_scale.models.attention_self_test import self_test
 from ijepa_scale.models.ijepa import IJepa, initialize_weights
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
