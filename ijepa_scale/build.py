@@ -26,7 +26,7 @@ from ijepa_scale.models.attention_backends import Choice, choose_attention
 from ijepa_scale.models.attention_self_test import self_test
 from ijepa_scale.models.ijepa import IJepa, initialize_weights
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
+from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize, recompute
 
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
 DEFAULT_SCENES, VALIDATION_SCENES = 20_000, 4000
@@ -103,6 +103,9 @@ def build_model(
         grid=context_encoder.grid,
         attend=attend,
     )
+    encoder_every, predictor_every = config.engine.recompute_every
+    recompute(context_encoder.blocks, encoder_every)
+    recompute(predictor.predictor_blocks, predictor_every)
     model = IJepa(
         context_encoder,
         predictor,
@@ -112,6 +115,9 @@ def build_model(
         covariance=config.loss.covariance,
         total=total,
     )
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compiled = config.engine.compile
     if initialize:
         initialize_weights(model, config.seed)
     return model

@@ -186,6 +186,9 @@ class OptimizationConfig:
 class EngineConfig:
     zero_stage: int = 1  # 1, 2 or 3
     precision: str = "auto"  # auto (bf16 on a GPU, fp32 on CPU) | fp32 | bf16
+    # none | predictor (its blocks) | every_2, every_3, ... (also every Nth of the context encoder) | full
+    activation_checkpointing: str = "none"
+    compile: bool = False  # torch.compile of the transformer blocks
     hang_seconds: float = 1800.0  # a step with its save that takes longer prints all stacks and ends the run; 0: off
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged last into the generated DeepSpeed config
 
@@ -200,6 +203,21 @@ class EngineConfig:
             self.precision in ("auto", "fp32", "bf16"),
             f"engine.precision must be auto, fp32 or bf16, got {self.precision!r}",
         )
+        _ = self.recompute_every
+
+    @property
+    def recompute_every(self) -> tuple[int, int]:
+        """Every which block of the context encoder and of the predictor is computed again in backward; 0: none."""
+        fixed = {"none": (0, 0), "predictor": (0, 1), "full": (1, 1)}
+        if self.activation_checkpointing in fixed:
+            return fixed[self.activation_checkpointing]
+        number = self.activation_checkpointing.removeprefix("every_")
+        _require(
+            self.activation_checkpointing.startswith("every_") and number.isdecimal() and int(number) >= 2,
+            "engine.activation_checkpointing must be none, predictor, full, or every_N with N from 2 (every_2: every "
+            f"second block of the context encoder), got {self.activation_checkpointing!r}",
+        )
+        return int(number), 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,6 +295,8 @@ FREE_KEYS = (
     "optimization.micro_batch_size",
     "optimization.stop_at_step",
     "engine.zero_stage",
+    "engine.activation_checkpointing",
+    "engine.compile",
     "engine.hang_seconds",
     "checkpoint.",
     "logging.",

@@ -7,6 +7,7 @@ from ijepa_scale import build
 from ijepa_scale.config import (
     ATTENTION,
     DataConfig,
+    EngineConfig,
     LoggingConfig,
     LossConfig,
     MaskConfig,
@@ -56,6 +57,29 @@ def test_explicit_sizes_win(overrides, expected):
     width, depth, heads, mlp_width = expected
     size = build.vit_size(ModelConfig(name="vit_tiny", **overrides))
     assert size == ViTSize(width=width, depth=depth, heads=heads, mlp_width=mlp_width)
+
+
+@pytest.mark.parametrize(
+    "policy, encoder, predictor",
+    [
+        ("none", [], []),
+        ("predictor", [], [1, 2]),
+        ("every_2", [2, 4], [1, 2]),
+        ("every_3", [3], [1, 2]),
+        ("full", [1, 2, 3, 4], [1, 2]),
+    ],
+)
+def test_activation_checkpointing_and_compile_reach_the_blocks(policy, encoder, predictor):
+    config = config_of(
+        engine=EngineConfig(activation_checkpointing=policy, compile=policy == "none"),
+        model=ModelConfig(name="vit_tiny", patch_size=4, width=16, heads=2, depth=4),
+        predictor=PredictorConfig(width=8, depth=2),
+    )
+    model = build.build_model(config, initialize=False)
+    for blocks, expected in ((model.context_encoder.blocks, encoder), (model.predictor.predictor_blocks, predictor)):
+        assert [i for i, block in enumerate(blocks, 1) if block.recomputed] == expected
+        assert all(block.compiled == (policy == "none") for block in blocks)
+    assert not any(block.recomputed for block in model.target_encoder.blocks)
 
 
 def test_sizes_that_cannot_be():

@@ -1,11 +1,15 @@
 """The vision transformer on packed tokens, and its table of sizes. B images, N patches, T packed tokens, D width."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ijepa_kernels.gather import gather_rows
 from ijepa_kernels.patchify import patchify
@@ -39,9 +43,13 @@ VIT_SIZES = {
 }
 
 
+NORM_EPS = 1e-6  # as in public checkpoints; PyTorch's 1e-5 shifts features
+
 # Where no gradient is kept, a CPU encodes about so many tokens at a time: what passes from one operation to the next
 # then stays in its second-level cache. Measured in docs/performance.md.
 CPU_TOKENS = 1024
+
+Affine = tuple[torch.Tensor, torch.Tensor]  # weight and bias of a linear layer or a LayerNorm
 
 
 def sincos_pos_embed(width: int, grid: PatchGrid) -> torch.Tensor:
@@ -58,56 +66,103 @@ def sincos_pos_embed(width: int, grid: PatchGrid) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
 
 
-class ResidualLinear(nn.Linear):
+def _residual_linear(
+    x_TK: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor, residual_TD: torch.Tensor
+) -> torch.Tensor:
     """x @ weight.T + bias + residual: the product is accumulated onto the sum of the others, in one pass."""
+    if torch.compiler.is_compiling():  # which fuses the sum with what follows; a product onto it would copy it first
+        return F.linear(x_TK, weight_DK, bias_D) + residual_TD
+    return (residual_TD + bias_D).addmm_(x_TK, weight_DK.t())
 
-    def forward(self, x_TK: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        return (residual_TD + self.bias).addmm_(x_TK, self.weight.t())
+
+# The two halves of a block around its attention are functions of tensors alone: all blocks share what torch.compile
+# makes of them, and hooks on modules (ZeRO-3's) break no graph.
+
+
+def _before_attention(tokens_TD: torch.Tensor, norm: Affine, qkv: Affine) -> torch.Tensor:
+    """LayerNorm and the projection to queries, keys and values, (T, 3 * D)."""
+    return F.linear(F.layer_norm(tokens_TD, tokens_TD.shape[-1:], *norm, NORM_EPS), *qkv)
+
+
+def _after_attention(
+    mixed_TD: torch.Tensor, residual_TD: torch.Tensor, proj: Affine, norm: Affine, fc1: Affine, fc2: Affine
+) -> torch.Tensor:
+    """The projection, LayerNorm and the MLP, each half added to what it came from, (T, D)."""
+    tokens_TD = _residual_linear(mixed_TD, *proj, residual_TD)
+    hidden_TK = F.gelu(F.linear(F.layer_norm(tokens_TD, tokens_TD.shape[-1:], *norm, NORM_EPS), *fc1))
+    return _residual_linear(hidden_TK, *fc2, tokens_TD)
+
+
+@cache
+def _compiled_halves() -> tuple[Callable, Callable]:
+    """Raises torch's FailOnRecompileLimitHit where it would otherwise go on uncompiled with one line in a log."""
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(_before_attention), torch.compile(_after_attention)
 
 
 class Attention(nn.Module):
+    """The weights of attention, named as in public checkpoints."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.proj = ResidualLinear(width, width)
-
-    def forward(
-        self, tokens_TD: torch.Tensor, residual_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None
-    ) -> torch.Tensor:
-        qkv_T3HE = self.qkv(tokens_TD).unflatten(-1, (3, self.heads, -1))
-        mixed_TD = packed_attention(qkv_T3HE, sequences).flatten(1)
-        if rows_K is not None:
-            mixed_TD, residual_TD = (gather_rows(rows, rows_K, unique=True) for rows in (mixed_TD, residual_TD))
-        return self.proj(mixed_TD, residual_TD)
+        self.proj = nn.Linear(width, width)
 
 
 class Mlp(nn.Module):
+    """The weights of the MLP, named as in public checkpoints."""
+
     def __init__(self, width: int, mlp_width: int):
         super().__init__()
         self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = ResidualLinear(mlp_width, width)
-
-    def forward(self, tokens_TD: torch.Tensor, residual_TD: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens_TD)), residual_TD)
+        self.fc2 = nn.Linear(mlp_width, width)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block on packed tokens."""
+    """A pre-norm transformer block on packed tokens.
+
+    compiled: its two halves run through torch.compile. recomputed: its backward runs its forward again (activation
+    checkpointing), and only its input is kept.
+    """
+
+    compiled = False
+    recomputed = False
 
     def __init__(self, size: ViTSize):
         super().__init__()
-        self.norm1 = nn.LayerNorm(size.width, eps=1e-6)  # as in public checkpoints; PyTorch's 1e-5 shifts features
+        self.norm1 = nn.LayerNorm(size.width, eps=NORM_EPS)
         self.attn = Attention(size.width, size.heads)
-        self.norm2 = nn.LayerNorm(size.width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(size.width, eps=NORM_EPS)
         self.mlp = Mlp(size.width, size.mlp_width)
 
     def forward(
         self, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None = None
     ) -> torch.Tensor:
         """rows_K: (K,) integers, the rows wanted, each once; all attend, what follows is computed for these alone."""
-        tokens_TD = self.attn(self.norm1(tokens_TD), tokens_TD, sequences, rows_K)
-        return self.mlp(self.norm2(tokens_TD), tokens_TD)
+        before, after = _compiled_halves() if self.compiled else (_before_attention, _after_attention)
+        norm1, qkv, proj, norm2, fc1, fc2 = (
+            (layer.weight, layer.bias)
+            for layer in (self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
+        )
+        qkv_TF = before(self._any_length(tokens_TD), norm1, qkv)
+        mixed_TD = packed_attention(qkv_TF.unflatten(-1, (3, self.attn.heads, -1)), sequences).flatten(1)
+        if rows_K is not None:
+            mixed_TD, tokens_TD = (gather_rows(rows, rows_K, unique=True) for rows in (mixed_TD, tokens_TD))
+        return after(self._any_length(mixed_TD), self._any_length(tokens_TD), proj, norm2, fc1, fc2)
+
+    def _any_length(self, rows_TD: torch.Tensor) -> torch.Tensor:
+        """The same; compiled code then takes any number of rows, and no batch compiles it again."""
+        if self.compiled:
+            torch._dynamo.maybe_mark_dynamic(rows_TD, 0)
+        return rows_TD
+
+
+def recompute(blocks: nn.ModuleList, every: int) -> None:
+    """Activation checkpointing of every Nth block, N = every; 0: of none."""
+    block: Any
+    for i, block in enumerate(blocks, 1):
+        block.recomputed = every > 0 and i % every == 0
 
 
 def run_blocks(
@@ -115,7 +170,12 @@ def run_blocks(
 ) -> torch.Tensor:
     """All blocks in turn. rows_K: (K,) integers, rows of the result, each once; None: all."""
     for i, block in enumerate(blocks, 1):
-        tokens_TD = block(tokens_TD, sequences, rows_K if i == len(blocks) else None)
+        rows = rows_K if i == len(blocks) else None
+        if block.recomputed and torch.is_grad_enabled():
+            # No block draws random numbers, and to save a GPU's generator is to wait for it.
+            tokens_TD = checkpoint(block, tokens_TD, sequences, rows, use_reentrant=False, preserve_rng_state=False)
+        else:
+            tokens_TD = block(tokens_TD, sequences, rows)
     return tokens_TD
 
 
@@ -150,7 +210,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, size.width)
         self.register_buffer("pos_embed", sincos_pos_embed(size.width, self.grid)[None])  # (1, N, D), as checkpoints
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
-        self.norm = nn.LayerNorm(size.width, eps=1e-6)
+        self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -13,7 +13,7 @@ from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.masking.packing import Masks, pack_masks
 from ijepa_scale.models.ijepa import IJepa, initial_weight
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import VisionTransformer, ViTSize
+from ijepa_scale.models.vit import Block, VisionTransformer, ViTSize, recompute
 from ijepa_scale.optim import adamw, parameter_groups
 
 GLOBAL_BATCH = 8
@@ -28,11 +28,17 @@ def build_encoder() -> VisionTransformer:
     return VisionTransformer(ViTSize(width=32, depth=2, heads=2, mlp_width=64), image_size=32, patch_size=8)
 
 
-def build_model(**terms: Any) -> IJepa:
-    """terms: IJepa's variance, covariance and total."""
+def build_model(compiled: bool = False, recompute_every: tuple[int, int] = (0, 0), **terms: Any) -> IJepa:
+    """recompute_every: of the context encoder's, the predictor's blocks. terms: IJepa's variance, covariance, total."""
     encoder = build_encoder()
     predictor = Predictor(ViTSize(width=16, depth=1, heads=2, mlp_width=32), encoder_width=32, grid=encoder.grid)
-    return IJepa(encoder, predictor, build_encoder(), **terms)
+    recompute(encoder.blocks, recompute_every[0])
+    recompute(predictor.predictor_blocks, recompute_every[1])
+    model = IJepa(encoder, predictor, build_encoder(), **terms)
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.compiled = compiled
+    return model
 
 
 def global_batch(step: int) -> tuple[torch.Tensor, list, list]:
@@ -70,7 +76,7 @@ def start_engine(
     accumulation: int = 1,
     clip: float = 0.0,
     seed: int = SEED,
-    terms: dict[str, float] | None = None,
+    terms: dict[str, Any] | None = None,
     before_ema: Callable[[Any], None] = lambda engine: None,
 ) -> tuple[Any, ShardedEMA]:
     settings = zero.deepspeed_config(

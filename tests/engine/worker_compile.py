@@ -1,0 +1,52 @@
+"""Runs inside ranks: steps with compiled and recomputed blocks beside the same steps without; facts go to JSON."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dynamo.utils import counters
+
+from ijepa_scale.engine import distributed
+from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.optim import set_schedules
+from tests.engine import tiny
+
+WARM_UP, STEPS = 3, 23
+
+
+def steps(ranks: Ranks, zero_stage: int, **options: Any) -> dict[str, Any]:
+    """Losses and gradient norms of STEPS steps, each with its own numbers of tokens, and what was compiled in them."""
+    torch._dynamo.reset()
+    counters.clear()
+    engine, ema = tiny.start_engine(ranks, zero_stage=zero_stage, precision="fp32", terms=options)
+    losses, norms, warm = [], [], 0
+    for step in range(STEPS):
+        if step == WARM_UP:
+            warm = counters["stats"]["unique_graphs"]
+        set_schedules(engine.optimizer.optimizer.param_groups, lr=1e-3, weight_decay=0.05)
+        for batch in tiny.micro_batches(step, ranks, 1):
+            loss = engine(*batch)["loss"]
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        norms.append(float(engine.get_global_grad_norm()))
+        ema.update(0.9)
+    return {
+        "losses": losses,
+        "norms": norms,
+        "warm_graphs": warm,
+        "later_graphs": counters["stats"]["unique_graphs"] - warm,
+        "breaks": sum(counters["graph_break"].values()),
+    }
+
+
+def run(result: str, stages: tuple[int, ...], variants: dict[str, dict[str, Any]]) -> None:
+    """variants: options of tiny.build_model by name; each at every stage."""
+    ranks = distributed.start()
+    facts = {
+        f"{name} {stage}": steps(ranks, stage, **options) for stage in stages for name, options in variants.items()
+    }
+    if ranks.first:
+        Path(result).write_text(json.dumps(facts))
+    ranks.close()
