@@ -21,6 +21,9 @@ from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
+from ijepa_scale.models.attention import Attend
+from ijepa_scale.models.attention_backends import Choice, choose_attention
+from ijepa_scale.models.attention_self_test import self_test
 from ijepa_scale.models.ijepa import IJepa, initialize_weights
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize, recompute
@@ -43,10 +46,31 @@ def vit_size(model: ModelConfig) -> ViTSize:
     )
 
 
-def build_encoder(config: PretrainConfig) -> VisionTransformer:
-    """A vision transformer of the config's size, with PyTorch's own initial weights."""
+def predictor_size(config: PretrainConfig) -> ViTSize:
+    width, heads = config.predictor.width, config.predictor.heads or vit_size(config.model).heads
+    return ViTSize(width=width, depth=config.predictor.depth, heads=heads, mlp_width=4 * width)
+
+
+def build_attention(config: PretrainConfig, *, device: torch.device, dtype: torch.dtype) -> Choice:
+    """What attends over packed tokens, tested on the device at the model's heads and longest sequence.
+
+    Raises ValueError for a kernel that model.attention asks for and that is absent, and for one that is wrong.
+    """
+    heads = {(size.heads, size.width // size.heads) for size in (vit_size(config.model), predictor_size(config))}
+    choice = choose_attention(
+        config.model.attention, device=device, dtype=dtype, head_widths=[width for _, width in heads]
+    )
+    if choice.attend is not None:
+        # A context and one target block share no patch, so no sequence is longer than the grid.
+        longest = (config.data.image_size // config.model.patch_size) ** 2
+        self_test(choice.name, choice.attend, heads, longest=longest, device=device, dtype=dtype)
+    return choice
+
+
+def build_encoder(config: PretrainConfig, attend: Attend | None = None) -> VisionTransformer:
+    """A vision transformer of the config's size, with PyTorch's own initial weights. attend: as VisionTransformer's."""
     return VisionTransformer(
-        vit_size(config.model), image_size=config.data.image_size, patch_size=config.model.patch_size
+        vit_size(config.model), image_size=config.data.image_size, patch_size=config.model.patch_size, attend=attend
     )
 
 
@@ -63,20 +87,21 @@ def build_model(
     config: PretrainConfig,
     *,
     initialize: bool = True,
+    attend: Attend | None = None,
     total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
 ) -> IJepa:
     """Context encoder, predictor and target encoder, whose forward computes the loss.
 
     initialize: draw the weights from config.seed; the engine passes False and draws its own shards.
+    attend: the kernel that attends over packed tokens, as build_attention() chooses it; None: PyTorch's own attention.
     total: this rank's tensor -> the sum of all ranks', for loss terms over the images of a micro-step.
     """
-    context_encoder = build_encoder(config)
-    heads = config.predictor.heads or context_encoder.size.heads
-    width = config.predictor.width
+    context_encoder = build_encoder(config, attend)
     predictor = Predictor(
-        ViTSize(width=width, depth=config.predictor.depth, heads=heads, mlp_width=4 * width),
+        predictor_size(config),
         encoder_width=context_encoder.size.width,
         grid=context_encoder.grid,
+        attend=attend,
     )
     encoder_every, predictor_every = config.engine.recompute_every
     recompute(context_encoder.blocks, encoder_every)
@@ -110,7 +135,7 @@ def architecture(config: PretrainConfig) -> dict[str, int]:
         "mlp_width": encoder.mlp_width,
         "predictor_width": config.predictor.width,
         "predictor_depth": config.predictor.depth,
-        "predictor_heads": config.predictor.heads or encoder.heads,
+        "predictor_heads": predictor_size(config).heads,
     }
 
 

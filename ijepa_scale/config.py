@@ -70,6 +70,9 @@ class DataConfig:
         return [(part["path"], part.get("weight", 1)) for part in self.source]
 
 
+ATTENTION = ("auto", "fa2", "fa3", "fa4", "torch_varlen", "sdpa")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     name: str = "vit_huge"  # a key of models.vit.VIT_SIZES
@@ -78,8 +81,13 @@ class ModelConfig:
     depth: int = 0
     heads: int = 0
     mlp_width: int = 0  # 0: as the name says, or 4 x width where width is given
+    attention: str = "auto"  # auto | fa2 | fa3 | fa4 | torch_varlen | sdpa: what attends over packed tokens
 
     def __post_init__(self) -> None:
+        _require(
+            self.attention in ATTENTION,
+            f"model.attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}",
+        )
         _require(self.patch_size >= 1, f"model.patch_size must be 1 or more, got {self.patch_size}")
         for key in ("width", "depth", "heads", "mlp_width"):
             _require(getattr(self, key) >= 0, f"model.{key} must be 0 or more, got {getattr(self, key)}")
@@ -89,7 +97,7 @@ class ModelConfig:
 class PredictorConfig:
     width: int = 384
     depth: int = 12
-    heads: int = 0  # 0: the encoder's
+    heads: int = 0  # 0: the encoder's, as in the paper; of a width of 384 GPUs prefer 12 or 6 (docs/performance.md)
 
     def __post_init__(self) -> None:
         for key, least in (("width", 1), ("depth", 1), ("heads", 0)):
@@ -125,9 +133,8 @@ class MaskConfig:
 class LossConfig:
     kind: str = "smooth_l1"  # smooth_l1 (as the released code) | l2 (as the paper's text)
     # Weights of terms against collapse, over the images of one micro-step of all ranks; 0: off, as in the paper.
-    variance: float = (
-        0.0  # of how far the standard deviations of the context tokens fall short of 1; small runs: 0.01, 0.02
-    )
+    # variance: of how far the standard deviations of the context tokens fall short of 1; small runs: 0.01, 0.02
+    variance: float = 0.0
     covariance: float = 0.0  # of the squared covariances between their dimensions; small runs: a fifth of variance
 
     def __post_init__(self) -> None:
@@ -191,10 +198,7 @@ class EngineConfig:
             f"engine.zero_stage must be 1, 2 or 3, got {self.zero_stage}"
             + (": stage 0 has no fp32 master weights to average; use 1" if self.zero_stage == 0 else ""),
         )
-        _require(
-            self.hang_seconds >= 0,
-            f"engine.hang_seconds must be 0 (off) or more, got {self.hang_seconds}",
-        )
+        _require(self.hang_seconds >= 0, f"engine.hang_seconds must be 0 (off) or more, got {self.hang_seconds}")
         _require(
             self.precision in ("auto", "fp32", "bf16"),
             f"engine.precision must be auto, fp32 or bf16, got {self.precision!r}",
@@ -287,6 +291,7 @@ FREE_KEYS = (
     "data.cache_dir",
     "data.eval_split",
     "data.max_bad_fraction",
+    "model.attention",  # beyond rounding
     "optimization.micro_batch_size",
     "optimization.stop_at_step",
     "engine.zero_stage",

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig, changed_keys, to_dict, to_yaml
 from ijepa_scale.data.collate import MicroBatches
@@ -17,6 +19,7 @@ from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.metrics import read_records
+from ijepa_scale.models.attention_backends import Choice
 from ijepa_scale.models.ijepa import initial_weight
 from ijepa_scale.optim import adamw, parameter_groups
 from ijepa_scale.run_folder import BadImages, RunFolder
@@ -68,6 +71,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         clip_grad_norm=config.optimization.clip_grad_norm,
         extra=config.engine.deepspeed,
     )
+    attention = choose_attention(config, ranks, torch.bfloat16 if precision == "bf16" else torch.float32)
     ranks.together(lambda: folder.lock() if ranks.first else None)
     images = ranks.together(lambda: build.build_images(config), on="node")
     evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
@@ -87,12 +91,12 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         facts["streams"] = images.layout()
         dealt = images.dealing(config.data.workers)
     found, notes = find_checkpoint(config, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
-    notes += dealt
+    notes += [f"attention: {attention.name} ({attention.why})", *dealt]
     if found and isinstance(images, Streams):
         images = go_on(images, found, notes)
 
     with zero.building_context(settings):
-        model = build.build_model(config, initialize=False, total=ranks.total)
+        model = build.build_model(config, initialize=False, attend=attention.attend, total=ranks.total)
     engine = zero.initialize(
         model,
         settings,
@@ -121,9 +125,26 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         )
     if ranks.first:
         folder.describe(
-            to_yaml(config), world_size=ranks.world_size, precision=precision, images=len(images), source=images.name
+            to_yaml(config),
+            world_size=ranks.world_size,
+            precision=precision,
+            attention=attention.name,
+            images=len(images),
+            source=images.name,
         )
     return run
+
+
+def choose_attention(config: PretrainConfig, ranks: Ranks, dtype: torch.dtype) -> Choice:
+    """The kernel for packed tokens, tested on every rank's device, and the same on all of them."""
+    choice = ranks.together(lambda: build.build_attention(config, device=ranks.device, dtype=dtype))
+    names = sorted(set(ranks.gather(choice.name)))
+    if len(names) > 1:
+        raise ValueError(
+            f"the ranks would attend with different kernels, {', '.join(names)}: install the same packages on every "
+            "node, or set model.attention"
+        )
+    return choice
 
 
 def go_on(streams: Streams, found: Checkpoint, notes: list[str]) -> Streams:

@@ -5,6 +5,7 @@ import torch
 
 from ijepa_scale import build
 from ijepa_scale.config import (
+    ATTENTION,
     DataConfig,
     EngineConfig,
     LoggingConfig,
@@ -20,6 +21,8 @@ from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.streams import Streams
 from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.models.attention import packed_attention_reference
+from ijepa_scale.models.attention_backends import BACKENDS, Choice
 from ijepa_scale.models.vit import VIT_SIZES, ViTSize
 from tests.data.sources import write_images, write_tar
 
@@ -98,6 +101,44 @@ def test_the_model_is_what_the_config_says():
     assert all(torch.equal(source, target) for source, target in model.twins())
     other = build.build_model(config_of(predictor=PredictorConfig(width=8, depth=1, heads=4), seed=5))
     assert other.predictor.size.heads == 4 and other.loss_kind == "smooth_l1"
+
+
+CPU = torch.device("cpu")
+
+
+def test_every_kernel_can_be_asked_for_by_name():
+    assert set(ATTENTION) == {"auto", "sdpa", *BACKENDS}
+
+
+def test_a_cpu_attends_by_the_definition():
+    choice = build.build_attention(config_of(), device=CPU, dtype=torch.float32)
+    assert choice.name == "sdpa" and choice.attend is None
+    asked = config_of(model=dataclasses.replace(config_of().model, attention="fa2"))
+    with pytest.raises(ValueError, match=r"^model.attention=fa2 needs a CUDA device"):
+        build.build_attention(asked, device=CPU, dtype=torch.bfloat16)
+
+
+def test_a_kernel_is_tested_at_the_model_s_heads_and_longest_sequence_and_reaches_what_is_packed(monkeypatch):
+    calls = set()
+
+    def attend(qkv, sequences):
+        assert sequences.num_tokens == sequences.cu_seqlens[-1] == len(qkv)
+        calls.add((*qkv.shape[2:], sequences.max_seqlen))
+        return packed_attention_reference(qkv, sequences) * factor
+
+    monkeypatch.setattr(build, "choose_attention", lambda *wanted, **facts: Choice("fa2", attend, "asked for"))
+    config = config_of(
+        model=ModelConfig(name="vit_tiny", patch_size=4, width=48, heads=2),
+        predictor=PredictorConfig(width=32, heads=4),
+    )
+    factor = 1
+    assert build.build_attention(config, device=CPU, dtype=torch.bfloat16).attend is attend
+    assert calls == {(2, 24, 36), (4, 8, 36)}
+    model = build.build_model(config, attend=attend, initialize=False)
+    assert model.context_encoder.attend is model.predictor.attend is attend
+    factor = 1.1
+    with pytest.raises(ValueError, match=r"^model.attention=fa2 on cpu at head width 24 gives a wrong output"):
+        build.build_attention(config, device=CPU, dtype=torch.bfloat16)
 
 
 def test_weights_are_a_function_of_the_seed():

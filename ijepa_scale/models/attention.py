@@ -1,5 +1,6 @@
 """Attention over packed tokens. T packed tokens, S sequences, L the longest, H heads."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -10,11 +11,17 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Sequences:
-    """Where packed sequences begin. cu_seqlens: (S + 1,) int32 on the tokens' device; max_seqlen: on the host."""
+    """Where packed sequences begin: cu_seqlens, (S + 1,) int32 on the tokens' device. Lengths are on the host.
+
+    Every token is in a sequence: num_tokens is cu_seqlens[-1], and padding is a sequence of its own, the last. Kernels
+    leave what lies past it as it was in memory, often NaN (pytorch/pytorch#176793, #188933).
+    attend: the kernel that packed_attention() calls; None: PyTorch's scaled_dot_product_attention.
+    """
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
     num_tokens: int
+    attend: "Attend | None" = None
 
     @property
     def count(self) -> int:
@@ -52,18 +59,30 @@ class Sequences:
         return (columns < self.cu_seqlens.diff()[:, None])[:, None, None, :]
 
 
+Attend = Callable[[torch.Tensor, Sequences], torch.Tensor]  # as packed_attention()
+
+
 def packed_attention(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     """Softmax attention within each packed sequence, none across.
 
-    qkv_T3HE: (T, 3, H, E). Returns (T, H, E). Sequences of one length run as a dense batch. Others: on a CPU, those of
-    each length as a dense batch of their own; elsewhere, where lengths are not to be fetched from the device, padded to
-    the longest and masked.
+    qkv_T3HE: (T, 3, H, E). Returns (T, H, E). Without a kernel (attention_backends.py) sequences of one length run as
+    a dense batch. Others: on a CPU, those of each length as a dense batch of their own; elsewhere, where lengths are
+    not to be fetched from the device, padded to the longest and masked.
     """
+    if sequences.attend is not None:
+        return sequences.attend(_aligned(qkv_T3HE), sequences)
     if sequences.equal_lengths:
         return _dense_attention(qkv_T3HE, sequences.count, sequences.max_seqlen)
     if qkv_T3HE.device.type == "cpu":
         return _grouped_attention(qkv_T3HE, sequences)
     return _padded_attention(qkv_T3HE, sequences)
+
+
+def _aligned(qkv_T3HE: torch.Tensor) -> torch.Tensor:
+    """Rows end to end, from a multiple of 16 bytes on: elsewhere kernels may be silently wrong (pytorch#194818)."""
+    if qkv_T3HE.is_contiguous() and qkv_T3HE.storage_offset() * qkv_T3HE.element_size() % 16 == 0:
+        return qkv_T3HE
+    return qkv_T3HE.clone(memory_format=torch.contiguous_format)
 
 
 def _dense_attention(qkv_T3HE: torch.Tensor, count: int, length: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from torch import nn
 from ijepa_kernels.assemble import assemble
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Masks
-from ijepa_scale.models.attention import Sequences
+from ijepa_scale.models.attention import Attend, Sequences
 from ijepa_scale.models.vit import Block, ViTSize, run_blocks, sincos_pos_embed
 
 
@@ -18,9 +18,11 @@ class Predictor(nn.Module):
 
     predictor_pos_embed: torch.Tensor
 
-    def __init__(self, size: ViTSize, *, encoder_width: int, grid: PatchGrid):
+    def __init__(self, size: ViTSize, *, encoder_width: int, grid: PatchGrid, attend: Attend | None = None):
+        """attend: the kernel that attends; None: PyTorch's own."""
         super().__init__()
         self.size = size
+        self.attend = attend
         self.predictor_embed = nn.Linear(encoder_width, size.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, size.width))
         self.register_buffer("predictor_pos_embed", sincos_pos_embed(size.width, grid)[None])
@@ -40,7 +42,7 @@ class Predictor(nn.Module):
             copies_TM=masks.prediction_copies_TM,
             mask_rows_K=masks.target_rows_T,
         )
-        sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens)
+        sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens, self.attend)
         # What follows the last attention is row-wise: the context's rows are dropped before it.
         tokens_TP = run_blocks(self.predictor_blocks, tokens_TP, sequences, masks.target_rows_T)
         return self.predictor_proj(self.predictor_norm(tokens_TP))

@@ -15,7 +15,7 @@ from ijepa_kernels.gather import gather_rows
 from ijepa_kernels.patchify import patchify
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Packed
-from ijepa_scale.models.attention import Sequences, packed_attention
+from ijepa_scale.models.attention import Attend, Sequences, packed_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,9 +201,11 @@ class VisionTransformer(nn.Module):
 
     pos_embed: torch.Tensor
 
-    def __init__(self, size: ViTSize, *, image_size: int, patch_size: int):
+    def __init__(self, size: ViTSize, *, image_size: int, patch_size: int, attend: Attend | None = None):
+        """attend: the kernel for packed tokens; whole images are of one length and go to PyTorch's own attention."""
         super().__init__()
         self.size = size
+        self.attend = attend
         self.grid = PatchGrid(image_size // patch_size, image_size // patch_size)
         self.patch_embed = PatchEmbed(patch_size, size.width)
         self.register_buffer("pos_embed", sincos_pos_embed(size.width, self.grid)[None])  # (1, N, D), as checkpoints
@@ -230,7 +232,7 @@ class VisionTransformer(nn.Module):
         if packed is not None:
             tokens_TD = self.patch_embed(images_BCHW, packed.indices_T, self.dtype)
             tokens_TD = tokens_TD + self.pos_embed[0].to(self.dtype).index_select(0, packed.indices_T % num_patches)
-            sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens)
+            sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens, self.attend)
             return self.norm(run_blocks(self.blocks, tokens_TD, sequences, rows_K))
         part = max(1, CPU_TOKENS // num_patches)
         if images_BCHW.device.type == "cpu" and not torch.is_grad_enabled() and batch > part:

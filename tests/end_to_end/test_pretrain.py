@@ -106,7 +106,9 @@ def test_a_folder_of_unlabelled_images_on_two_ranks_with_one_torn_file(config, t
             assert min(picture.size) > 200 and len(picture.convert("L").getcolors(1 << 20)) > 20
     assert "no labels" in json.loads((folder / "report.json").read_text())["note"]
     assert "width: 32" in (folder / "config.yaml").read_text()
-    assert json.loads((folder / "environment.json").read_text())["world_size"] == 2
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["world_size"] == 2 and environment["attention"] == "sdpa"
+    assert result.stdout.count("attention: sdpa (") == 1
     manifest = json.loads((folder / "checkpoints" / "step-00000004" / "manifest.json").read_text())
     assert (folder / "checkpoints" / "latest").read_text().strip() == "step-00000004"
     assert list((folder / "wandb").glob(f"offline-run-*-{manifest['wandb_id']}"))
@@ -167,6 +169,7 @@ def specks(tmp_path_factory):
         (["data.source={specks}", "optimization.global_batch_size=2"], "1 images, fewer than"),
         (["data.source={specks}", "optimization.global_batch_size=1"], "small.png"),
         (["data.source={few}", "engine.deepspeed.fp16={{enabled: true}}"], "engine.deepspeed.fp16"),
+        (["data.source={few}", "model.attention=fa3", "engine.precision=fp32"], "model.attention=fa3 "),
         (["data.source={few}", "--resume", "{few}"], "manifest.json"),
     ],
 )

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.processes import ENVIRONMENT, ROOT
 
@@ -37,3 +38,22 @@ def test_memory_that_tensors_left_goes_back_to_the_system():
     before, freed, released = map(float, ended.stdout.split())
     assert freed > before + 40  # what it is about: 60 to 330 MB in some runs
     assert released < before + 20
+
+
+STARTED = """
+import torch
+from ijepa_scale.engine import distributed
+ranks = distributed.start()
+print(torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled())
+ranks.close()
+"""
+
+
+@pytest.mark.gpu
+def test_cudnn_attention_is_off_in_training():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    ended = subprocess.run(
+        [sys.executable, "-c", STARTED], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
+    )
+    assert ended.returncode == 0 and ended.stdout.split()[-2:] == ["False", "True"], ended.stderr

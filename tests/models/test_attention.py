@@ -56,6 +56,18 @@ def test_value_and_gradient_match_the_definition(lengths, heads, width, path):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("width", [24, 32, 64, 80, 88, 104])
+def test_the_heads_of_every_model(width):
+    sequences = sequences_of([65, 1, 30])
+    results = []
+    for run in (packed_attention, packed_attention_reference):
+        qkv = qkv_of(96, 2, width).requires_grad_()
+        out = run(qkv, sequences)
+        results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11)
+
+
 @pytest.mark.parametrize("lengths", [[3, 1, 2], [2, 2]], ids=str)
 def test_gradcheck(lengths):
     sequences = sequences_of(lengths)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import pack_masks
+from ijepa_scale.models.attention import packed_attention_reference
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import ViTSize, sincos_pos_embed
 
@@ -67,6 +68,21 @@ def naive_prediction(weights, context_tokens, context_patches, block, depth=2):
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5))
         x = x + linear(hidden, f"{name}.mlp.fc2")
     return linear(norm(x[len(context_patches) :], "predictor_norm"), "predictor_proj")
+
+
+def test_a_kernel_attends():
+    plain, calls = tiny_predictor(), []
+
+    def attend(qkv, sequences):
+        calls.append((sequences.num_tokens, sequences.max_seqlen))
+        return packed_attention_reference(qkv, sequences)
+
+    predictor = Predictor(plain.size, encoder_width=ENCODER_WIDTH, grid=GRID, attend=attend).double()
+    predictor.load_state_dict(plain.state_dict())
+    context, targets = random_masks(0)
+    masks, tokens = pack_masks(context, targets, 16), tokens_of(context)
+    torch.testing.assert_close(predictor(tokens, masks), plain(tokens, masks), rtol=1e-12, atol=1e-12)
+    assert calls == [(masks.prediction.num_tokens, masks.prediction.max_seqlen)] * 2
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Packed
 from ijepa_scale.models import vit as vit_module
+from ijepa_scale.models.attention import packed_attention_reference
 from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize, sincos_pos_embed
 
 SIZE = ViTSize(width=24, depth=3, heads=3, mlp_width=40)
@@ -87,6 +88,45 @@ def test_rows_of_packed_tokens_with_their_gradients():
         results.append((out, *torch.autograd.grad(out, list(vit.parameters()), upstream)))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def counting(calls):
+    """A kernel that is the definition, and the sequences it was called with."""
+
+    def attend(qkv, sequences):
+        calls.append(sequences)
+        return packed_attention_reference(qkv, sequences)
+
+    return attend
+
+
+def test_a_kernel_attends_over_packed_tokens_alone():
+    plain, images, calls = tiny_vit(), images_of(len(RAGGED)), []
+    vit = VisionTransformer(SIZE, image_size=IMAGE, patch_size=PATCH, attend=counting(calls)).double()
+    vit.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(vit(images, pack(RAGGED)), plain(images, pack(RAGGED)), rtol=1e-12, atol=1e-12)
+    assert len(calls) == SIZE.depth and all(call is calls[0] for call in calls)
+    assert (calls[0].max_seqlen, calls[0].num_tokens, calls[0].count) == (25, 37, 4)
+    vit(images, pack([[0, 5, 6], [2, 9, 24]]))  # of one length, too: one kernel for all that is packed
+    assert len(calls) == 2 * SIZE.depth
+    vit(images)
+    assert len(calls) == 2 * SIZE.depth
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_padding_as_the_last_sequence_changes_nothing(kernel):
+    """To round up the number of tokens: whatever patches it names, and whatever gradient the others have."""
+    vit, images = tiny_vit(), images_of(len(RAGGED))
+    expected = vit(images, pack(RAGGED))
+    vit.attend = counting([]) if kernel else None
+    padded = vit(images, pack([*RAGGED, [-100, -100, -97, -100]]))  # patches of the first image, once more
+    torch.testing.assert_close(padded[: len(expected)], expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours, theirs = (
+        torch.autograd.grad(out, list(vit.parameters()), upstream) for out in (padded[: len(expected)], expected)
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_what_is_not_packed_is_not_seen():

@@ -1,0 +1,44 @@
+"""What is settled before a run's first step; runs themselves: tests/end_to_end."""
+
+import re
+
+import pytest
+import torch
+
+from ijepa_scale import build
+from ijepa_scale.config import ModelConfig, PretrainConfig
+from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.models.attention_backends import Choice
+from ijepa_scale.run import choose_attention
+
+
+class TwoRanks(Ranks):
+    """The first of two ranks, the other of which chose or met something else."""
+
+    def gather(self, value):
+        return [value, self.other(value)]
+
+
+def two_ranks(other):
+    ranks = TwoRanks(rank=0, world_size=2, local_rank=0, device=torch.device("cpu"))
+    object.__setattr__(ranks, "other", other)
+    return ranks
+
+
+def choose(ranks):
+    return choose_attention(PretrainConfig(model=ModelConfig(name="vit_tiny")), ranks, torch.float32)
+
+
+def test_ranks_attend_with_one_kernel(monkeypatch):
+    assert choose(two_ranks(lambda value: value)).name == "sdpa"
+    monkeypatch.setattr(build, "build_attention", lambda *config, **facts: Choice("fa3", None, "it is there"))
+    with pytest.raises(
+        ValueError, match="different kernels, fa2, fa3: install the same packages on every node, or set"
+    ):
+        choose(two_ranks(lambda value: "fa2" if isinstance(value, str) else value))
+
+
+def test_a_kernel_that_is_wrong_on_another_rank_stops_all():
+    wrong = ValueError("model.attention=fa3 on cuda:1 gives a wrong output")
+    with pytest.raises(ValueError, match=re.escape(str(wrong))):
+        choose(two_ranks(lambda value: wrong if value is None else value))
