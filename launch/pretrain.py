@@ -9,10 +9,14 @@ Exit codes: 0 finished, 1 training failed, 2 wrong input, 75 stopped by a signal
 
 import argparse
 import logging
+import os
 import sys
 import time
 from pathlib import Path
 
+# Each step has its own numbers of tokens: without growing segments the GPU's memory falls to pieces.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
 
 
