@@ -253,7 +253,9 @@ def train_step(
     applied = engine.was_step_applied()
     if applied:  # a skipped step leaves the EMA as it was, too
         run.ema.update(momentum)
-    norm = torch.as_tensor(engine.get_global_grad_norm(), device=ranks.device)
+    norm = engine.get_global_grad_norm()
+    if not isinstance(norm, torch.Tensor):  # infinite, of a skipped step; filled in on the device, to wait for nothing
+        norm = torch.full((), norm, device=ranks.device)
     seconds = time.perf_counter() - started
     record = {
         "kind": "step",
