@@ -28,7 +28,7 @@ from ijepa_scale.masking.multiblock import block_sizes, place_blocks
 from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
 from ijepa_scale.models.ijepa import initial_weight
 from ijepa_scale.optim import adamw, parameter_groups, set_schedules
-from ijepa_scale.plan import flops_per_image, tokens_of
+from ijepa_scale.flops import Counts
 
 BASELINE = Path(__file__).resolve().parents[1] / "tests" / "reference" / "dense_jepa.py"
 LAYOUTS = 4  # batches of masks that the steps cycle through
@@ -135,7 +135,7 @@ def steps_of(
         return counter.get_total_flops()
 
     def needed(masks: Masks) -> float:
-        return sum(flops_per_image(config, tokens_of(masks)).values()) * len(images)
+        return build.build_flops(config).model(Counts.of(masks))
 
     def tokens(masks: Masks) -> int:
         return len(images) * masks.num_patches + masks.context.num_tokens + masks.prediction.num_tokens

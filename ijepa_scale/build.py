@@ -19,6 +19,7 @@ from ijepa_scale.data.stream_sources import open_shards, sample_images, shard_lo
 from ijepa_scale.data.streams import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
+from ijepa_scale.flops import StepFlops
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
 from ijepa_scale.models.ijepa import IJepa, initialize_weights
@@ -40,6 +41,21 @@ def vit_size(model: ModelConfig) -> ViTSize:
         depth=model.depth or named.depth,
         heads=model.heads or named.heads,
         mlp_width=model.mlp_width or (4 * model.width if model.width else named.mlp_width),
+    )
+
+
+def predictor_size(config: PretrainConfig) -> ViTSize:
+    model = config.predictor
+    heads = model.heads or vit_size(config.model).heads
+    return ViTSize(width=model.width, depth=model.depth, heads=heads, mlp_width=4 * model.width)
+
+
+def build_flops(config: PretrainConfig) -> StepFlops:
+    return StepFlops(
+        encoder=vit_size(config.model),
+        predictor=predictor_size(config),
+        patch_size=config.model.patch_size,
+        num_patches=(config.data.image_size // config.model.patch_size) ** 2,
     )
 
 
@@ -71,13 +87,7 @@ def build_model(
     total: this rank's tensor -> the sum of all ranks', for loss terms over the images of a micro-step.
     """
     context_encoder = build_encoder(config)
-    heads = config.predictor.heads or context_encoder.size.heads
-    width = config.predictor.width
-    predictor = Predictor(
-        ViTSize(width=width, depth=config.predictor.depth, heads=heads, mlp_width=4 * width),
-        encoder_width=context_encoder.size.width,
-        grid=context_encoder.grid,
-    )
+    predictor = Predictor(predictor_size(config), encoder_width=context_encoder.size.width, grid=context_encoder.grid)
     model = IJepa(
         context_encoder,
         predictor,
@@ -94,7 +104,7 @@ def build_model(
 
 def architecture(config: PretrainConfig) -> dict[str, int]:
     """What fixes the shapes of the weights, for a checkpoint to be compared with."""
-    encoder = vit_size(config.model)
+    encoder, predictor = vit_size(config.model), predictor_size(config)
     return {
         "image_size": config.data.image_size,
         "patch_size": config.model.patch_size,
@@ -102,9 +112,9 @@ def architecture(config: PretrainConfig) -> dict[str, int]:
         "depth": encoder.depth,
         "heads": encoder.heads,
         "mlp_width": encoder.mlp_width,
-        "predictor_width": config.predictor.width,
-        "predictor_depth": config.predictor.depth,
-        "predictor_heads": config.predictor.heads or encoder.heads,
+        "predictor_width": predictor.width,
+        "predictor_depth": predictor.depth,
+        "predictor_heads": predictor.heads,
     }
 
 

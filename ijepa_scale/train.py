@@ -19,6 +19,7 @@ from ijepa_scale.data.streams import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.signals import STOP_EXIT_CODE, StopRequest
+from ijepa_scale.flops import Counts, rates
 from ijepa_scale.metrics import JsonlWriter, Progress, WandbWriter, memory_bytes, read_records
 from ijepa_scale.optim import set_schedules
 from ijepa_scale.run import InputError, Run, check, set_up
@@ -212,9 +213,12 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
     applied = engine.was_step_applied()
     if applied:  # a skipped step leaves the EMA as it was, too
         run.ema.update(momentum)
-    wait, context_tokens, target_tokens, noted, stops, *totals = ranks.sum(
+    counts = [Counts.of(batch.masks) for batch in seen]
+    wait, model, hardware, context_tokens, target_tokens, noted, stops, *totals = ranks.sum(
         [
             wait,
+            sum(map(run.flops.model, counts)),
+            sum(map(run.flops.hardware, counts)),
             sum(batch.masks.context.num_tokens for batch in seen),
             sum(batch.masks.target_blocks.num_tokens for batch in seen),
             sum(len(batch.bad) + (len(batch.mark.passes) if batch.mark else 0) for batch in seen),
@@ -239,6 +243,7 @@ def train_step(run: Run, step: int, batches: Iterator[Batch], *, stop: bool) -> 
         "context_tokens": int(context_tokens),
         "target_tokens": int(target_tokens),
         "images_per_second": options.global_batch_size / seconds,
+        **rates(model=model, hardware=hardware, seconds=seconds, devices=ranks.world_size, peak=run.peak),
         "data_wait_seconds": wait / ranks.world_size,
         "step_seconds": seconds,
         "memory_bytes": memory_bytes(),
