@@ -24,11 +24,11 @@ from ijepa_scale.data.collate import BLOCKS, CONTEXT, SIZES
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.engine import distributed, zero
 from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.flops import Counts
 from ijepa_scale.masking.multiblock import block_sizes, place_blocks
 from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
 from ijepa_scale.models.ijepa import initial_weight
 from ijepa_scale.optim import adamw, parameter_groups, set_schedules
-from ijepa_scale.flops import Counts
 
 BASELINE = Path(__file__).resolve().parents[1] / "tests" / "reference" / "dense_jepa.py"
 LAYOUTS = 4  # batches of masks that the steps cycle through

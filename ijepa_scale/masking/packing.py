@@ -12,8 +12,8 @@ class Packed:
     """S sequences of tokens end to end.
 
     indices_T: (T,) int32, image * num_patches + patch, for every token. cu_seqlens: (S + 1,) int32; sequence s is rows
-    cu_seqlens[s]:cu_seqlens[s + 1]. On the host: max_seqlen, the longest sequence; num_pairs, the sum of squared lengths,
-    which attention's cost grows with.
+    cu_seqlens[s]:cu_seqlens[s + 1]. On the host: max_seqlen, the longest sequence; num_pairs, the sum of squared
+    lengths, which attention's cost grows with.
     """
 
     indices_T: torch.Tensor
