@@ -6,12 +6,8 @@ is reported beside elapsed time: it hardly changes when other processes use the 
 
 import gc
 import importlib.util
-import os
-import platform
-import re
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,10 +29,9 @@ from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
 from ijepa_scale.models.ijepa import initial_weight
 from ijepa_scale.optim import adamw, parameter_groups, set_schedules
 from ijepa_scale.profiling import profile_steps
+from ijepa_scale.timing import LAYOUTS, Say, Timed, machine, spread, turns
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-BASELINE = CHECKOUT / "tests" / "reference" / "dense_jepa.py"
-LAYOUTS = 4  # batches of masks that the steps cycle through
+BASELINE = Path(__file__).resolve().parents[1] / "tests" / "reference" / "dense_jepa.py"
 # (m, k, n) of the matmul rate
 LARGE_SHAPES = {
     "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 1024, 1024)),
@@ -44,8 +39,6 @@ LARGE_SHAPES = {
 }
 GPU_PRODUCT_FLOPS = 2e13  # of a timed run of products, so that starting and awaiting it is lost in it
 LR, WEIGHT_DECAY, MOMENTUM = 1e-4, 0.05, 0.996
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,42 +53,6 @@ class Setting:
     @property
     def cuda(self) -> bool:
         return self.device.type == "cuda"
-
-
-@dataclass
-class Timed:
-    """Something run in turns with the others. run: one step, or products of each shape, by the round's number."""
-
-    name: str
-    run: Callable[[int], None]
-    flops: list[float]  # of one run, by layout
-    tokens: list[int] = field(default_factory=list)  # context, target and predictor tokens of one run, by layout
-    state: int = 0  # bytes that it holds on a GPU between its runs
-    wall: list[float] = field(default_factory=list)  # seconds, by round
-    cpu: list[float] = field(default_factory=list)
-    memory: list[int] = field(default_factory=list)  # the most bytes on a GPU above those at its start, by round
-
-    def once(self, index: int, *, keep: bool, device: torch.device) -> None:
-        """From an idle device to an idle device."""
-        before = 0
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
-        wall, cpu = time.perf_counter(), time.process_time()
-        self.run(index)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        if keep:
-            self.wall.append(wall)
-            self.cpu.append(cpu)
-            if device.type == "cuda":
-                self.memory.append(torch.cuda.max_memory_allocated(device) - before)
-
-    def gflops(self) -> list[float]:
-        """GFLOP/s, by round."""
-        return [self.flops[i % len(self.flops)] / seconds / 1e9 for i, seconds in enumerate(self.wall)]
 
 
 def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | None = None) -> dict[str, Any]:
@@ -183,7 +140,12 @@ def steps_of(
     config, device = setting.config, setting.device
     dense_masks = [dense.DenseMasks.of(masks).to(device) for masks in equal]
     start = allocated(device)
-    baseline = dense.DenseJepa(build.build_model(config)).to(device)
+    with device, torch.no_grad():
+        like = build.build_model(config, initialize=False)
+        for name, parameter in like.named_parameters():
+            parameter.copy_(drawn(name, parameter.shape, device))
+        baseline = dense.DenseJepa(like).to(device)
+    del like
     dense_step = baseline_step(setting, baseline, images, dense_masks)
     dense_step(0)  # makes the optimizer's state
     dense_state = allocated(device) - start
@@ -212,19 +174,26 @@ def steps_of(
         baseline.zero_grad()
         return counter.get_total_flops()
 
-    def tokens(masks: Masks) -> int:
-        return len(images) * masks.num_patches + masks.context.num_tokens + masks.prediction.num_tokens
+    def timed(name: str, step: Callable[[int], None], flops: list[float], masks: list[Masks], state: int) -> Timed:
+        tokens = [len(images) * m.num_patches + m.context.num_tokens + m.prediction.num_tokens for m in masks]
+        context = float(np.mean([m.context.num_tokens / len(images) for m in masks]))
+        return Timed(name, step, flops, tokens, context, state)
 
-    def ours(name: str, step: Callable[[int], None], masks: list[Masks]) -> Timed:
-        return Timed(name, step, [flops.model(Counts.of(m)) for m in masks], [tokens(m) for m in masks], state)
+    def needed(masks: list[Masks]) -> list[float]:
+        return [flops.model(Counts.of(one)) for one in masks]
 
     with autocast(setting):
         dense_flops = [counted(masks) for masks in dense_masks]
     return [
-        Timed("dense baseline", dense_step, dense_flops, [tokens(masks) for masks in equal], dense_state),
-        ours("ijepa-scale", steps[0], equal),
-        ours("ijepa-scale, all context", steps[1], ragged),
+        timed("dense baseline", dense_step, dense_flops, equal, dense_state),
+        timed("ijepa-scale", steps[0], needed(equal), equal, state),
+        timed("ijepa-scale, all context", steps[1], needed(ragged), ragged, state),
     ]
+
+
+def drawn(name: str, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """A weight as training's are at first, but for the draw, which on a GPU takes no time."""
+    return 0.02 * torch.randn(shape, device=device) if len(shape) > 1 else initial_weight(name, shape, seed=0)
 
 
 def allocated(device: torch.device) -> int:
@@ -253,7 +222,7 @@ def baseline_step(setting: Setting, baseline: Any, images: torch.Tensor, masks: 
 
 
 def training_engine(setting: Setting) -> tuple[Any, ShardedEMA]:
-    """What run.set_up() makes of the config."""
+    """What run.set_up() makes of the config, with weights drawn on the device."""
     config = setting.config
     settings = zero.deepspeed_config(
         zero_stage=config.engine.zero_stage,
@@ -263,12 +232,12 @@ def training_engine(setting: Setting) -> tuple[Any, ShardedEMA]:
         clip_grad_norm=config.optimization.clip_grad_norm,
         extra=config.engine.deepspeed,
     )
-    with zero.building_context(settings):
+    with zero.building_context(settings), setting.device:
         model = build.build_model(config, initialize=False)
     engine = zero.initialize(
         model,
         settings,
-        lambda name, shape: initial_weight(name, shape, config.seed),
+        lambda name, shape: drawn(name, shape, setting.device),
         lambda module: adamw(parameter_groups(module), config.optimization.betas),
     )
     return engine, ShardedEMA(engine, model.twins())
@@ -302,30 +271,6 @@ def products(setting: Setting) -> list[Timed]:
     return [*large, product("matmul at the encoder's shapes", own)]
 
 
-def turns(runs: list[Timed], steps: int, say: Say, device: torch.device) -> int:
-    """Rounds in the order A B C, C B A, ...; the first LAYOUTS are warm-up.
-
-    Returns how often a GPU's allocator had to give memory back in the timed rounds, which slows them down.
-    """
-    retries = 0
-    for index in range(-LAYOUTS, steps):
-        if index == 0:
-            retries = _retries(device)
-        for run in runs if index % 2 == 0 else runs[::-1]:
-            run.once(index, keep=index >= 0, device=device)
-        say(f"warm-up {index + LAYOUTS + 1} of {LAYOUTS}" if index < 0 else f"round {index + 1} of {steps}")
-    return _retries(device) - retries
-
-
-def _retries(device: torch.device) -> int:
-    return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": float(median), "low": float(low), "high": float(high)}
-
-
 def results(setting: Setting, runs: list[Timed], steps: int) -> dict[str, Any]:
     config, batch = setting.config, setting.batch
     models = [run for run in runs if run.tokens]
@@ -341,6 +286,7 @@ def results(setting: Setting, runs: list[Timed], steps: int) -> dict[str, Any]:
             "step_seconds": spread(run.wall),
             "images_per_second": spread([batch / seconds for seconds in run.wall]),
             "tokens_per_second": spread([run.tokens[i % LAYOUTS] / s for i, s in enumerate(run.wall)]),
+            "context_tokens_per_image": run.context,
             "gflop_per_step": float(np.mean(run.flops)) / 1e9,
             "gflop_per_second": gflops,
             "share_of_matmul": gflops["median"] / matmul,
@@ -366,25 +312,3 @@ def results(setting: Setting, runs: list[Timed], steps: int) -> dict[str, Any]:
         "matmul_gflop_per_second": matmul,
         "matmuls": rates,
     }
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    cpu = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    gpu = {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda} if device.type == "cuda" else {}
-    return {
-        **gpu,
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def measurements(machine: dict[str, Any]) -> Path:
-    """docs/measurements/DEVICE, where what was measured on one kind of device is kept."""
-    device = machine.get("gpu") or f"{machine['cpu']} {machine['cores']} cores"
-    plain = re.sub(r"\((R|TM)\)", "", device).lower()
-    return CHECKOUT / "docs" / "measurements" / re.sub(r"[^a-z0-9]+", "-", plain).strip("-")

@@ -37,8 +37,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's own log is between our lines
-    from ijepa_scale.benchmark import benchmark, measurements
+    from ijepa_scale.benchmark import benchmark
     from ijepa_scale.config import load_config
+    from ijepa_scale.timing import measurements
 
     name = Path(options.config).stem
     try:
@@ -86,7 +87,7 @@ def show(name: str, found: dict[str, Any]) -> None:
             row["name"],
             _spread(row["images_per_second"], ".1f"),
             f"{row['tokens_per_second']['median']:,.0f}",
-            f"{row['gflop_per_step'] / giga:,.4g}",
+            f"{row['gflop_per_step'] / giga:,.2f}",
             f"{row['gflop_per_second']['median'] / giga:.1f}",
             f"{100 * row['share_of_matmul']:.0f}%",
             _spread(row["speedup"], ".2f"),
@@ -96,7 +97,7 @@ def show(name: str, found: dict[str, Any]) -> None:
     console.print(table)
     console.print(
         f"Matrix products, {unit}FLOP/s, of which the best is what the shares are of: "
-        + ", ".join(f"{what.removeprefix('matmul ')} {_spread(rate, '.0f', giga)}" for what, rate in rates.items())
+        + "; ".join(f"{what.removeprefix('matmul ')}: {_spread(rate, '.0f', giga)}" for what, rate in rates.items())
         + "."
     )
     console.print(

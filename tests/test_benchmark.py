@@ -89,14 +89,6 @@ def test_on_a_gpu(tmp_path):
     assert found["profile"]["of"] == "kernels" and found["profile"]["costliest"]
 
 
-def test_turns_reverse_and_warm_up_is_not_kept():
-    order, says = [], []
-    runs = [benchmark.Timed(name, lambda index, name=name: order.append((name, index)), [1.0]) for name in "ab"]
-    assert benchmark.turns(runs, 2, says.append, torch.device("cpu")) == 0
-    assert order[-4:] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
-    assert [len(run.wall) for run in runs] == [2, 2] and len(says) == benchmark.LAYOUTS + 2
-
-
 @pytest.mark.parametrize(
     "arguments, words",
     [(["loss.kind=l2"], "smooth_l1"), (["--steps", "0"], "--steps")],
