@@ -108,7 +108,8 @@ def summary(events: Iterable[dict[str, Any]], *, cuda: bool) -> dict[str, Any]:
 
 
 def interval(event: dict[str, Any]) -> Interval:
-    return Interval(event["ts"], event["ts"] + event["dur"], event["name"])
+    name = event["name"].removeprefix("autograd::engine::evaluate_function: ")
+    return Interval(event["ts"], event["ts"] + event["dur"], name)
 
 
 def _within(one: Interval, marks: list[Interval]) -> bool:

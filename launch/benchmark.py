@@ -11,10 +11,13 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+
+MEMORY = ("state_bytes", "step_bytes")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,28 +78,33 @@ def show(name: str, found: dict[str, Any]) -> None:
         else f"{machine['cpu']}, {machine['cores']} cores, threads used: {machine['threads']}, torch {machine['torch']}"
     )
     table = Table(
+        "",
         title=f"{name}, {found['batch']} images a step, {found['precision']}, ZeRO-{found['zero_stage']}, "
-        f"median (quartiles) of {found['rounds']} rounds in turns\n{where}"
+        f"median (quartiles) of {found['rounds']} rounds in turns\n{where}",
     )
-    table.add_column("step")
-    numbers = ("images/s", "tokens/s", f"{unit}FLOP a step", f"{unit}FLOP/s", "of matmul", "speed-up")
-    for column in (*numbers, *(("MFU", "memory, GiB") if gpu else ("in CPU time",))):
-        table.add_column(column, justify="right")
-    for row in found["steps"]:
-        table.add_row(
-            row["name"],
-            _spread(row["images_per_second"], ".1f"),
-            f"{row['tokens_per_second']['median']:,.0f}",
-            f"{row['gflop_per_step'] / giga:,.2f}",
-            f"{row['gflop_per_second']['median'] / giga:.1f}",
-            f"{100 * row['share_of_matmul']:.0f}%",
-            _spread(row["speedup"], ".2f"),
-            *([_mfu(row), _memory(row)] if gpu else [_spread(row["cpu_speedup"], ".2f")]),
-        )
+    rows = found["steps"]
+    for row in rows:
+        table.add_column(row["name"], justify="right")
+
+    def line(what: str, text: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(what, *map(text, rows))
+
+    line("context tokens/image", lambda row: f"{row['context_tokens_per_image']:.1f}")
+    line(f"{unit}FLOP a step", lambda row: f"{row['gflop_per_step'] / giga:,.2f}")
+    line("images/s", lambda row: _spread(row["images_per_second"], ",.1f"))
+    line("speed-up", lambda row: _spread(row["speedup"], ".2f"))
+    if not gpu:
+        line("speed-up in CPU time", lambda row: _spread(row["cpu_speedup"], ".2f"))
+    line("tokens/s", lambda row: f"{row['tokens_per_second']['median']:,.0f}")
+    line(f"{unit}FLOP/s", lambda row: _spread(row["gflop_per_second"], ",.1f", giga))
+    line("of matmul", lambda row: f"{100 * row['share_of_matmul']:.0f}%")
+    if gpu:
+        line("MFU", lambda row: f"{100 * row['mfu']:.1f}%" if "mfu" in row else "peak unknown")
+        line("memory: state + step, GiB", lambda row: " + ".join(f"{row[k] / 2**30:.1f}" for k in MEMORY))
     console = _console()
     console.print(table)
     console.print(
-        f"Matrix products, {unit}FLOP/s, of which the best is what the shares are of: "
+        f"Matrix products, {unit}FLOP/s, the best of which the shares are of: "
         + "; ".join(f"{what.removeprefix('matmul ')}: {_spread(rate, '.0f', giga)}" for what, rate in rates.items())
         + "."
     )
@@ -109,7 +117,7 @@ def show(name: str, found: dict[str, Any]) -> None:
         return
     console.print(
         "MFU is of the device's published dense peak. Memory: what a model holds between its steps (weights, optimizer "
-        "state, EMA) + the most that a step takes on top; both models are there, ijepa-scale's once for its two rows."
+        "state, EMA) + the most that a step takes on top. Both models are there, ijepa-scale's once for both columns."
     )
     if found["batch"] != found["batch_asked"]:
         console.print(f"{found['batch_asked']} images did not fit beside both models: all runs had {found['batch']}.")
@@ -127,9 +135,9 @@ def show_profile(found: dict[str, Any]) -> None:
     table = Table(
         title=f"{found['run']}: a step takes {found['step_milliseconds']:,.1f} ms under the profiler; costliest {of}"
     )
-    table.add_column(of[:-1], no_wrap=True, max_width=100)
+    table.add_column(of[:-1], no_wrap=True, max_width=console.width - 45)
     for column in ("ms a step", "of the step", "calls a step"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
     for row in found["costliest"]:
         table.add_row(row["name"], f"{row['milliseconds']:,.2f}", f"{100 * row['share']:.1f}%", f"{row['calls']:,.0f}")
     console.print(table)
@@ -137,9 +145,9 @@ def show_profile(found: dict[str, Any]) -> None:
         title=f"No {of[:-1]} runs for {gaps['milliseconds']:,.1f} ms of a step ({100 * gaps['share']:.1f}%), in "
         f"{gaps['count']:,.0f} gaps; the largest"
     )
-    table.add_column("ms", justify="right")
+    table.add_column("ms", justify="right", no_wrap=True, min_width=6)
     for column in ("after", "before"):
-        table.add_column(column, no_wrap=True, max_width=60)
+        table.add_column(column, no_wrap=True, max_width=(console.width - 17) // 2)
     for row in gaps["largest"]:
         table.add_row(f"{row['milliseconds']:,.3f}", row["before"], row["after"])
     console.print(table)
@@ -154,14 +162,6 @@ def _console() -> Any:
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _mfu(row: dict[str, Any]) -> str:
-    return f"{100 * row['mfu']:.1f}%" if "mfu" in row else "peak unknown"
-
-
-def _memory(row: dict[str, Any]) -> str:
-    return f"{row['state_bytes'] / 2**30:.1f} + {row['step_bytes'] / 2**30:.1f}"
 
 
 def _spread(value: dict[str, float], form: str, unit: float = 1.0) -> str:
