@@ -63,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     if "profile" in found:
         show_profile(found["profile"])
     for path in written:
-        print(f"written: {path}")
+        print(f"written: {os.path.relpath(path)}")
     return 0
 
 

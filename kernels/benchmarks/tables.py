@@ -43,36 +43,42 @@ def kernel_table(result: dict[str, Any]) -> str:
 def step_table(results: list[dict[str, Any]]) -> str:
     """One device: for each config the baseline's step and ours, like for like and on all context."""
     machine = results[0]["machine"]
-    device = machine.get("gpu") or f"{machine['cpu']}, {machine['cores']} cores"
+    gpu = machine.get("gpu")
+    device = gpu or f"{machine['cpu']}, {machine['cores']} cores"
+    columns = ["config, images a step", "step", "context tokens an image", "GFLOP an image", "images/s", "speed-up"]
+    columns += ["TFLOP/s", "of matmul", *(["MFU", "state + step, GiB"] if gpu else [])]
     lines = [
-        f"{device}: medians, in turns in one process; shares are of the best matrix product of the same run.",
+        f"{device}: medians (quartiles) of steps in turns in one process; "
+        "shares are of the best matrix product of the same run.",
         "",
-        "| model, images a step | step | context tokens, GFLOP an image | images/s | speed-up | TFLOP/s | of matmul "
-        "| MFU | memory, GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        _line(columns),
+        _line(["---"] * len(columns)),
     ]
     for result in sorted(results, key=lambda result: result["steps"][0]["gflop_per_step"] / result["batch"]):
-        used = f"{result['precision']}, torch {result['machine']['torch']}"
-        if "gpu" not in machine:
-            used += f", {result['machine']['threads']} threads"
+        name = f"{result['config']}, {result['batch']}; {result['precision']}, torch {result['machine']['torch']}"
+        if not gpu:
+            name += f", {result['machine']['threads']} threads"
         for row in result["steps"]:
-            name = f"{result['config']}, {result['batch']}; {used}" if row is result["steps"][0] else ""
-            lines.append(
-                f"| {name} | {row['name']} | {row['context_tokens_per_image']:.0f}, "
-                f"{row['gflop_per_step'] / result['batch']:,.1f} | {row['images_per_second']['median']:,.1f} "
-                f"| {row['speedup']['median']:.2f} ({row['speedup']['low']:.2f}-{row['speedup']['high']:.2f}) "
-                f"| {row['gflop_per_second']['median'] / 1000:,.3g} | {100 * row['share_of_matmul']:.0f}% "
-                f"| {_share(row.get('mfu'))} | {_gib(row)} |"
-            )
+            speedup = row["speedup"]
+            cells = [
+                name if row is result["steps"][0] else "",
+                row["name"],
+                f"{row['context_tokens_per_image']:.0f}",
+                f"{row['gflop_per_step'] / result['batch']:,.3g}",
+                f"{row['images_per_second']['median']:,.1f}",
+                f"{speedup['median']:.2f} ({speedup['low']:.2f}-{speedup['high']:.2f})",
+                f"{row['gflop_per_second']['median'] / 1000:,.3g}",
+                f"{100 * row['share_of_matmul']:.0f}%",
+            ]
+            if gpu:
+                cells.append(f"{100 * row['mfu']:.1f}%" if "mfu" in row else "peak unknown")
+                cells.append(f"{row['state_bytes'] / 2**30:.1f} + {row['step_bytes'] / 2**30:.1f}")
+            lines.append(_line(cells))
     return "\n".join(lines)
 
 
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:.1f}%"
-
-
-def _gib(row: dict[str, Any]) -> str:
-    return f"{row['state_bytes'] / 2**30:.1f} + {row['step_bytes'] / 2**30:.1f}" if "state_bytes" in row else ""
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _percent(row: dict[str, Any] | None) -> str:
