@@ -64,10 +64,10 @@ def step_table(results: list[dict[str, Any]]) -> str:
                 name if row is result["steps"][0] else "",
                 row["name"],
                 f"{row['context_tokens_per_image']:.0f}",
-                f"{row['gflop_per_step'] / result['batch']:,.3g}",
+                _number(row["gflop_per_step"] / result["batch"]),
                 f"{row['images_per_second']['median']:,.1f}",
                 f"{speedup['median']:.2f} ({speedup['low']:.2f}-{speedup['high']:.2f})",
-                f"{row['gflop_per_second']['median'] / 1000:,.3g}",
+                _number(row["gflop_per_second"]["median"] / 1000),
                 f"{100 * row['share_of_matmul']:.0f}%",
             ]
             if gpu:
@@ -75,6 +75,10 @@ def step_table(results: list[dict[str, Any]]) -> str:
                 cells.append(f"{row['state_bytes'] / 2**30:.1f} + {row['step_bytes'] / 2**30:.1f}")
             lines.append(_line(cells))
     return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _line(cells: list[str]) -> str:

@@ -45,7 +45,7 @@ def test_the_readme_has_the_steps_that_were_timed(tmp_path):
         ("cpu", "tiny", cpu, "fp32", 16, {}),
     ):
         (measured / folder).mkdir(parents=True, exist_ok=True)
-        rows = [step_row("dense baseline", 70, 64.0, 100, **more), step_row("ijepa-scale", 110.4, 96.0, 251.26, **more)]
+        rows = [step_row("dense baseline", 70, 64.0, 100, **more), step_row("ijepa-scale", 110.4, 96e3, 251.26, **more)]
         result = {"config": config, "machine": machine, "precision": precision, "batch": batch, "steps": rows}
         (measured / folder / f"step-{config}.json").write_text(json.dumps(result))
     for _ in range(2):
@@ -60,6 +60,6 @@ def test_the_readme_has_the_steps_that_were_timed(tmp_path):
     ]
     assert [text.index(words) for words in order] == sorted(text.index(words) for words in order), text
     assert "| vith14, 32; bf16, torch 2.11 | dense baseline | 70 | 2 | 100.0 | 1.00 (0.80-1.25) |" in text
-    assert "|  | ijepa-scale | 110 | 3 | 251.3 | 2.51 (2.01-3.14) | 0.503 | 50% | 41.2% | 3.0 + 2.5 |" in text
+    assert "|  | ijepa-scale | 110 | 3,000 | 251.3 | 2.51 (2.01-3.14) | 0.503 | 50% | 41.2% | 3.0 + 2.5 |" in text
     assert text.count("peak unknown") == 2 and text.count("MFU") == 1, "a CPU has no such columns"
     assert text.endswith("b\n<!-- kernels -->\n" + NONE + "\n<!-- /kernels -->\n")
