@@ -46,7 +46,7 @@ def images_of(config, batch):
         (
             "vith14",
             2,
-            ["model.depth=1", "predictor.depth=1", "data.image_size=112", "mask.min_keep=4"],
+            ["model.depth=1", "predictor.depth=1", "data.image_size=112", "model.heads=3", "mask.min_keep=4"],
         ),
     ],
 )
