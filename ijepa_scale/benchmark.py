@@ -1,15 +1,13 @@
-"""Images a second of the training step on CPU, against a dense baseline and this machine's matrix products.
+"""The training step against a dense baseline and against this device's matrix products, on a GPU or a CPU.
 
-All is timed in one process, in turns, so that whatever else the machine does falls on each alike. CPU time is reported
-beside elapsed time: it hardly changes when other processes use the cores.
+All is timed in one process, in turns, so that whatever else the machine does falls on each alike. On a CPU the CPU time
+is reported beside elapsed time: it hardly changes when other processes use the cores.
 """
 
+import gc
 import importlib.util
-import os
-import platform
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,55 +16,52 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from ijepa_kernels.dispatch import chosen
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.collate import BLOCKS, CONTEXT, SIZES
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.engine import distributed, zero
 from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.flops import Counts, device_peak
 from ijepa_scale.masking.multiblock import block_sizes, place_blocks
 from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
 from ijepa_scale.models.ijepa import initial_weight
 from ijepa_scale.optim import adamw, parameter_groups, set_schedules
-from ijepa_scale.plan import flops_per_image, tokens_of
+from ijepa_scale.profiling import profile_steps
+from ijepa_scale.timing import LAYOUTS, Say, Timed, machine, spread, turns
 
 BASELINE = Path(__file__).resolve().parents[1] / "tests" / "reference" / "dense_jepa.py"
-LAYOUTS = 4  # batches of masks that the steps cycle through
-LARGE_SHAPES = ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 1024, 1024))  # (m, k, n) of the matmul rate
+# (m, k, n) of the matmul rate
+LARGE_SHAPES = {
+    "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 1024, 1024)),
+    "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192)),
+}
+GPU_PRODUCT_FLOPS = 2e13  # of a timed run of products, so that starting and awaiting it is lost in it
 LR, WEIGHT_DECAY, MOMENTUM = 1e-4, 0.05, 0.996
 
-Say = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Setting:
+    """What all runs share."""
+
+    config: PretrainConfig
+    device: torch.device
+    precision: str  # fp32 or bf16
+    batch: int
+
+    @property
+    def cuda(self) -> bool:
+        return self.device.type == "cuda"
 
 
-@dataclass
-class Timed:
-    """Something run in turns with the others. run: one step, or one product of each shape, by the round's number."""
+def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | None = None) -> dict[str, Any]:
+    """Time `steps` rounds and return the results, ready for JSON. Raises ValueError where it cannot run.
 
-    name: str
-    run: Callable[[int], None]
-    flops: list[float]  # of one run, by layout
-    tokens: list[int] = field(default_factory=list)  # context, target and predictor tokens of one run, by layout
-    wall: list[float] = field(default_factory=list)  # seconds, by round
-    cpu: list[float] = field(default_factory=list)
-
-    def once(self, index: int, *, keep: bool) -> None:
-        wall, cpu = time.perf_counter(), time.process_time()
-        self.run(index)
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        if keep:
-            self.wall.append(wall)
-            self.cpu.append(cpu)
-
-    def gflops(self) -> list[float]:
-        """GFLOP/s, by round."""
-        return [self.flops[i % len(self.flops)] / seconds / 1e9 for i, seconds in enumerate(self.wall)]
-
-
-def benchmark(config: PretrainConfig, *, steps: int, say: Say) -> dict[str, Any]:
-    """Time `steps` rounds and return the results, ready for JSON. Raises ValueError where it cannot run."""
+    profile: a folder; the training step on all context is then traced there, too. Where a GPU's memory does not hold a
+    step of every run, the batch of all runs is halved until it does.
+    """
     dense = load_baseline()
-    if torch.cuda.is_available():
-        raise ValueError("this benchmark times a CPU; hide the GPUs: CUDA_VISIBLE_DEVICES= DS_ACCELERATOR=cpu ...")
     if config.loss.kind != "smooth_l1":
         raise ValueError(f"the dense baseline's loss is smooth_l1, got loss.kind={config.loss.kind}")
     config = replace(config, loss=replace(config.loss, variance=0.0, covariance=0.0))  # the baseline has no such terms
@@ -74,16 +69,45 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say) -> dict[str, Any]
     try:
         if ranks.world_size > 1:
             raise ValueError(f"the benchmark is one process, got {ranks.world_size}; start it with python")
-        batch = config.optimization.micro_batch_size or config.optimization.global_batch_size
-        images = torch.randint(256, (batch, 3, config.data.image_size, config.data.image_size)).to(torch.uint8)
-        equal, ragged = (
-            [sampled_masks(config, batch, step, c) for step in range(LAYOUTS)] for c in ("batch_min", "all")
+        device = ranks.device
+        precision = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(
+            config.engine.precision, config.engine.precision
         )
-        runs = [*steps_of(config, dense, images, equal, ragged), *products(config, batch)]
-        turns(runs, steps, say)
-        return results(config, batch, runs, steps)
+        asked = config.optimization.micro_batch_size or config.optimization.global_batch_size
+        setting = Setting(config, device, precision, asked)
+        while True:
+            try:
+                return {**measure(setting, dense, steps, say, profile), "batch_asked": asked}
+            except torch.OutOfMemoryError as error:
+                short = str(error).splitlines()[0]
+            if setting.batch == 1:
+                raise ValueError(f"no step fits into {device} beside the weights of both models: {short}")
+            setting = replace(setting, batch=setting.batch // 2)
+            say(f"out of memory; all runs begin again with {setting.batch} images a step")
+            gc.collect()
+            if setting.cuda:
+                torch.cuda.empty_cache()
     finally:
         ranks.close()
+
+
+def measure(setting: Setting, dense: ModuleType, steps: int, say: Say, profile: Path | None) -> dict[str, Any]:
+    side = setting.config.data.image_size
+    images = torch.randint(256, (setting.batch, 3, side, side)).to(torch.uint8).to(setting.device)
+    equal, ragged = (
+        [sampled_masks(setting.config, setting.batch, step, context) for step in range(LAYOUTS)]
+        for context in ("batch_min", "all")
+    )
+    say("building both models")
+    runs = [*steps_of(setting, dense, images, equal, ragged), *products(setting)]
+    retries = turns(runs, steps, say, setting.device)
+    found = results(setting, runs, steps)
+    if setting.cuda:
+        found["allocator_retries"] = retries
+    if profile:
+        say("tracing a few steps")
+        found["profile"] = {"run": runs[2].name, **profile_steps(runs[2].run, profile, device=setting.device)}
+    return found
 
 
 def load_baseline() -> ModuleType:
@@ -110,23 +134,39 @@ def sampled_masks(config: PretrainConfig, batch: int, step: int, context: str) -
 
 
 def steps_of(
-    config: PretrainConfig, dense: ModuleType, images: torch.Tensor, equal: list[Masks], ragged: list[Masks]
+    setting: Setting, dense: ModuleType, images: torch.Tensor, equal: list[Masks], ragged: list[Masks]
 ) -> list[Timed]:
     """The baseline's step; the training step on the same masks; the training step on all the context sampled."""
-    baseline = dense.DenseJepa(build.build_model(config))
-    dense_masks = [dense.DenseMasks.of(masks) for masks in equal]
-    engine, ema = training_engine(config, len(images))
+    config, device = setting.config, setting.device
+    dense_masks = [dense.DenseMasks.of(masks).to(device) for masks in equal]
+    start = allocated(device)
+    with device, torch.no_grad():
+        like = build.build_model(config, initialize=False)
+        for name, parameter in like.named_parameters():
+            parameter.copy_(drawn(name, parameter.shape, device))
+        baseline = dense.DenseJepa(like).to(device)
+    del like
+    dense_step = baseline_step(setting, baseline, images, dense_masks)
+    dense_step(0)  # makes the optimizer's state
+    dense_state = allocated(device) - start
+
+    flops = build.build_flops(config)
+    on_device = [[one.to(device) for one in masks] for masks in (equal, ragged)]
+    start = allocated(device)
+    engine, ema = training_engine(setting)
 
     def training_step(masks: list[Masks]) -> Callable[[int], None]:
         def step(index: int) -> None:
             set_schedules(engine.optimizer.optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY)
-            loss = engine(images, masks[index % LAYOUTS])["loss"]
-            engine.backward(loss)
+            engine.backward(engine(images, masks[index % LAYOUTS])["loss"])
             engine.step()
             ema.update(MOMENTUM)
-            loss.item()
 
         return step
+
+    steps = [training_step(masks) for masks in on_device]
+    steps[0](0)
+    state = allocated(device) - start
 
     def counted(masks: Any) -> float:
         with FlopCounterMode(display=False) as counter:
@@ -134,137 +174,141 @@ def steps_of(
         baseline.zero_grad()
         return counter.get_total_flops()
 
-    def needed(masks: Masks) -> float:
-        return sum(flops_per_image(config, tokens_of(masks)).values()) * len(images)
+    def timed(name: str, step: Callable[[int], None], flops: list[float], masks: list[Masks], state: int) -> Timed:
+        tokens = [len(images) * m.num_patches + m.context.num_tokens + m.prediction.num_tokens for m in masks]
+        context = float(np.mean([m.context.num_tokens / len(images) for m in masks]))
+        return Timed(name, step, flops, tokens, context, state)
 
-    def tokens(masks: Masks) -> int:
-        return len(images) * masks.num_patches + masks.context.num_tokens + masks.prediction.num_tokens
+    def needed(masks: list[Masks]) -> list[float]:
+        return [flops.model(Counts.of(one)) for one in masks]
 
+    with autocast(setting):
+        dense_flops = [counted(masks) for masks in dense_masks]
     return [
-        Timed(
-            "dense baseline",
-            baseline_step(config, baseline, images, dense_masks),
-            [counted(masks) for masks in dense_masks],
-            [tokens(masks) for masks in equal],
-        ),
-        *(
-            Timed(name, training_step(masks), [needed(m) for m in masks], [tokens(m) for m in masks])
-            for name, masks in (("ijepa-scale", equal), ("ijepa-scale, all context", ragged))
-        ),
+        timed("dense baseline", dense_step, dense_flops, equal, dense_state),
+        timed("ijepa-scale", steps[0], needed(equal), equal, state),
+        timed("ijepa-scale, all context", steps[1], needed(ragged), ragged, state),
     ]
 
 
-def baseline_step(config: PretrainConfig, baseline: Any, images: torch.Tensor, masks: list) -> Callable[[int], None]:
+def drawn(name: str, shape: torch.Size, device: torch.device) -> torch.Tensor:
+    """A weight as training's are at first, but for the draw, which on a GPU takes no time."""
+    return 0.02 * torch.randn(shape, device=device) if len(shape) > 1 else initial_weight(name, shape, seed=0)
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def autocast(setting: Setting) -> torch.autocast:
+    """What the baseline's forward runs under: its weights are fp32 in every precision."""
+    return torch.autocast(setting.device.type, torch.bfloat16, enabled=setting.precision == "bf16")
+
+
+def baseline_step(setting: Setting, baseline: Any, images: torch.Tensor, masks: list) -> Callable[[int], None]:
     # The implementation that training uses; on a CPU torch's two others are no faster within the noise.
-    optimizer = adamw(parameter_groups(baseline), config.optimization.betas)
+    optimizer = adamw(parameter_groups(baseline), setting.config.optimization.betas)
 
     def step(index: int) -> None:
         set_schedules(optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY)
-        loss = baseline(images, masks[index % LAYOUTS])
+        with autocast(setting):
+            loss = baseline(images, masks[index % LAYOUTS])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         baseline.update_target(MOMENTUM)
-        loss.item()
 
     return step
 
 
-def training_engine(config: PretrainConfig, batch: int) -> tuple[Any, ShardedEMA]:
-    """What run.set_up() makes of the config, in fp32."""
+def training_engine(setting: Setting) -> tuple[Any, ShardedEMA]:
+    """What run.set_up() makes of the config, with weights drawn on the device."""
+    config = setting.config
     settings = zero.deepspeed_config(
         zero_stage=config.engine.zero_stage,
-        precision="fp32",
-        micro_batch_size=batch,
+        precision=setting.precision,
+        micro_batch_size=setting.batch,
         accumulation_steps=1,
         clip_grad_norm=config.optimization.clip_grad_norm,
         extra=config.engine.deepspeed,
     )
-    with zero.building_context(settings):
+    with zero.building_context(settings), setting.device:
         model = build.build_model(config, initialize=False)
     engine = zero.initialize(
         model,
         settings,
-        lambda name, shape: initial_weight(name, shape, config.seed),
+        lambda name, shape: drawn(name, shape, setting.device),
         lambda module: adamw(parameter_groups(module), config.optimization.betas),
     )
     return engine, ShardedEMA(engine, model.twins())
 
 
-def products(config: PretrainConfig, batch: int) -> list[Timed]:
-    """fp32 matrix products: of each large shape, and of the encoder's own shapes on all patches of the batch."""
-    size = build.vit_size(config.model)
-    rows = batch * (config.data.image_size // config.model.patch_size) ** 2
+def products(setting: Setting) -> list[Timed]:
+    """Matrix products in the run's precision: of each large shape, and of the encoder's own on a batch's patches."""
+    size, config = build.vit_size(setting.config.model), setting.config
+    rows = setting.batch * (config.data.image_size // config.model.patch_size) ** 2
     own = ((rows, size.width, 3 * size.width), (rows, size.width, size.mlp_width), (rows, size.mlp_width, size.width))
+    like: dict[str, Any] = {
+        "device": setting.device,
+        "dtype": torch.bfloat16 if setting.precision == "bf16" else torch.float32,
+    }
 
     def product(name: str, shapes: tuple[tuple[int, int, int], ...]) -> Timed:
-        operands = [(torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)) for m, k, n in shapes]
+        operands = [
+            (torch.randn(m, k, **like), torch.randn(k, n, **like), torch.empty(m, n, **like)) for m, k, n in shapes
+        ]
+        flops = sum(2.0 * m * k * n for m, k, n in shapes)
+        times = max(1, round(GPU_PRODUCT_FLOPS / flops)) if setting.cuda else 1
 
         def run(index: int) -> None:
-            for left, right, out in operands:
-                torch.mm(left, right, out=out)
+            for _ in range(times):
+                for left, right, out in operands:
+                    torch.mm(left, right, out=out)
 
-        return Timed(name, run, [sum(2.0 * m * k * n for m, k, n in shapes)])
+        return Timed(name, run, [times * flops])
 
-    large = [product(f"matmul {m} x {k} x {n}", ((m, k, n),)) for m, k, n in LARGE_SHAPES]
+    large = [product(f"matmul {m} x {k} x {n}", ((m, k, n),)) for m, k, n in LARGE_SHAPES[setting.device.type]]
     return [*large, product("matmul at the encoder's shapes", own)]
 
 
-def turns(runs: list[Timed], steps: int, say: Say) -> None:
-    """Rounds in the order A B C, C B A, ...; the first LAYOUTS are warm-up."""
-    for index in range(-LAYOUTS, steps):
-        for run in runs if index % 2 == 0 else runs[::-1]:
-            run.once(index, keep=index >= 0)
-        say(f"warm-up {index + LAYOUTS + 1} of {LAYOUTS}" if index < 0 else f"round {index + 1} of {steps}")
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": float(median), "low": float(low), "high": float(high)}
-
-
-def results(config: PretrainConfig, batch: int, runs: list[Timed], steps: int) -> dict[str, Any]:
+def results(setting: Setting, runs: list[Timed], steps: int) -> dict[str, Any]:
+    config, batch = setting.config, setting.batch
     models = [run for run in runs if run.tokens]
     rates = {run.name: spread(run.gflops()) for run in runs if not run.tokens}
     matmul = max(rate["median"] for rate in rates.values())
+    peak = device_peak(setting.device, setting.precision)
     base = models[0]
     rows = []
     for run in models:
         gflops = spread(run.gflops())
-        rows.append(
-            {
-                "name": run.name,
-                "step_seconds": spread(run.wall),
-                "cpu_seconds": spread(run.cpu),
-                "images_per_second": spread([batch / seconds for seconds in run.wall]),
-                "tokens_per_second": spread([run.tokens[i % LAYOUTS] / s for i, s in enumerate(run.wall)]),
-                "gflop_per_step": float(np.mean(run.flops)) / 1e9,
-                "gflop_per_second": gflops,
-                "share_of_matmul": gflops["median"] / matmul,
-                "speedup": spread([theirs / ours for theirs, ours in zip(base.wall, run.wall, strict=True)]),
-                "cpu_speedup": spread([theirs / ours for theirs, ours in zip(base.cpu, run.cpu, strict=True)]),
-            }
-        )
+        row = {
+            "name": run.name,
+            "step_seconds": spread(run.wall),
+            "images_per_second": spread([batch / seconds for seconds in run.wall]),
+            "tokens_per_second": spread([run.tokens[i % LAYOUTS] / s for i, s in enumerate(run.wall)]),
+            "context_tokens_per_image": run.context,
+            "gflop_per_step": float(np.mean(run.flops)) / 1e9,
+            "gflop_per_second": gflops,
+            "share_of_matmul": gflops["median"] / matmul,
+            "speedup": spread([theirs / ours for theirs, ours in zip(base.wall, run.wall, strict=True)]),
+        }
+        if peak:
+            row["mfu"] = 1e9 * gflops["median"] / peak
+        if setting.cuda:
+            row |= {"state_bytes": run.state, "step_bytes": max(run.memory)}
+        else:
+            row["cpu_seconds"] = spread(run.cpu)
+            row["cpu_speedup"] = spread([theirs / ours for theirs, ours in zip(base.cpu, run.cpu, strict=True)])
+        rows.append(row)
     return {
-        "machine": machine(),
+        "machine": machine(setting.device),
         "model": {**asdict(config.model), "predictor": asdict(config.predictor), "image_size": config.data.image_size},
         "batch": batch,
         "rounds": steps,
-        "precision": "fp32",
+        "precision": setting.precision,
         "zero_stage": config.engine.zero_stage,
+        "operations": chosen(setting.device),
         "steps": rows,
         "matmul_gflop_per_second": matmul,
         "matmuls": rates,
-    }
-
-
-def machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return {
-        "cpu": names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }

@@ -19,6 +19,7 @@ from ijepa_scale.data.stream_sources import open_shards, sample_images, shard_lo
 from ijepa_scale.data.streams import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
+from ijepa_scale.flops import StepFlops
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
 from ijepa_scale.models.attention import Attend
@@ -47,8 +48,9 @@ def vit_size(model: ModelConfig) -> ViTSize:
 
 
 def predictor_size(config: PretrainConfig) -> ViTSize:
-    width, heads = config.predictor.width, config.predictor.heads or vit_size(config.model).heads
-    return ViTSize(width=width, depth=config.predictor.depth, heads=heads, mlp_width=4 * width)
+    model = config.predictor
+    heads = model.heads or vit_size(config.model).heads
+    return ViTSize(width=model.width, depth=model.depth, heads=heads, mlp_width=4 * model.width)
 
 
 def build_attention(config: PretrainConfig, *, device: torch.device, dtype: torch.dtype) -> Choice:
@@ -65,6 +67,19 @@ def build_attention(config: PretrainConfig, *, device: torch.device, dtype: torc
         longest = (config.data.image_size // config.model.patch_size) ** 2
         self_test(choice.name, choice.attend, heads, longest=longest, device=device, dtype=dtype)
     return choice
+
+
+def build_flops(config: PretrainConfig) -> StepFlops:
+    encoder, predictor = vit_size(config.model), predictor_size(config)
+    encoder_every, predictor_every = config.engine.recompute_every
+    return StepFlops(
+        encoder=encoder,
+        predictor=predictor,
+        patch_size=config.model.patch_size,
+        num_patches=(config.data.image_size // config.model.patch_size) ** 2,
+        recomputed_encoder_blocks=encoder.depth // encoder_every if encoder_every else 0,
+        recomputed_predictor_blocks=predictor.depth // predictor_every if predictor_every else 0,
+    )
 
 
 def build_encoder(config: PretrainConfig, attend: Attend | None = None) -> VisionTransformer:
@@ -125,7 +140,7 @@ def build_model(
 
 def architecture(config: PretrainConfig) -> dict[str, int]:
     """What fixes the shapes of the weights, for a checkpoint to be compared with."""
-    encoder = vit_size(config.model)
+    encoder, predictor = vit_size(config.model), predictor_size(config)
     return {
         "image_size": config.data.image_size,
         "patch_size": config.model.patch_size,
@@ -133,9 +148,9 @@ def architecture(config: PretrainConfig) -> dict[str, int]:
         "depth": encoder.depth,
         "heads": encoder.heads,
         "mlp_width": encoder.mlp_width,
-        "predictor_width": config.predictor.width,
-        "predictor_depth": config.predictor.depth,
-        "predictor_heads": predictor_size(config).heads,
+        "predictor_width": predictor.width,
+        "predictor_depth": predictor.depth,
+        "predictor_heads": predictor.heads,
     }
 
 

@@ -1,6 +1,5 @@
 """What a config amounts to: parameters, tokens, FLOPs, steps. Nothing is trained and no GPU is needed."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +11,14 @@ from ijepa_scale.data.images import count_images
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.data.remote import Patience
 from ijepa_scale.data.stream_sources import open_shards
+from ijepa_scale.flops import Counts
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
-from ijepa_scale.masking.packing import Masks
-from ijepa_scale.models.vit import ViTSize
 
 SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are taken over
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Means an image over layouts. Squares are the means of squared lengths, which attention's cost grows with."""
-
-    context: float
-    context_square: float
-    target_block: float
-    predictor: float  # tokens in one of the predictor's sequences
-    predictor_square: float
-    target: float  # patches that some target block holds
-
-
-def count_tokens(blocks: MultiBlock, context: str) -> Tokens:
+def count_tokens(blocks: MultiBlock, context: str) -> Counts:
+    """Means an image over layouts."""
     lengths, block_tokens, targets = [], [], []
     for step in range(SAMPLED_STEPS):
         sizes = block_sizes(blocks, generator_for(0, 0, step))
@@ -45,54 +32,16 @@ def count_tokens(blocks: MultiBlock, context: str) -> Tokens:
         lengths.append(kept)
         block_tokens.append([sizes.target[0] * sizes.target[1]] * SAMPLED_IMAGES)
     seen, block = np.array(lengths, dtype=float), np.array(block_tokens, dtype=float)
-    both = seen + block
-    return Tokens(seen.mean(), (seen**2).mean(), block.mean(), both.mean(), (both**2).mean(), np.array(targets).mean())
-
-
-def tokens_of(masks: Masks) -> Tokens:
-    """The same of one micro-batch."""
-    context, predictor = (part.cu_seqlens.diff().double() for part in (masks.context, masks.prediction))
-    return Tokens(
-        context.mean().item(),
-        context.square().mean().item(),
-        masks.target_blocks.max_seqlen,
-        predictor.mean().item(),
-        predictor.square().mean().item(),
-        masks.target_patches_U.numel() / len(context),
+    both, number = seen + block, blocks.num_target_blocks
+    return Counts(
+        images=1,
+        targets=float(np.mean(targets)),
+        context=float(seen.mean()),
+        context_pairs=float((seen**2).mean()),
+        blocks=float(number * block.mean()),
+        prediction=float(number * both.mean()),
+        prediction_pairs=float(number * (both**2).mean()),
     )
-
-
-def _forward_flops(size: ViTSize, tokens: float, squares: float, wanted: float) -> float:
-    """Of one sequence through the blocks: matrix products and attention, two FLOPs a multiply-add.
-
-    wanted: the tokens whose output is used; the others are dropped after the last block's attention.
-    """
-    after = 2 * (size.width**2 + 2 * size.width * size.mlp_width)
-    per_token = 2 * 3 * size.width**2 + after
-    return size.depth * (per_token * tokens + 4 * size.width * squares) - after * (tokens - wanted)
-
-
-def flops_per_image(config: PretrainConfig, tokens: Tokens) -> dict[str, float]:
-    """Model FLOPs of one image in one step, without recomputation: of the target encoder the forward alone."""
-    encoder, model = build.vit_size(config.model), config.predictor
-    predictor = ViTSize(
-        width=model.width, depth=model.depth, heads=model.heads or encoder.heads, mlp_width=4 * model.width
-    )
-    patches = (config.data.image_size // config.model.patch_size) ** 2
-    embed = 2 * 3 * config.model.patch_size**2 * encoder.width
-    blocks = config.mask.num_target_blocks
-    projections = 2 * encoder.width * model.width * (tokens.context + blocks * tokens.target_block)
-    # Backward costs twice the forward, less the patch embedding's gradient with respect to the pixels.
-    return {
-        "target encoder": _forward_flops(encoder, patches, patches**2, tokens.target) + embed * patches,
-        "context encoder": 3 * _forward_flops(encoder, tokens.context, tokens.context_square, tokens.context)
-        + 2 * embed * tokens.context,
-        "predictor": 3
-        * (
-            blocks * _forward_flops(predictor, tokens.predictor, tokens.predictor_square, tokens.target_block)
-            + projections
-        ),
-    }
 
 
 def dry_run(config: PretrainConfig) -> str:
@@ -105,8 +54,8 @@ def dry_run(config: PretrainConfig) -> str:
         for name, part in (("context encoder", model.context_encoder), ("predictor", model.predictor))
     }
     tokens = count_tokens(blocks, config.mask.context)
-    flops = flops_per_image(config, tokens)
-    total = sum(flops.values())
+    flops = build.build_flops(config).parts(tokens)
+    total, number = sum(flops.values()), config.mask.num_target_blocks
     size = model.context_encoder.size
     lines = [
         f"encoder        {config.model.name}/{config.model.patch_size}: width {size.width}, depth {size.depth}, "
@@ -117,8 +66,8 @@ def dry_run(config: PretrainConfig) -> str:
         f"state          {_state_gib(parameters):,.1f} GiB in all for weights, fp32 masters, moments and EMA in bf16 "
         f"(sharded by ZeRO-{config.engine.zero_stage})",
         f"tokens         an image, means: target encoder {blocks.grid.num_patches}, context {tokens.context:.1f} "
-        f"(mask.context={config.mask.context}), {config.mask.num_target_blocks} target blocks of "
-        f"{tokens.target_block:.1f}, predictor {config.mask.num_target_blocks} x {tokens.predictor:.1f}",
+        f"(mask.context={config.mask.context}), {number} target blocks of {tokens.blocks / number:.1f}, "
+        f"predictor {number} x {tokens.prediction / number:.1f}",
         f"model FLOPs    {total / 1e9:,.2f} G an image: "
         + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in flops.items()),
         _steps_line(config, total),

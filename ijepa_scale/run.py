@@ -17,6 +17,7 @@ from ijepa_scale.engine import zero
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.flops import StepFlops, device_peak
 from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.metrics import read_records
 from ijepa_scale.models.attention_backends import Choice
@@ -43,6 +44,8 @@ class Run:
     horizon: build.Horizon
     engine: Any
     ema: ShardedEMA
+    flops: StepFlops
+    peak: float | None  # FLOP/s of this rank's device; None: not known
     bad: BadImages = field(default_factory=BadImages)
     streams: list[State | None] = field(default_factory=list)  # where each of this rank's stands, as far as it trained
     start_step: int = 0
@@ -107,7 +110,12 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
     dataset = build.build_micro_batches(
         config, images, blocks, micro_batch_size=micro_batch_size, rank=ranks.rank, ranks=ranks.world_size
     )
-    run = Run(config, ranks, folder, facts, images, evaluation, dataset, horizon, engine, ema, notes=notes)
+    run = Run(
+        *(config, ranks, folder, facts, images, evaluation, dataset, horizon, engine, ema),
+        flops=build.build_flops(config),
+        peak=device_peak(ranks.device, precision),
+        notes=notes,
+    )
     if isinstance(images, Streams):
         run.streams = list(images.states or [None] * images.num_streams)
     earlier = ranks.together(lambda: read_records(folder.metrics) if ranks.first and folder.metrics.exists() else [])

@@ -21,6 +21,7 @@ from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.feed import Feed, HostCopy, collecting_by_hand
 from ijepa_scale.engine.signals import STOP_EXIT_CODE, StopRequest
+from ijepa_scale.flops import Counts, rates
 from ijepa_scale.metrics import JsonlWriter, Progress, WandbWriter, memory_bytes, read_records
 from ijepa_scale.optim import set_schedules
 from ijepa_scale.run import InputError, Run, check, set_up
@@ -239,9 +240,12 @@ def train_step(
         if step + 1 < horizon.stop or micro + 1 < run.dataset.accumulation_steps:
             feed.load()
     meanwhile()
-    wait, context_tokens, target_tokens, noted, stops = ranks.sum(
+    counts = [Counts.of(batch.masks) for batch in seen]
+    wait, model, hardware, context_tokens, target_tokens, noted, stops = ranks.sum(
         [
             feed.waited - waited,
+            sum(map(run.flops.model, counts)),
+            sum(map(run.flops.hardware, counts)),
             sum(batch.masks.context.num_tokens for batch in seen),
             sum(batch.masks.target_blocks.num_tokens for batch in seen),
             sum(len(batch.bad) + (len(batch.mark.passes) if batch.mark else 0) for batch in seen),
@@ -268,6 +272,7 @@ def train_step(
         "context_tokens": int(context_tokens),
         "target_tokens": int(target_tokens),
         "images_per_second": options.global_batch_size / seconds,
+        **rates(model=model, hardware=hardware, seconds=seconds, devices=ranks.world_size, peak=run.peak),
         "data_wait_seconds": wait / ranks.world_size,
         "step_seconds": seconds,
         "memory_bytes": memory_bytes(),

@@ -1,18 +1,23 @@
-"""Time the training step on this machine's CPU against a dense baseline, one process, no launcher.
+"""Time the training step on this machine's GPU or CPU against a dense baseline, one process, no launcher.
 
 python launch/benchmark.py --config configs/tiny.yaml
 python launch/benchmark.py --config configs/vits16.yaml optimization.micro_batch_size=32 --steps 5 --json vits16.json
+python launch/benchmark.py --config configs/vith14.yaml --keep --profile traces/vith14
 
 Exit codes: 0 done, 2 wrong input.
 """
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+
+MEMORY = ("state_bytes", "step_bytes")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -21,63 +26,147 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config values over the file's")
     parser.add_argument("--steps", type=int, default=10, help="rounds timed, after four of warm-up (default 10)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="write them to docs/measurements/DEVICE/step-CONFIG.json for the README",
+    )
+    parser.add_argument(
+        "--profile", type=Path, metavar="FOLDER", help="then trace a few steps there and show what they spend time on"
+    )
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's own log is between our lines
     from ijepa_scale.benchmark import benchmark
     from ijepa_scale.config import load_config
+    from ijepa_scale.timing import measurements
 
+    name = Path(options.config).stem
     try:
         if options.steps < 1:
             raise ValueError(f"--steps must be 1 or more, got {options.steps}")
         config = load_config(options.config, options.overrides)
-        found = benchmark(config, steps=options.steps, say=lambda text: print(text, file=sys.stderr, flush=True))
-        if options.json:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        found = benchmark(config, steps=options.steps, say=_say, profile=options.profile)
+        written = [options.json] if options.json else []
+        if options.keep:
+            written.append(measurements(found["machine"]) / f"step-{name}.json")
+        for path in written:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"config": name, "overrides": options.overrides, **found}, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(Path(options.config).stem, found)
+    show(name, found)
+    if "profile" in found:
+        show_profile(found["profile"])
+    for path in written:
+        print(f"written: {os.path.relpath(path)}")
     return 0
 
 
 def show(name: str, found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    machine = found["machine"]
-    table = Table(
-        title=f"{name}, {found['batch']} images a step, fp32, median (quartiles) of {found['rounds']} rounds in turns\n"
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, torch {machine['torch']}"
+    machine, rates, gpu = found["machine"], found["matmuls"], "gpu" in found["machine"]
+    unit, giga = ("T", 1000.0) if gpu else ("G", 1.0)
+    where = (
+        f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}; {found['operations']}"
+        if gpu
+        else f"{machine['cpu']}, {machine['cores']} cores, threads used: {machine['threads']}, torch {machine['torch']}"
     )
-    for column in ("step", "images/s", "tokens/s", "GFLOP a step", "GFLOP/s", "of matmul", "speed-up", "in CPU time"):
-        table.add_column(column, justify="left" if column == "step" else "right")
-    for row in found["steps"]:
-        table.add_row(
-            row["name"],
-            _spread(row["images_per_second"], ".1f"),
-            f"{row['tokens_per_second']['median']:,.0f}",
-            f"{row['gflop_per_step']:.1f}",
-            _spread(row["gflop_per_second"], ".1f"),
-            f"{100 * row['share_of_matmul']:.0f}%",
-            _spread(row["speedup"], ".2f"),
-            _spread(row["cpu_speedup"], ".2f"),
-        )
-    for matmul, rate in found["matmuls"].items():
-        table.add_row(matmul, "", "", "", _spread(rate, ".1f"), "", "", "")
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table(
+        "",
+        title=f"{name}, {found['batch']} images a step, {found['precision']}, ZeRO-{found['zero_stage']}, "
+        f"median (quartiles) of {found['rounds']} rounds in turns\n{where}",
+    )
+    rows = found["steps"]
+    for row in rows:
+        table.add_column(row["name"], justify="right")
+
+    def line(what: str, text: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(what, *map(text, rows))
+
+    line("context tokens/image", lambda row: f"{row['context_tokens_per_image']:.1f}")
+    line(f"{unit}FLOP a step", lambda row: f"{row['gflop_per_step'] / giga:,.2f}")
+    line("images/s", lambda row: _spread(row["images_per_second"], ",.1f"))
+    line("speed-up", lambda row: _spread(row["speedup"], ".2f"))
+    if not gpu:
+        line("speed-up in CPU time", lambda row: _spread(row["cpu_speedup"], ".2f"))
+    line("tokens/s", lambda row: f"{row['tokens_per_second']['median']:,.0f}")
+    line(f"{unit}FLOP/s", lambda row: _spread(row["gflop_per_second"], ",.1f", giga))
+    line("of matmul", lambda row: f"{100 * row['share_of_matmul']:.0f}%")
+    if gpu:
+        line("MFU", lambda row: f"{100 * row['mfu']:.1f}%" if "mfu" in row else "peak unknown")
+        line("memory: state + step, GiB", lambda row: " + ".join(f"{row[k] / 2**30:.1f}" for k in MEMORY))
+    console = _console()
     console.print(table)
     console.print(
-        "GFLOP are those each step needs: no padding, no recomputation. With all context a step does more work on the "
-        "same images. Timed without loss.variance and loss.covariance. These are CPU numbers: they say nothing about "
-        "GPUs."
+        f"Matrix products, {unit}FLOP/s, the best of which the shares are of: "
+        + "; ".join(f"{what.removeprefix('matmul ')}: {_spread(rate, '.0f', giga)}" for what, rate in rates.items())
+        + "."
     )
+    console.print(
+        "FLOP are those each step needs: no padding, no recomputation. With all context a step does more work on the "
+        "same images. Timed without loss.variance and loss.covariance."
+    )
+    if not gpu:
+        console.print("These are CPU numbers: they say nothing about GPUs.")
+        return
+    console.print(
+        "MFU is of the device's published dense peak. Memory: what a model holds between its steps (weights, optimizer "
+        "state, EMA) + the most that a step takes on top. Both models are there, ijepa-scale's once for both columns."
+    )
+    if found["batch"] != found["batch_asked"]:
+        console.print(f"{found['batch_asked']} images did not fit beside both models: all runs had {found['batch']}.")
+    if found["allocator_retries"]:
+        console.print(
+            f"The memory was nearly full and was given back and fetched anew {found['allocator_retries']} times, which "
+            "takes time: lower optimization.micro_batch_size."
+        )
 
 
-def _spread(value: dict[str, float], form: str) -> str:
-    return f"{value['median']:{form}} ({value['low']:{form}}-{value['high']:{form}})"
+def show_profile(found: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console, gaps, of = _console(), found["gaps"], found["of"]
+    table = Table(
+        title=f"{found['run']}: a step takes {found['step_milliseconds']:,.1f} ms under the profiler; costliest {of}"
+    )
+    table.add_column(of[:-1], no_wrap=True, max_width=console.width - 45)
+    for column in ("ms a step", "of the step", "calls a step"):
+        table.add_column(column, justify="right", no_wrap=True, min_width=len(column))
+    for row in found["costliest"]:
+        table.add_row(row["name"], f"{row['milliseconds']:,.2f}", f"{100 * row['share']:.1f}%", f"{row['calls']:,.0f}")
+    console.print(table)
+    table = Table(
+        title=f"No {of[:-1]} runs for {gaps['milliseconds']:,.1f} ms of a step ({100 * gaps['share']:.1f}%), in "
+        f"{gaps['count']:,.0f} gaps; the largest"
+    )
+    table.add_column("ms", justify="right", no_wrap=True, min_width=6)
+    for column in ("after", "before"):
+        table.add_column(column, no_wrap=True, max_width=(console.width - 17) // 2)
+    for row in gaps["largest"]:
+        table.add_row(f"{row['milliseconds']:,.3f}", row["before"], row["after"])
+    console.print(table)
+    print(f"trace, for https://ui.perfetto.dev: {found['trace']}")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _spread(value: dict[str, float], form: str, unit: float = 1.0) -> str:
+    low, median, high = (value[key] / unit for key in ("low", "median", "high"))
+    return f"{median:{form}} ({low:{form}}-{high:{form}})"
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
 """launch/benchmark.py, end to end at a small size. How fast anything is, is not asked here."""
 
 import json
+import runpy
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from ijepa_scale import benchmark
-from tests import processes
-from tests.processes import ROOT, run_ranks
+from ijepa_scale.flops import peak_flops
+from tests import processes, worker_benchmark
+from tests.processes import ROOT, assert_all, run_ranks
 
 SMALL = ["model.depth=1", "model.width=24", "predictor.width=24", "predictor.depth=1"]
 TINY = str(ROOT / "configs" / "tiny.yaml")
@@ -32,14 +37,82 @@ def test_the_verb_times_and_writes_everything(tmp_path):
         0.6 < ours["gflop_per_step"] / baseline["gflop_per_step"] < 1 < whole["gflop_per_step"] / ours["gflop_per_step"]
     )
     assert found["matmul_gflop_per_second"] == max(rate["median"] for rate in found["matmuls"].values())
+    assert found["precision"] == "fp32" and not any({"mfu", "state_bytes"} & row.keys() for row in found["steps"])
 
 
-def test_turns_reverse_and_warm_up_is_not_kept():
-    order, says = [], []
-    runs = [benchmark.Timed(name, lambda index, name=name: order.append((name, index)), [1.0]) for name in "ab"]
-    benchmark.turns(runs, 2, says.append)
-    assert order[-4:] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
-    assert [len(run.wall) for run in runs] == [2, 2] and len(says) == benchmark.LAYOUTS + 2
+def test_in_bf16_with_a_trace(tmp_path):
+    arguments = ["--config", TINY, "--steps", "1", *SMALL, "optimization.micro_batch_size=2", "engine.precision=bf16"]
+    arguments += ["--json", str(tmp_path / "deep" / "out.json"), "--profile", str(tmp_path / "trace")]
+    (end,) = run_ranks(processes.benchmark, 1, tmp_path, *arguments)
+    assert end.code == 0, end.output
+    found = json.loads((tmp_path / "deep" / "out.json").read_text())
+    assert found["precision"] == "bf16" and (tmp_path / "trace" / "trace.json.gz").is_file()
+    profile = found["profile"]
+    assert len(profile["costliest"]) == 10 and 0 < profile["gaps"]["share"] < 1
+    for words in ("ijepa-scale, all context: a step takes", profile["costliest"][0]["name"], "No operation runs for"):
+        assert words in end.output
+    assert "KINETO" not in end.output and "USDT" not in end.output
+
+
+def test_a_batch_that_does_not_fit_is_halved_for_all_runs(tmp_path):
+    overrides = [*SMALL, "optimization.micro_batch_size=8"]
+    for most, batch in ((3, 2), (0, None)):
+        out = tmp_path / f"{most}.json"
+        assert_all(
+            run_ranks(
+                worker_benchmark.short_of_memory, 1, tmp_path / f"{most}", TINY, overrides, most, str(out), timeout=60
+            )
+        )
+        found = json.loads(out.read_text())
+        assert found["models_at_once"] == 1, "what did not fit is freed before the next attempt"
+        if batch:
+            assert (found["batch"], found["batch_asked"]) == (batch, 8)
+            assert sum("begin again" in line for line in found["said"]) == 2
+        else:
+            assert "no step fits" in found["error"] and "Tried to allocate 1 GiB." in found["error"]
+            assert "more words" not in found["error"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu(tmp_path):
+    out = tmp_path / "out.json"
+    command = [sys.executable, ROOT / "launch" / "benchmark.py", "--config", TINY, "--steps", "2", *SMALL]
+    command += ["optimization.micro_batch_size=4", "--json", out, "--profile", tmp_path / "trace"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert found["precision"] == "bf16" and found["machine"]["gpu"] == torch.cuda.get_device_name()
+    for row in found["steps"]:
+        assert row["state_bytes"] > 0 and row["step_bytes"] > 0
+        assert ("mfu" in row) == (peak_flops(found["machine"]["gpu"], "bf16") is not None)
+    assert found["steps"][1]["state_bytes"] == found["steps"][2]["state_bytes"]
+    assert found["profile"]["of"] == "kernels" and found["profile"]["costliest"]
+
+
+def test_what_is_shown_of_a_gpu(capsys):
+    spread = {"median": 2000.0, "low": 1500.0, "high": 2500.0}
+    numbers = dict.fromkeys(("images_per_second", "tokens_per_second", "gflop_per_second", "speedup"), spread)
+    row = {
+        "name": "ours",
+        "context_tokens_per_image": 70.0,
+        "gflop_per_step": 84_000,
+        "share_of_matmul": 0.5,
+        **numbers,
+    }
+    row |= {"state_bytes": 3 << 30, "step_bytes": 5 << 29}
+    machine = {"gpu": "A GPU", "cuda": "13", "torch": "2.11"}
+    found = {"machine": machine, "batch": 64, "batch_asked": 128, "precision": "bf16", "zero_stage": 1, "rounds": 6}
+    found |= {"operations": "Triton kernels", "matmuls": {"matmul 1 x 2 x 3": spread}, "allocator_retries": 7}
+    show = runpy.run_path(str(processes.BENCHMARK))["show"]
+    show("vith14", {**found, "steps": [{**row, "mfu": 0.412}, row]})
+    said = capsys.readouterr().out
+    for words in ("A GPU", "84.00", "2.0 (1.5-2.5)", "41.2%", "peak unknown", "3.0 + 2.5", "1 x 2 x 3: 2 (2-2)"):
+        assert words in said
+    assert "128 images did not fit" in said and "7 times" in " ".join(said.split()) and "CPU" not in said
+    show("vith14", {**found, "steps": [row], "batch_asked": 64, "allocator_retries": 0})
+    said = capsys.readouterr().out
+    assert "did not fit" not in said and "nearly full" not in said
 
 
 @pytest.mark.parametrize(

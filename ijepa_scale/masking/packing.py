@@ -26,12 +26,14 @@ class Packed:
     """S sequences of tokens end to end.
 
     indices_T: (T,) int32, image * num_patches + patch, for every token. cu_seqlens: (S + 1,) int32; sequence s is rows
-    cu_seqlens[s]:cu_seqlens[s + 1]. max_seqlen: the longest sequence, on the host.
+    cu_seqlens[s]:cu_seqlens[s + 1]. On the host: max_seqlen, the longest sequence; num_pairs, the sum of squared
+    lengths, which attention's cost grows with.
     """
 
     indices_T: torch.Tensor
     cu_seqlens: torch.Tensor
     max_seqlen: int
+    num_pairs: int
 
     @property
     def num_tokens(self) -> int:
@@ -64,6 +66,10 @@ class Masks:
     target_index_T: torch.Tensor
     num_patches: int
 
+    @property
+    def num_images(self) -> int:
+        return self.context.cu_seqlens.shape[0] - 1
+
     def to(self, device: torch.device | str) -> "Masks":
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
@@ -73,7 +79,10 @@ def _packed(indices: list[np.ndarray], offsets: list[int]) -> Packed:
     flat = np.concatenate([part + offset for part, offset in zip(indices, offsets, strict=True)])
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     return Packed(
-        torch.from_numpy(flat.astype(np.int32)), torch.from_numpy(cu_seqlens.astype(np.int32)), int(lengths.max())
+        torch.from_numpy(flat.astype(np.int32)),
+        torch.from_numpy(cu_seqlens.astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        num_pairs=int((lengths**2).sum()),
     )
 
 

@@ -6,16 +6,14 @@ nothing about GPUs, and are not kept.
 """
 
 import json
-import re
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.cases import DEVICE, ON_GPU
+from ijepa_scale.timing import measurements
 
-MEASUREMENTS = Path(__file__).resolve().parents[2] / "docs" / "measurements"
 FLUSHED = 1 << 32  # bytes written between rounds: more than any cache holds, and long enough to hide launches behind
 ROUNDS, WARMUP_ROUNDS = (30, 5) if ON_GPU else (3, 1)
 
@@ -138,7 +136,7 @@ def pytest_terminal_summary(terminalreporter, config):
         return
     import triton
 
-    folder = MEASUREMENTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
+    folder = measurements({"gpu": device})
     folder.mkdir(parents=True, exist_ok=True)
     facts = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
     result = {**facts, "copy_gigabytes_per_second": max(_copy_rates.values()) / 1e9, "rows": _rows}

@@ -1,4 +1,8 @@
-"""Writes README.md's table of kernels from docs/measurements/*/kernels.json: python kernels/benchmarks/tables.py"""
+"""Writes README.md's tables from docs/measurements/*/: python kernels/benchmarks/tables.py
+
+Between <!-- kernels --> and <!-- /kernels --> that of kernels.json, between <!-- step --> and <!-- /step --> that of
+step-*.json, which launch/benchmark.py --keep writes.
+"""
 
 import json
 import re
@@ -8,10 +12,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 NONE = "No kernel has been timed on a GPU yet."
+NO_STEP = "No step has been timed yet."
 OURS = ("ours", "definition", "definition (index_select)", "compiled")
 
 
-def table(result: dict[str, Any]) -> str:
+def kernel_table(result: dict[str, Any]) -> str:
     """One device: a line for each operation at each shape."""
     lines = [
         f"{result['device']}, torch {result['torch']}, triton {result['triton']}: milliseconds, medians; shares are of "
@@ -35,6 +40,51 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def step_table(results: list[dict[str, Any]]) -> str:
+    """One device: for each config the baseline's step and ours, like for like and on all context."""
+    machine = results[0]["machine"]
+    gpu = machine.get("gpu")
+    device = gpu or f"{machine['cpu']}, {machine['cores']} cores"
+    columns = ["config, images a step", "step", "context tokens an image", "GFLOP an image", "images/s", "speed-up"]
+    columns += ["TFLOP/s", "of matmul", *(["MFU", "state + step, GiB"] if gpu else [])]
+    lines = [
+        f"{device}: medians (quartiles) of steps in turns in one process; "
+        "shares are of the best matrix product of the same run.",
+        "",
+        _line(columns),
+        _line(["---"] * len(columns)),
+    ]
+    for result in sorted(results, key=lambda result: result["steps"][0]["gflop_per_step"] / result["batch"]):
+        name = f"{result['config']}, {result['batch']}; {result['precision']}, torch {result['machine']['torch']}"
+        if not gpu:
+            name += f", {result['machine']['threads']} threads"
+        for row in result["steps"]:
+            speedup = row["speedup"]
+            cells = [
+                name if row is result["steps"][0] else "",
+                row["name"],
+                f"{row['context_tokens_per_image']:.0f}",
+                _number(row["gflop_per_step"] / result["batch"]),
+                f"{row['images_per_second']['median']:,.1f}",
+                f"{speedup['median']:.2f} ({speedup['low']:.2f}-{speedup['high']:.2f})",
+                _number(row["gflop_per_second"]["median"] / 1000),
+                f"{100 * row['share_of_matmul']:.0f}%",
+            ]
+            if gpu:
+                cells.append(f"{100 * row['mfu']:.1f}%" if "mfu" in row else "peak unknown")
+                cells.append(f"{row['state_bytes'] / 2**30:.1f} + {row['step_bytes'] / 2**30:.1f}")
+            lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def _percent(row: dict[str, Any] | None) -> str:
     return "" if row is None else f"{100 * row['share_of_copy']:.0f}%"
 
@@ -44,12 +94,18 @@ def _text(milliseconds: float | None) -> str:
 
 
 def write(readme: Path, measurements: Path) -> None:
-    results = [json.loads(path.read_text()) for path in sorted(measurements.glob("*/kernels.json"))]
-    text = "\n\n".join(map(table, results)) or NONE
-    found = re.sub(
-        r"(?<=<!-- kernels -->\n).*(?=\n<!-- /kernels -->)", lambda _: text, readme.read_text(), flags=re.DOTALL
-    )
-    readme.write_text(found)
+    kernels = [json.loads(path.read_text()) for path in sorted(measurements.glob("*/kernels.json"))]
+    devices: dict[Path, list[dict[str, Any]]] = {}
+    for path in sorted(measurements.glob("*/step-*.json")):
+        devices.setdefault(path.parent, []).append(json.loads(path.read_text()))
+    text = readme.read_text()
+    for mark, tables in (
+        ("kernels", [kernel_table(result) for result in kernels] or [NONE]),
+        ("step", [step_table(results) for results in devices.values()] or [NO_STEP]),
+    ):
+        pattern = rf"(?<=<!-- {mark} -->\n).*(?=\n<!-- /{mark} -->)"
+        text = re.sub(pattern, lambda _, tables=tables: "\n\n".join(tables), text, flags=re.DOTALL)
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from ijepa_scale.benchmark import sampled_masks
+from ijepa_scale.build import build_flops
+from ijepa_scale.config import load_config
+from ijepa_scale.flops import Counts
 from ijepa_scale.train import RunError, explained_memory_errors
 from tests.processes import assert_all, free_port, pretrain, run_ranks, start_ranks
 
@@ -94,8 +98,16 @@ def test_a_folder_of_unlabelled_images_on_two_ranks_with_one_torn_file(config, t
         "data_wait_seconds",
         "step_seconds",
         "memory_bytes",
+        "model_flops",
+        "flops_per_second_per_device",
     ]:
         assert all(isinstance(record[key], int | float) for record in steps), key
+    loaded = load_config(config)
+    for record in steps:  # of both ranks' images; a CPU's peak is not known
+        masks = sampled_masks(loaded, 16, record["step"], "all")
+        assert record["model_flops"] == build_flops(loaded).model(Counts.of(masks))
+        assert record["flops_per_second_per_device"] == record["model_flops"] / record["step_seconds"] / 2
+        assert not {"mfu", "hfu"} & record.keys()
     assert all(0 < record["loss"] < 2 and record["grad_norm"] > 0 for record in steps)
     assert [record["step"] for record in records if record["kind"] == "health"] == [0, 3, 4]
     bad = [record for record in records if record["kind"] == "bad_image"]

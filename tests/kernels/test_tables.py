@@ -1,6 +1,6 @@
 import json
 
-from benchmarks.tables import NONE, write
+from benchmarks.tables import NO_STEP, NONE, write
 
 
 def row(provider, milliseconds, share):
@@ -22,3 +22,44 @@ def test_the_readme_has_what_was_measured(tmp_path):
         text = readme.read_text()
         assert "| ema | vit_huge | 2.500 | 93% | 5.000 |  | 4.000 (timm ModelEmaV3) |" in text
         assert "2,900 GB/s" in text and NONE not in text and text.startswith("above\n") and text.endswith("\nbelow\n")
+
+
+def step_row(name, context, gflop, rate, **more):
+    spread = {"median": rate / 100, "low": rate / 125, "high": rate / 80}
+    row = {"name": name, "context_tokens_per_image": context, "gflop_per_step": gflop, "speedup": spread}
+    row |= {"images_per_second": {"median": rate}, "gflop_per_second": {"median": 2 * rate}, "share_of_matmul": 0.5}
+    return row | more
+
+
+def test_the_readme_has_the_steps_that_were_timed(tmp_path):
+    readme, measured = tmp_path / "README.md", tmp_path / "measurements"
+    readme.write_text("a\n<!-- step -->\nold\n<!-- /step -->\nb\n<!-- kernels -->\n\n<!-- /kernels -->\n")
+    write(readme, measured)
+    assert readme.read_text().startswith(f"a\n<!-- step -->\n{NO_STEP}\n<!-- /step -->\nb\n")
+    gpu = {"gpu": "A GPU", "torch": "2.11"}
+    cpu = {"cpu": "A CPU", "cores": 8, "threads": 4, "torch": "2.15"}
+    memory = {"state_bytes": 3 << 30, "step_bytes": 5 << 29}
+    for folder, config, machine, precision, batch, more in (
+        ("gpu", "vith14", gpu, "bf16", 32, memory | {"mfu": 0.412}),
+        ("gpu", "vitb16", gpu, "bf16", 128, memory),
+        ("cpu", "tiny", cpu, "fp32", 16, {}),
+    ):
+        (measured / folder).mkdir(parents=True, exist_ok=True)
+        rows = [step_row("dense baseline", 70, 64.0, 100, **more), step_row("ijepa-scale", 110.4, 96e3, 251.26, **more)]
+        result = {"config": config, "machine": machine, "precision": precision, "batch": batch, "steps": rows}
+        (measured / folder / f"step-{config}.json").write_text(json.dumps(result))
+    for _ in range(2):
+        write(readme, measured)
+    text = readme.read_text()
+    order = [
+        "A CPU, 8 cores:",
+        "| tiny, 16; fp32, torch 2.15, 4 threads |",
+        "A GPU:",
+        "| vitb16, 128;",
+        "| vith14, 32;",
+    ]
+    assert [text.index(words) for words in order] == sorted(text.index(words) for words in order), text
+    assert "| vith14, 32; bf16, torch 2.11 | dense baseline | 70 | 2 | 100.0 | 1.00 (0.80-1.25) |" in text
+    assert "|  | ijepa-scale | 110 | 3,000 | 251.3 | 2.51 (2.01-3.14) | 0.503 | 50% | 41.2% | 3.0 + 2.5 |" in text
+    assert text.count("peak unknown") == 2 and text.count("MFU") == 1, "a CPU has no such columns"
+    assert text.endswith("b\n<!-- kernels -->\n" + NONE + "\n<!-- /kernels -->\n")

@@ -36,8 +36,12 @@ def pack(patches):
     bounds = [0]
     for chosen in patches:
         bounds.append(bounds[-1] + len(chosen))
-    longest = max(map(len, patches))
-    return Packed(torch.tensor(indices, dtype=torch.int32), torch.tensor(bounds, dtype=torch.int32), longest)
+    return Packed(
+        torch.tensor(indices, dtype=torch.int32),
+        torch.tensor(bounds, dtype=torch.int32),
+        max_seqlen=max(map(len, patches)),
+        num_pairs=sum(len(chosen) ** 2 for chosen in patches),
+    )
 
 
 RAGGED = [[3, 4, 9, 24], [0], [1, 2, 3, 7, 12, 20, 21], list(range(25))]

@@ -32,6 +32,9 @@ class DenseMasks:
         targets = masks.target_blocks.indices_T.long() % masks.num_patches
         return cls(context.view(images, -1), targets.view(images, -1, masks.target_blocks.max_seqlen))
 
+    def to(self, device: torch.device) -> "DenseMasks":
+        return DenseMasks(self.context_BK.to(device), self.targets_BMK.to(device))
+
 
 class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
