@@ -13,6 +13,7 @@ from ijepa_scale.data.remote import Patience
 from ijepa_scale.data.stream_sources import open_shards
 from ijepa_scale.flops import Counts
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
+from ijepa_scale.models.vit import bytes_kept
 
 SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are taken over
 
@@ -70,6 +71,7 @@ def dry_run(config: PretrainConfig) -> str:
         f"predictor {number} x {tokens.prediction / number:.1f}",
         f"model FLOPs    {total / 1e9:,.2f} G an image: "
         + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in flops.items()),
+        _kept_line(config, tokens),
         _steps_line(config, total),
     ]
     return "\n".join(lines)
@@ -79,6 +81,25 @@ def _state_gib(parameters: dict[str, int]) -> float:
     trained, encoder = sum(parameters.values()), parameters["context encoder"]
     # bf16 weights and gradients, fp32 master and two moments; the EMA in fp32 and the target's bf16 weights
     return (16 * trained + 6 * encoder) / 2**30
+
+
+def _kept_line(config: PretrainConfig, tokens: Counts) -> str:
+    every = config.engine.recompute_every
+    images = config.optimization.micro_batch_size or 1
+    encoder, predictor = (
+        images * count * bytes_kept(size, n, itemsize=2) / 2**30
+        for count, size, n in zip(
+            (tokens.context, tokens.prediction),
+            (build.vit_size(config.model), build.predictor_size(config)),
+            every,
+            strict=True,
+        )
+    )
+    return (
+        f"activations    context encoder {encoder:,.2f} GiB, predictor {predictor:,.2f} GiB, kept in bf16 for the backward "
+        f"of {images} image{'s' * (images > 1)} "
+        f"(engine.activation_checkpointing={config.engine.activation_checkpointing})"
+    )
 
 
 def _num_images(config: PretrainConfig) -> int:

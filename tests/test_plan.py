@@ -38,6 +38,20 @@ def test_vith14_costs_what_was_measured_for_packed_tokens():
     assert build_flops(config).model(tokens) == pytest.approx(841e9, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "policy, encoder, predictor",
+    [("none", 17.2, 10.8), ("predictor", 17.2, 0.7), ("every_2", 9.1, 0.7), ("full", 1.1, 0.7)],
+)
+def test_vith14_keeps_the_activations_that_its_tokens_amount_to(policy, encoder, predictor):
+    """128 images of 109 context tokens, a little over 32 bytes x width for each of them and each layer."""
+    path = CONFIGS[[path.stem for path in CONFIGS].index("vith14")]
+    text = dry_run(load_config(path, [f"engine.activation_checkpointing={policy}"]))
+    words = text.split("activations")[1].split()
+    assert float(words[2]) == pytest.approx(encoder, rel=0.02, abs=0.06)
+    assert float(words[5]) == pytest.approx(predictor, rel=0.02, abs=0.06)
+    assert f"128 images (engine.activation_checkpointing={policy})" in text
+
+
 def test_dry_run_needs_a_number_of_images_or_steps(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("model: {name: vit_tiny, patch_size: 16}")

@@ -165,6 +165,18 @@ def recompute(blocks: nn.ModuleList, every: int) -> None:
         block.recomputed = every > 0 and i % every == 0
 
 
+def bytes_kept(size: ViTSize, every: int, itemsize: int) -> int:
+    """Bytes a token that blocks keep for the backward, every Nth of them recomputed (0: none), not compiled.
+
+    A block keeps both LayerNorms' outputs and statistics, q, k, v, the attention's output and its normalizer of each
+    head, the sum after it, the MLP's hidden layer before and after GELU, and its output; recomputed, its output alone.
+    itemsize: bytes of a value.
+    """
+    whole = (8 * size.width + 2 * size.mlp_width + 4) * itemsize + 4 * size.heads
+    recomputed = size.depth // every if every else 0
+    return (size.depth - recomputed) * whole + recomputed * size.width * itemsize
+
+
 def run_blocks(
     blocks: nn.ModuleList, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None = None
 ) -> torch.Tensor:
