@@ -51,7 +51,7 @@ gpu-benchmarks: $(GPU_SETUP)
 	$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py
 gpu-steps: $(GPU_STEPS:%=gpu-step-%)
 gpu-step-%: $(GPU_SETUP)
-	$(GPU_PATH) $(GPU_PYTHON) launch/benchmark.py --config configs/$*.yaml --steps 6 --keep $(ARGS)
+	$(GPU_PATH) $(GPU_PYTHON) launch/benchmark.py --config configs/$*.yaml --steps 6 --keep engine.compile=true $(ARGS)
 	$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py
 
 lint: setup

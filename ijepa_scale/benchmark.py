@@ -26,7 +26,9 @@ from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.flops import Counts, device_peak
 from ijepa_scale.masking.multiblock import block_sizes, place_blocks
 from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
+from ijepa_scale.models.attention_backends import Choice
 from ijepa_scale.models.ijepa import initial_weight
+from ijepa_scale.models.vit import Block
 from ijepa_scale.optim import adamw, parameter_groups, set_schedules
 from ijepa_scale.profiling import profile_steps
 from ijepa_scale.timing import LAYOUTS, Say, Timed, machine, spread, turns
@@ -49,6 +51,7 @@ class Setting:
     device: torch.device
     precision: str  # fp32 or bf16
     batch: int
+    attention: Choice
 
     @property
     def cuda(self) -> bool:
@@ -74,7 +77,9 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
             config.engine.precision, config.engine.precision
         )
         asked = config.optimization.micro_batch_size or config.optimization.global_batch_size
-        setting = Setting(config, device, precision, asked)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        attention = build.build_attention(config, device=device, dtype=dtype)
+        setting = Setting(config, device, precision, asked, attention)
         while True:
             try:
                 return {**measure(setting, dense, steps, say, profile), "batch_asked": asked}
@@ -106,7 +111,8 @@ def measure(setting: Setting, dense: ModuleType, steps: int, say: Say, profile: 
         found["allocator_retries"] = retries
     if profile:
         say("tracing a few steps")
-        found["profile"] = {"run": runs[2].name, **profile_steps(runs[2].run, profile, device=setting.device)}
+        step = [run for run in runs if run.tokens][-1]
+        found["profile"] = {"run": step.name, **profile_steps(step.run, profile, device=setting.device)}
     return found
 
 
@@ -136,7 +142,10 @@ def sampled_masks(config: PretrainConfig, batch: int, step: int, context: str) -
 def steps_of(
     setting: Setting, dense: ModuleType, images: torch.Tensor, equal: list[Masks], ragged: list[Masks]
 ) -> list[Timed]:
-    """The baseline's step; the training step on the same masks; the training step on all the context sampled."""
+    """The baseline's step; the training step on the same masks; the training step on all the context sampled.
+
+    With engine.compile the training step on the same masks is there twice, the first time not compiled.
+    """
     config, device = setting.config, setting.device
     dense_masks = [dense.DenseMasks.of(masks).to(device) for masks in equal]
     start = allocated(device)
@@ -155,8 +164,13 @@ def steps_of(
     start = allocated(device)
     engine, ema = training_engine(setting)
 
-    def training_step(masks: list[Masks]) -> Callable[[int], None]:
+    modules = [module for module in engine.module.modules() if isinstance(module, Block)]
+    compiled = config.engine.compile
+
+    def training_step(masks: list[Masks], compiled: bool) -> Callable[[int], None]:
         def step(index: int) -> None:
+            for block in modules:
+                block.compiled = compiled
             set_schedules(engine.optimizer.optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY)
             engine.backward(engine(images, masks[index % LAYOUTS])["loss"])
             engine.step()
@@ -164,8 +178,8 @@ def steps_of(
 
         return step
 
-    steps = [training_step(masks) for masks in on_device]
-    steps[0](0)
+    step = training_step(on_device[0], False)
+    step(0)
     state = allocated(device) - start
 
     def counted(masks: Any) -> float:
@@ -186,8 +200,14 @@ def steps_of(
         dense_flops = [counted(masks) for masks in dense_masks]
     return [
         timed("dense baseline", dense_step, dense_flops, equal, dense_state),
-        timed("ijepa-scale", steps[0], needed(equal), equal, state),
-        timed("ijepa-scale, all context", steps[1], needed(ragged), ragged, state),
+        timed("ijepa-scale", step, needed(equal), equal, state),
+        *(
+            timed(f"ijepa-scale, {what}", training_step(masks, compiled), needed(host), host, state)
+            for what, masks, host in (
+                *([("compiled", on_device[0], equal)] if compiled else []),
+                ("compiled, all context" if compiled else "all context", on_device[1], ragged),
+            )
+        ),
     ]
 
 
@@ -233,7 +253,7 @@ def training_engine(setting: Setting) -> tuple[Any, ShardedEMA]:
         extra=config.engine.deepspeed,
     )
     with zero.building_context(settings), setting.device:
-        model = build.build_model(config, initialize=False)
+        model = build.build_model(config, initialize=False, attend=setting.attention.attend)
     engine = zero.initialize(
         model,
         settings,
@@ -308,6 +328,9 @@ def results(setting: Setting, runs: list[Timed], steps: int) -> dict[str, Any]:
         "precision": setting.precision,
         "zero_stage": config.engine.zero_stage,
         "operations": chosen(setting.device),
+        "attention": setting.attention.name,
+        "compile": config.engine.compile,
+        "activation_checkpointing": config.engine.activation_checkpointing,
         "steps": rows,
         "matmul_gflop_per_second": matmul,
         "matmuls": rates,

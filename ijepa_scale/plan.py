@@ -96,8 +96,8 @@ def _kept_line(config: PretrainConfig, tokens: Counts) -> str:
         )
     )
     return (
-        f"activations    context encoder {encoder:,.2f} GiB, predictor {predictor:,.2f} GiB, kept in bf16 for the backward "
-        f"of {images} image{'s' * (images > 1)} "
+        f"activations    kept in bf16 for the backward: context encoder {encoder:,.2f} GiB, predictor "
+        f"{predictor:,.2f} GiB of {images} image{'s' * (images > 1)} "
         f"(engine.activation_checkpointing={config.engine.activation_checkpointing})"
     )
 

@@ -80,7 +80,8 @@ def show(name: str, found: dict[str, Any]) -> None:
     table = Table(
         "",
         title=f"{name}, {found['batch']} images a step, {found['precision']}, ZeRO-{found['zero_stage']}, "
-        f"median (quartiles) of {found['rounds']} rounds in turns\n{where}",
+        f"attention {found['attention']}, activation checkpointing {found['activation_checkpointing']}\n"
+        f"median (quartiles) of {found['rounds']} rounds in turns; {where}",
     )
     rows = found["steps"]
     for row in rows:

@@ -40,16 +40,27 @@ def test_the_verb_times_and_writes_everything(tmp_path):
     assert found["precision"] == "fp32" and not any({"mfu", "state_bytes"} & row.keys() for row in found["steps"])
 
 
-def test_in_bf16_with_a_trace(tmp_path):
+def test_compiled_in_bf16_with_a_trace(tmp_path):
     arguments = ["--config", TINY, "--steps", "1", *SMALL, "optimization.micro_batch_size=2", "engine.precision=bf16"]
     arguments += ["--json", str(tmp_path / "deep" / "out.json"), "--profile", str(tmp_path / "trace")]
+    arguments += ["engine.compile=true"]
     (end,) = run_ranks(processes.benchmark, 1, tmp_path, *arguments)
     assert end.code == 0, end.output
     found = json.loads((tmp_path / "deep" / "out.json").read_text())
+    assert [row["name"] for row in found["steps"]] == [
+        "dense baseline",
+        "ijepa-scale",
+        "ijepa-scale, compiled",
+        "ijepa-scale, compiled, all context",
+    ]
     assert found["precision"] == "bf16" and (tmp_path / "trace" / "trace.json.gz").is_file()
     profile = found["profile"]
     assert len(profile["costliest"]) == 10 and 0 < profile["gaps"]["share"] < 1
-    for words in ("ijepa-scale, all context: a step takes", profile["costliest"][0]["name"], "No operation runs for"):
+    for words in (
+        "ijepa-scale, compiled, all context: a step takes",
+        profile["costliest"][0]["name"],
+        "No operation runs for",
+    ):
         assert words in end.output
     assert "KINETO" not in end.output and "USDT" not in end.output
 
@@ -79,14 +90,21 @@ def test_on_a_gpu(tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, ROOT / "launch" / "benchmark.py", "--config", TINY, "--steps", "2", *SMALL]
     command += ["optimization.micro_batch_size=4", "--json", out, "--profile", tmp_path / "trace"]
+    command += ["engine.compile=true"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
+    assert [row["name"] for row in found["steps"]] == [
+        "dense baseline",
+        "ijepa-scale",
+        "ijepa-scale, compiled",
+        "ijepa-scale, compiled, all context",
+    ]
     assert found["precision"] == "bf16" and found["machine"]["gpu"] == torch.cuda.get_device_name()
     for row in found["steps"]:
         assert row["state_bytes"] > 0 and row["step_bytes"] > 0
         assert ("mfu" in row) == (peak_flops(found["machine"]["gpu"], "bf16") is not None)
-    assert found["steps"][1]["state_bytes"] == found["steps"][2]["state_bytes"]
+    assert len({row["state_bytes"] for row in found["steps"][1:]}) == 1 and len(found["steps"]) == 4
     assert found["profile"]["of"] == "kernels" and found["profile"]["costliest"]
 
 
@@ -104,6 +122,7 @@ def test_what_is_shown_of_a_gpu(capsys):
     machine = {"gpu": "A GPU", "cuda": "13", "torch": "2.11"}
     found = {"machine": machine, "batch": 64, "batch_asked": 128, "precision": "bf16", "zero_stage": 1, "rounds": 6}
     found |= {"operations": "Triton kernels", "matmuls": {"matmul 1 x 2 x 3": spread}, "allocator_retries": 7}
+    found |= {"attention": "fa3", "activation_checkpointing": "none"}
     show = runpy.run_path(str(processes.BENCHMARK))["show"]
     show("vith14", {**found, "steps": [{**row, "mfu": 0.412}, row]})
     said = capsys.readouterr().out
