@@ -169,7 +169,8 @@ def _resized(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     if isinstance(image, Image.Image):
         assert image.mode == "RGB", f"expected an RGB image (see to_rgb), got mode {image.mode}"
         image = np.array(image)
-    channels_last = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    # Batched before permuted: only then PyTorch sees that channels come last, and takes the faster of its two ways.
+    channels_last = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
     return F.interpolate(channels_last, (size, size), mode="bicubic", antialias=True)[0].contiguous().numpy()
 
 
