@@ -102,7 +102,7 @@ def show_data(found: dict[str, Any]) -> None:
     if found["loader"]:
         loader = found["loader"]
         console.print(
-            f"The whole loader with {loader['workers']} process(es): {loader['images_per_second']:.0f} images/s elapsed."
+            f"The whole loader with {loader['workers']} processes: {loader['images_per_second']:.0f} images/s elapsed."
         )
     if found["left_out"]:
         count = found["left_out"]
