@@ -16,6 +16,7 @@ from ijepa_scale.data.collate import Batch, micro_batch_stream
 from ijepa_scale.data.images import BadImageError
 from ijepa_scale.data.remote import StreamError
 from ijepa_scale.data.streams import Streams
+from ijepa_scale.data_wait import DataWait, usable_cores
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.signals import STOP_EXIT_CODE, StopRequest
@@ -120,6 +121,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         run.dataset, start_step=run.start_step, stop_step=horizon.stop, workers=config.data.workers
     )
     health = [r for r in read_records(run.folder.metrics) if r.get("kind") == "health"] if ranks.first else []
+    data_wait = DataWait.of_ranks(ranks.gather((ranks.local_rank, usable_cores())), workers=config.data.workers)
     skipped_in_a_row = failed_saves = 0
     loss = None
     reason = ""
@@ -141,6 +143,8 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         loss = outcome.record["loss"]
         if progress:
             progress.update(step + 1, outcome.record)
+            if slow := data_wait.update(outcome.record["data_wait_seconds"], outcome.record["step_seconds"]):
+                say(slow)
         for mark in (batch.mark for batch in outcome.batches if batch.mark):
             run.streams[mark.stream] = mark.state
         if outcome.noted:
