@@ -83,11 +83,16 @@ def show_data(found: dict[str, Any]) -> None:
 
     machine, ours = found["machine"], found["pipelines"][0]
     width, height = found["median_width_height"]
-    table = Table(
-        title=f"{found['source']}: {found['images']} images of {found['mean_bytes'] / 1e3:.0f} kB, {width:.0f} x "
-        f"{height:.0f} pixels -> {found['size']} x {found['size']}; median (quartiles) of {found['rounds']} rounds in "
-        f"turns\n{machine['cpu']}, {machine['cores']} cores, one thread, CPU time"
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
+    size = found["size"]
+    console.print(
+        f"{found['source']}: {found['images']} images of {found['mean_bytes'] / 1e3:.0f} kB, "
+        f"{width:.0f} x {height:.0f} pixels -> {size} x {size}\n"
+        f"{machine['cpu']}, {machine['cores']} cores; one thread, CPU time, median (quartiles) of {found['rounds']} "
+        "rounds in turns",
+        markup=False,
     )
+    table = Table()
     table.add_column("pipeline")
     table.add_column("images/s per core", justify="right")
     table.add_column("of the limit", justify="right")
@@ -95,14 +100,13 @@ def show_data(found: dict[str, Any]) -> None:
         name = row["name"] + (" (the limit)" if row["name"] == found["limit"] else "")
         share = {key: 100 * value for key, value in row["of_limit"].items()}
         table.add_row(name, _spread(row["images_per_second"], ".0f"), _spread(share, ".0f") + " %")
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
     console.print(table)
     rate = ours["images_per_second"]["median"]
     console.print(f"Training at 1,000 images/s keeps {1000 / rate:.1f} such cores busy with it.")
     if found["loader"]:
         loader = found["loader"]
         console.print(
-            f"The whole loader with {loader['workers']} processes: {loader['images_per_second']:.0f} images/s elapsed."
+            f"The whole loader, {loader['workers']} worker(s): {loader['images_per_second']:.0f} images/s elapsed."
         )
     if found["left_out"]:
         count = found["left_out"]

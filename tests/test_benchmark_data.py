@@ -35,7 +35,7 @@ def test_the_verb_times_and_writes_everything(tmp_path):
         "64 x 48 pixels -> 32 x 32",
         "(the limit)",
         "Left out is 1 image that",
-        "1 process(es)",
+        "1 worker(s)",
     ):
         assert words in output
     found = json.loads(written.read_text())

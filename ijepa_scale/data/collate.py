@@ -23,8 +23,9 @@ SIZES, CROP, BLOCKS, CONTEXT = range(4)
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. images: (B, 3, S, S) uint8. indices: which image each is. bad: unreadable images met.
+    """One micro-batch. indices: which image each is. bad: unreadable images met.
 
+    images: (B, 3, S, S) uint8, contiguous after to() only: loader processes leave their channels last in memory.
     Of a stream, indices are rows of shards, names say which, and mark is where the stream stands after the batch.
     """
 
@@ -36,7 +37,7 @@ class Batch:
     mark: StreamMark | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        return replace(self, images=self.images.to(device, non_blocking=True), masks=self.masks.to(device))
+        return replace(self, images=self.images.to(device, non_blocking=True).contiguous(), masks=self.masks.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ class MicroBatches(Dataset):
             targets.append(list(placed.target_blocks))
         rngs = [generator_for(self.seed, CONTEXT, step, position) for position in positions]
         masks = pack_masks(limit_context(contexts, self.context, rngs), targets, self.blocks.grid.num_patches)
-        return Batch(torch.from_numpy(np.stack(crops)), masks, **batch)
+        channels_last = torch.from_numpy(np.stack([crop.transpose(1, 2, 0) for crop in crops]))
+        return Batch(channels_last.permute(0, 3, 1, 2), masks, **batch)
 
     def _crops(self, micro_step: int, step: int, positions: range) -> tuple[list[np.ndarray], dict[str, Any]]:
         """Crops of the images at positions of a step, and what a Batch says of where they come from."""

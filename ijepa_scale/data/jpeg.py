@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-_BASELINE, _PROGRESSIVE, _SCAN = (0xC0, 0xC1), (0xC2,), 0xDA  # markers (ITU-T T.81, table B.1)
-_APP1 = 0xE1
+_BASELINE, _PROGRESSIVE, _SCAN, _APP1 = (0xC0, 0xC1), 0xC2, 0xDA, 0xE1  # markers (ITU-T T.81, table B.1)
+_FRAMES = (*_BASELINE, _PROGRESSIVE)
 _CONTEXT_ROWS = 2  # of luma below a row, that smooth chroma upsampling reads
 
 
@@ -35,11 +35,12 @@ def read_header(content: bytes) -> JpegHeader | None:
         return None
     at, frame, metadata = 2, 0, False
     while len(content) > at + 4 and content[at] == 0xFF:
-        marker, length = content[at + 1], int.from_bytes(content[at + 2 : at + 4], "big")
-        if marker in (*_BASELINE, *_PROGRESSIVE):
+        marker, length = content[at + 1], content[at + 2] << 8 | content[at + 3]
+        if marker in _FRAMES:
             frame = at
-        metadata |= marker == _APP1
-        if marker == _SCAN:
+        elif marker == _APP1:
+            metadata = True
+        elif marker == _SCAN:
             return _checked(content, frame, scan=at, metadata=metadata) if frame else None
         at += 2 + length
     return None
