@@ -17,6 +17,7 @@ from ijepa_scale.data.collate import Batch, micro_batch_stream
 from ijepa_scale.data.images import BadImageError
 from ijepa_scale.data.remote import StreamError
 from ijepa_scale.data.streams import Streams
+from ijepa_scale.data_wait import DataWait, usable_cores
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.feed import Feed, HostCopy, collecting_by_hand
@@ -129,6 +130,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
     )
     feed = Feed(batches, ranks.device)
     health = [r for r in read_records(run.folder.metrics) if r.get("kind") == "health"] if ranks.first else []
+    data_wait = DataWait.of_ranks(ranks.gather((ranks.local_rank, usable_cores())), workers=config.data.workers)
     skipped_in_a_row = failed_saves = 0
     loss: float | None = None
     reason = ""
@@ -143,6 +145,8 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             loss = record["loss"]
             if progress:
                 progress.update(record["step"] + 1, record)
+                if slow := data_wait.update(record["data_wait_seconds"], record["step_seconds"]):
+                    say(slow)
         unsettled.clear()
 
     for note in run.notes:

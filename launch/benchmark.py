@@ -1,8 +1,9 @@
-"""Time the training step on this machine's GPU or CPU against a dense baseline, one process, no launcher.
+"""Time the training step on this machine's GPU or CPU against a dense baseline, or the input pipeline; no launcher.
 
 python launch/benchmark.py --config configs/tiny.yaml
 python launch/benchmark.py --config configs/vits16.yaml optimization.micro_batch_size=32 --steps 5 --json vits16.json
 python launch/benchmark.py --config configs/vith14.yaml --keep --profile traces/vith14
+python launch/benchmark.py --data /data/my_images --size 224    # from stored images to crops, images/s per core
 
 Exit codes: 0 done, 2 wrong input.
 """
@@ -22,17 +23,29 @@ MEMORY = ("state_bytes", "step_bytes")
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument("--config", help="a YAML file of configs/: time its training step against a dense baseline")
+    subject.add_argument(
+        "--data", metavar="SOURCE", help="time reading and cropping a source's images (as data.source)"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config values over the file's")
-    parser.add_argument("--steps", type=int, default=10, help="rounds timed, after four of warm-up (default 10)")
+    parser.add_argument("--steps", type=int, default=10, help="rounds timed, after warm-up (default 10)")
+    parser.add_argument("--size", type=int, default=224, help="of --data: pixels a side of a crop (default 224)")
+    parser.add_argument("--split", default="train", help="of --data (default train)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="of --data: loader processes (default: cores, up to 8)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="write them to docs/measurements/DEVICE/step-CONFIG.json for the README",
+        help="of --config: write them to docs/measurements/DEVICE/step-CONFIG.json for the README",
     )
     parser.add_argument(
-        "--profile", type=Path, metavar="FOLDER", help="then trace a few steps there and show what they spend time on"
+        "--profile",
+        type=Path,
+        metavar="FOLDER",
+        help="of --config: then trace a few steps there and show what they spend time on",
     )
     return parser
 
@@ -40,26 +53,25 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler's own log is between our lines
-    from ijepa_scale.benchmark import benchmark
-    from ijepa_scale.config import load_config
-    from ijepa_scale.timing import measurements
-
-    name = Path(options.config).stem
     try:
         if options.steps < 1:
             raise ValueError(f"--steps must be 1 or more, got {options.steps}")
-        config = load_config(options.config, options.overrides)
-        found = benchmark(config, steps=options.steps, say=_say, profile=options.profile)
+        found = time_data(options) if options.data else time_steps(options)
         written = [options.json] if options.json else []
         if options.keep:
-            written.append(measurements(found["machine"]) / f"step-{name}.json")
+            from ijepa_scale.timing import measurements
+
+            written.append(measurements(found["machine"]) / f"step-{found['config']}.json")
         for path in written:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps({"config": name, "overrides": options.overrides, **found}, indent=1) + "\n")
+            path.write_text(json.dumps(found, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(name, found)
+    if options.data:
+        show_data(found)
+    else:
+        show(found)
     if "profile" in found:
         show_profile(found["profile"])
     for path in written:
@@ -67,7 +79,67 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def show(name: str, found: dict[str, Any]) -> None:
+def time_steps(options: argparse.Namespace) -> dict[str, Any]:
+    from ijepa_scale.benchmark import benchmark
+    from ijepa_scale.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    found = benchmark(config, steps=options.steps, say=_say, profile=options.profile)
+    return {"config": Path(options.config).stem, "overrides": options.overrides, **found}
+
+
+def time_data(options: argparse.Namespace) -> dict[str, Any]:
+    from ijepa_scale.benchmark_data import benchmark_data
+
+    if options.keep or options.profile:
+        raise ValueError("--keep and --profile go with --config")
+    if options.overrides:
+        raise ValueError(f"--data takes no config values, got {options.overrides[0]!r}; use --size, --split, --workers")
+    if options.size < 1:
+        raise ValueError(f"--size must be 1 or more, got {options.size}")
+    workers = min(8, os.cpu_count() or 1) if options.workers is None else options.workers
+    return benchmark_data(
+        options.data, size=options.size, rounds=options.steps, workers=workers, split=options.split, say=_say
+    )
+
+
+def show_data(found: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    machine, ours = found["machine"], found["pipelines"][0]
+    width, height = found["median_width_height"]
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
+    size = found["size"]
+    console.print(
+        f"{found['source']}: {found['images']} images of {found['mean_bytes'] / 1e3:.0f} kB, "
+        f"{width:.0f} x {height:.0f} pixels -> {size} x {size}\n"
+        f"{machine['cpu']}, {machine['cores']} cores; one thread, CPU time, median (quartiles) of {found['rounds']} "
+        "rounds in turns",
+        markup=False,
+    )
+    table = Table()
+    table.add_column("pipeline")
+    table.add_column("images/s per core", justify="right")
+    table.add_column("of the limit", justify="right")
+    for row in found["pipelines"]:
+        name = row["name"] + (" (the limit)" if row["name"] == found["limit"] else "")
+        share = {key: 100 * value for key, value in row["of_limit"].items()}
+        table.add_row(name, _spread(row["images_per_second"], ".0f"), _spread(share, ".0f") + " %")
+    console.print(table)
+    rate = ours["images_per_second"]["median"]
+    console.print(f"Training at 1,000 images/s keeps {1000 / rate:.1f} such cores busy with it.")
+    if found["loader"]:
+        loader = found["loader"]
+        console.print(
+            f"The whole loader, {loader['workers']} worker(s): {loader['images_per_second']:.0f} images/s elapsed."
+        )
+    if found["left_out"]:
+        count = found["left_out"]
+        console.print(f"Left out {'is 1 image' if count == 1 else f'are {count} images'} that not every decoder reads.")
+
+
+def show(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     machine, rates, gpu = found["machine"], found["matmuls"], "gpu" in found["machine"]
@@ -79,7 +151,7 @@ def show(name: str, found: dict[str, Any]) -> None:
     )
     table = Table(
         "",
-        title=f"{name}, {found['batch']} images a step, {found['precision']}, ZeRO-{found['zero_stage']}, "
+        title=f"{found['config']}, {found['batch']} images a step, {found['precision']}, ZeRO-{found['zero_stage']}, "
         f"attention {found['attention']}, activation checkpointing {found['activation_checkpointing']}\n"
         f"median (quartiles) of {found['rounds']} rounds in turns; {where}",
     )

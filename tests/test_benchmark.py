@@ -124,12 +124,12 @@ def test_what_is_shown_of_a_gpu(capsys):
     found |= {"operations": "Triton kernels", "matmuls": {"matmul 1 x 2 x 3": spread}, "allocator_retries": 7}
     found |= {"attention": "fa3", "activation_checkpointing": "none"}
     show = runpy.run_path(str(processes.BENCHMARK))["show"]
-    show("vith14", {**found, "steps": [{**row, "mfu": 0.412}, row]})
+    show({"config": "vith14", **found, "steps": [{**row, "mfu": 0.412}, row]})
     said = capsys.readouterr().out
     for words in ("A GPU", "84.00", "2.0 (1.5-2.5)", "41.2%", "peak unknown", "3.0 + 2.5", "1 x 2 x 3: 2 (2-2)"):
         assert words in said
     assert "128 images did not fit" in said and "7 times" in " ".join(said.split()) and "CPU" not in said
-    show("vith14", {**found, "steps": [row], "batch_asked": 64, "allocator_retries": 0})
+    show({"config": "vith14", **found, "steps": [row], "batch_asked": 64, "allocator_retries": 0})
     said = capsys.readouterr().out
     assert "did not fit" not in said and "nearly full" not in said
 

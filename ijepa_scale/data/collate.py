@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from ijepa_scale.data.images import BadImage, ImageSet
+from ijepa_scale.data.images import BadImage, ImageSet, Use, croppable
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import generator_for, image_at
 from ijepa_scale.data.streams import StreamMark, Streams
@@ -23,8 +23,9 @@ SIZES, CROP, BLOCKS, CONTEXT = range(4)
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch. images: (B, 3, S, S) uint8. indices: which image each is. bad: unreadable images met.
+    """One micro-batch. indices: which image each is. bad: unreadable images met.
 
+    images: (B, 3, S, S) uint8; loader processes leave their channels last in memory, to be moved on the device.
     Of a stream, indices are rows of shards, names say which, and mark is where the stream stands after the batch.
     """
 
@@ -78,39 +79,43 @@ class MicroBatches(Dataset):
         first = (micro * self.ranks + self.rank) * self.micro_batch_size
         positions = range(first, first + self.micro_batch_size)
         sizes = block_sizes(self.blocks, generator_for(self.seed, SIZES, step))
-        images, batch = self._read(micro_step, step, positions)
-        crops, contexts, targets = [], [], []
-        for position, image in zip(positions, images, strict=True):
-            crop = random_resized_crop(
-                image,
-                generator_for(self.seed, CROP, step, position),
-                self.image_size,
-                scale=self.crop_scale,
-                flip=self.horizontal_flip,
-            )
+        crops, batch = self._crops(micro_step, step, positions)
+        contexts, targets = [], []
+        for position in positions:
             placed = place_blocks(self.blocks, sizes, generator_for(self.seed, BLOCKS, step, position))
-            crops.append(torch.from_numpy(crop))
             contexts.append(placed.context)
             targets.append(list(placed.target_blocks))
         rngs = [generator_for(self.seed, CONTEXT, step, position) for position in positions]
         masks = pack_masks(limit_context(contexts, self.context, rngs), targets, self.blocks.grid.num_patches)
-        return Batch(torch.stack(crops), masks, **batch)
+        channels_last = torch.from_numpy(np.stack([crop.transpose(1, 2, 0) for crop in crops]))
+        return Batch(channels_last.permute(0, 3, 1, 2), masks, **batch)
 
-    def _read(self, micro_step: int, step: int, positions: range) -> tuple[list[Image.Image], dict[str, Any]]:
-        """The images at positions of a step, and what a Batch says of where they come from."""
+    def _crops(self, micro_step: int, step: int, positions: range) -> tuple[list[np.ndarray], dict[str, Any]]:
+        """Crops of the images at positions of a step, and what a Batch says of where they come from."""
         if isinstance(self.images, Streams):  # which are in order: streams take turns, and their processes with them
-            taken, missed, mark = self.images.take(micro_step % self.images.num_streams, len(positions))
+            uses = [self._cropping(step, position) for position in positions]
+            taken, missed, mark = self.images.take(micro_step % self.images.num_streams, len(positions), uses)
             rows, names, read = zip(*taken, strict=True)
             return list(read), {"indices": rows, "names": names, "bad": tuple(missed), "mark": mark}
-        images, indices = [], []
+        crops, indices = [], []
         failures: list[BadImage] = []
         for position in positions:
             index = self._index_at(step, position)
-            image, bad = self.images.read_or_substitute(index)
-            images.append(image)
+            crop, bad = self.images.read_or_substitute(index, self._cropping(step, position))
+            crops.append(crop)
             indices.append(index)
             failures += bad
-        return images, {"indices": tuple(indices), "bad": tuple(failures)}
+        return crops, {"indices": tuple(indices), "bad": tuple(failures)}
+
+    def _cropping(self, step: int, position: int) -> Use:
+        """The crop of whichever image comes to stand at a position of a step."""
+
+        def crop(file: bytes | str, min_side: int) -> np.ndarray:
+            rng = generator_for(self.seed, CROP, step, position)
+            image = croppable(file, min_side)
+            return random_resized_crop(image, rng, self.image_size, scale=self.crop_scale, flip=self.horizontal_flip)
+
+        return crop
 
     def _index_at(self, step: int, position: int) -> int:
         size = self.global_batch_size

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,11 +17,12 @@ from ijepa_scale.data.folders import printable
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.data.sources import cache_need, find_split, inspect_source, map_splits, source_builder
 from ijepa_scale.data.tars import read_member
-from ijepa_scale.data.transforms import open_encoded, to_rgb
+from ijepa_scale.data.transforms import UprightJpeg, open_croppable, open_encoded, to_rgb
 
 if TYPE_CHECKING:
     import datasets
 
+Use = Callable[[bytes | str, int], Any]  # (an image's file: its content or path, the shortest side allowed)
 _log = logging.getLogger(__name__)
 
 SUBSTITUTE_SEED = 20230119  # fixed: the substitute of an image is a property of the data set, not of the run
@@ -68,18 +70,20 @@ class ImageSet:
         """The image in RGB, upright. BadImageError if it cannot be decoded to the end or is smaller than min_side."""
         return self._with_file(index, lambda file: decode(file, self._min_side))
 
-    def read_or_substitute(self, index: int) -> tuple[Image.Image, tuple[BadImage, ...]]:
+    def read_or_substitute(self, index: int, use: Use | None = None) -> tuple[Any, tuple[BadImage, ...]]:
         """The image at `index`, or another in its place if that is bad, and every bad one met.
 
         Which one is a function of the data set and the index alone, so all ranks, workers and restarts agree.
+        use: gives what is wanted of an image instead of the image; one for which it fails is bad.
         """
+        use = use or decode
         rng = generator_for(SUBSTITUTE_SEED, index)
         bad: dict[int, BadImage] = {}
         candidate = index
         for _ in range(1 + MAX_SUBSTITUTES):
             if candidate not in bad:
                 try:
-                    return self.read(candidate), tuple(bad.values())
+                    return self._with_file(candidate, lambda file: use(file, self._min_side)), tuple(bad.values())
                 except BadImageError as error:
                     bad[candidate] = BadImage(candidate, self.sample_id(candidate), error.reason)
             candidate = int(rng.random() * self.num_images)
@@ -87,6 +91,10 @@ class ImageSet:
             f"{self.name}: {bad[index].sample_id} is bad ({bad[index].reason}) and so are {MAX_SUBSTITUTES} random "
             f"images drawn in its place; check that the data set holds readable images"
         )
+
+    def content(self, index: int) -> bytes:
+        """The image's file as it is stored."""
+        return self._with_file(index, lambda file: file if isinstance(file, bytes) else Path(file).read_bytes())
 
     def size(self, index: int) -> tuple[int, int]:
         """(width, height) as stored, from the header alone."""
@@ -146,9 +154,20 @@ def decode(file: bytes | str, min_side: int = 1) -> Image.Image:
     """An encoded image, its content or its path, in RGB, upright. BadImageError if a side is under min_side pixels."""
     with open_encoded(file) as image:
         rgb = to_rgb(image)
-    if min(rgb.size) < min_side:
-        raise BadImageError(f"{rgb.width} x {rgb.height} pixels, less than {min_side} a side")
+    _check_size(rgb.size, min_side)
     return rgb
+
+
+def croppable(file: bytes | str, min_side: int = 1) -> Image.Image | UprightJpeg:
+    """The same for `random_resized_crop`: a JPEG is decoded with its crop, and as far down as that reaches."""
+    image = open_croppable(file)
+    _check_size(image.size, min_side)
+    return image
+
+
+def _check_size(size: tuple[int, int], min_side: int) -> None:
+    if min(size) < min_side:
+        raise BadImageError(f"{size[0]} x {size[1]} pixels, less than {min_side} a side")
 
 
 def reason_of(error: Exception) -> str:

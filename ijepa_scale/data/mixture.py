@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
-from PIL import Image
-
-from ijepa_scale.data.images import BadImage, ImageSet
+from ijepa_scale.data.images import BadImage, ImageSet, Use
 from ijepa_scale.data.order import mixed_image_at
 
 
@@ -31,10 +30,10 @@ class Mixture:
         source, index = mixed_image_at(place, seed=seed, sizes=[len(p) for p in self.parts], weights=self.weights)
         return self._first(source) + index
 
-    def read_or_substitute(self, index: int) -> tuple[Image.Image, tuple[BadImage, ...]]:
+    def read_or_substitute(self, index: int, use: Use | None = None) -> tuple[Any, tuple[BadImage, ...]]:
         """As of an ImageSet; a substitute is of the same part."""
         source, own = self._find(index)
-        image, bad = self.parts[source].read_or_substitute(own)
+        image, bad = self.parts[source].read_or_substitute(own, use)
         first = self._first(source)
         return image, tuple(BadImage(first + other.index, other.sample_id, other.reason) for other in bad)
 

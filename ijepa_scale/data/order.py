@@ -6,8 +6,10 @@ import math
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
+from numpy.random.bit_generator import ISeedSequence
 
 _ROUNDS = 8
 _MIN_SIDE = 8  # of the Feistel rectangle: smaller ones reach some permutations too often, or never (only even ones)
@@ -23,7 +25,19 @@ def generator_for(seed: int, *key: int) -> np.random.Generator:
     """
     digest = hashlib.blake2b(struct.pack(f"<{1 + len(key)}q", seed, *key), digest_size=48, person=b"ijepa generator")
     words = np.frombuffer(digest.digest(), dtype="<u8").astype(np.uint64, copy=False)
-    return np.random.Generator(np.random.Philox(key=words[:2], counter=words[2:]))
+    key_words: Any = _Key(words[:2])  # Any: NumPy's stub names SeedSequence alone, its documentation this interface
+    return np.random.Generator(np.random.Philox(key_words, counter=words[2:]))
+
+
+class _Key(ISeedSequence):
+    """A Philox key. As key=... Philox takes it too, but asks the system for entropy first: twice the time."""
+
+    def __init__(self, words: np.ndarray) -> None:
+        self._words = words
+
+    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> np.ndarray:
+        assert (n_words, dtype) == (2, np.uint64)
+        return self._words
 
 
 @functools.lru_cache(maxsize=64)

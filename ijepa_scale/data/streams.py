@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ijepa_scale.data.folders import printable
-from ijepa_scale.data.images import MAX_SUBSTITUTES, BadImage, BadImageError, decode, reason_of
+from ijepa_scale.data.images import MAX_SUBSTITUTES, BadImage, BadImageError, Use, decode, reason_of
 from ijepa_scale.data.order import generator_for, mixture_place, permuted_index, source_seed
 from ijepa_scale.data.remote import Patience, StreamError, is_dead_link, is_remote, open_location
 from ijepa_scale.data.shards import DAMAGED, START, Encoded, Mark, read_shard
@@ -279,12 +278,17 @@ class Streams:
                 lines.append(f"{text}: {low} each")
         return lines
 
-    def take(self, stream: int, count: int) -> tuple[list[tuple[int, str, Image.Image]], list[BadImage], StreamMark]:
-        """The next images of a stream as (row in its shard, name, image), bad ones met, and where it stands then."""
+    def take(
+        self, stream: int, count: int, uses: Sequence[Use] = ()
+    ) -> tuple[list[tuple[int, str, Any]], list[BadImage], StreamMark]:
+        """The next images of a stream as (row in its shard, name, image), bad ones met, and where it stands then.
+
+        uses: for each what is wanted instead of the image; one for which it fails is bad.
+        """
         if stream not in self._open:
             self._open[stream] = self._mixed(stream)
         mixed = self._open[stream]
-        images: list[tuple[int, str, Image.Image]] = []
+        images: list[tuple[int, str, Any]] = []
         bad: list[BadImage] = []
         passes = []
         in_a_row = 0
@@ -293,7 +297,8 @@ class Streams:
             if ended:
                 passes.append((self.sources[source].name, read.number, ended))
             try:
-                images.append((read.index, read.name, self._decoded(read)))
+                use = uses[len(images)] if uses else decode
+                images.append((read.index, read.name, self._used(read, use)))
                 in_a_row = 0
             except BadImageError as error:
                 bad.append(BadImage(read.index, read.name, error.reason))
@@ -305,7 +310,7 @@ class Streams:
                 )
         return images, bad, StreamMark(stream, mixed.state(), tuple(passes))
 
-    def _decoded(self, read: Read) -> Image.Image:
+    def _used(self, read: Read, use: Use) -> Any:
         if read.reason:
             raise BadImageError(read.reason)
         try:
@@ -313,7 +318,7 @@ class Streams:
             if isinstance(file, str) and is_remote(file):
                 with open_location(file, self.patience) as remote:
                     file = remote.read()
-            return decode(file, self.min_side)
+            return use(file, self.min_side)
         except StreamError as error:
             if is_dead_link(error):
                 raise BadImageError(str(error)) from error  # one dead link of a list

@@ -28,7 +28,7 @@ class Feed:
             self._loaded = error
         else:
             with torch.cuda.stream(self.stream):
-                self._loaded = batch.map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True))
+                self._loaded = batch.map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True).contiguous())
         self.waited += time.perf_counter() - started
 
     def take(self) -> Batch:
