@@ -26,6 +26,7 @@ from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.flops import Counts, device_peak
 from ijepa_scale.masking.multiblock import block_sizes, place_blocks
 from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
+from ijepa_scale.models.attention_backends import Choice
 from ijepa_scale.models.ijepa import initial_weight
 from ijepa_scale.optim import adamw, parameter_groups, set_schedules
 from ijepa_scale.profiling import profile_steps
@@ -37,7 +38,8 @@ LARGE_SHAPES = {
     "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 1024, 1024)),
     "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192)),
 }
-GPU_PRODUCT_FLOPS = 2e13  # of a timed run of products, so that starting and awaiting it is lost in it
+# FLOPs of a timed run of products, so that starting and awaiting it is lost in it; small ones come so often at most
+GPU_PRODUCT_FLOPS, GPU_PRODUCTS = 2e13, 1000
 LR, WEIGHT_DECAY, MOMENTUM = 1e-4, 0.05, 0.996
 
 
@@ -48,6 +50,7 @@ class Setting:
     config: PretrainConfig
     device: torch.device
     precision: str  # fp32 or bf16
+    attention: Choice  # of the training step; the baseline has its own
     batch: int
 
     @property
@@ -74,7 +77,10 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
             config.engine.precision, config.engine.precision
         )
         asked = config.optimization.micro_batch_size or config.optimization.global_batch_size
-        setting = Setting(config, device, precision, asked)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        attention = build.build_attention(config, device=device, dtype=dtype)
+        say(f"attention: {attention.name} ({attention.why})")
+        setting = Setting(config, device, precision, attention, asked)
         while True:
             try:
                 return {**measure(setting, dense, steps, say, profile), "batch_asked": asked}
@@ -233,7 +239,7 @@ def training_engine(setting: Setting) -> tuple[Any, ShardedEMA]:
         extra=config.engine.deepspeed,
     )
     with zero.building_context(settings), setting.device:
-        model = build.build_model(config, initialize=False)
+        model = build.build_model(config, initialize=False, attend=setting.attention.attend)
     engine = zero.initialize(
         model,
         settings,
@@ -258,7 +264,7 @@ def products(setting: Setting) -> list[Timed]:
             (torch.randn(m, k, **like), torch.randn(k, n, **like), torch.empty(m, n, **like)) for m, k, n in shapes
         ]
         flops = sum(2.0 * m * k * n for m, k, n in shapes)
-        times = max(1, round(GPU_PRODUCT_FLOPS / flops)) if setting.cuda else 1
+        times = repeats(flops) if setting.cuda else 1
 
         def run(index: int) -> None:
             for _ in range(times):
@@ -269,6 +275,11 @@ def products(setting: Setting) -> list[Timed]:
 
     large = [product(f"matmul {m} x {k} x {n}", ((m, k, n),)) for m, k, n in LARGE_SHAPES[setting.device.type]]
     return [*large, product("matmul at the encoder's shapes", own)]
+
+
+def repeats(flops: float) -> int:
+    """How often a GPU computes products of so many FLOPs in one timed run."""
+    return min(GPU_PRODUCTS, max(1, round(GPU_PRODUCT_FLOPS / flops)))
 
 
 def results(setting: Setting, runs: list[Timed], steps: int) -> dict[str, Any]:
@@ -308,6 +319,7 @@ def results(setting: Setting, runs: list[Timed], steps: int) -> dict[str, Any]:
         "precision": setting.precision,
         "zero_stage": config.engine.zero_stage,
         "operations": chosen(setting.device),
+        "attention": setting.attention.name,
         "steps": rows,
         "matmul_gflop_per_second": matmul,
         "matmuls": rates,
