@@ -12,7 +12,7 @@ import torch
 from tests.processes import ENVIRONMENT, ROOT
 
 SCRIPT = "import sys; from tests.engine import worker_device; worker_device.run(sys.argv[1])"
-# Losses and gradient norms, relative. Measured on a CPU, with its definitions: 2e-7 and 3e-3. The kernels add in another
+# Losses and gradient norms, relative. Measured on a CPU, with its definitions: 2e-7 and 3e-3. A GPU adds in another
 # order than the plain loop on the CPU, which AdamW enlarges where gradients are near 0.
 ROUNDING = {"fp32": 1e-3, "bf16": 3e-2}
 
