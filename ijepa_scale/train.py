@@ -209,8 +209,8 @@ def train_step(
 ) -> StepOutcome:
     """One optimizer step on all ranks. stop: whether this rank was asked to stop.
 
-    The host waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite. Until
-    then a GPU has its work, and the host does its own: the next batch, agreements between ranks, meanwhile().
+    At ZeRO-1 the host waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite.
+    Until then a GPU has its work, and the host does its own: the next batch, agreements between ranks, meanwhile().
     """
     engine, options, horizon, ranks = run.engine, run.config.optimization, run.horizon, run.ranks
     started = time.perf_counter()

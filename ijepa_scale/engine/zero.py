@@ -66,6 +66,7 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward and every step
     }
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
