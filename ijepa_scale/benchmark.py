@@ -39,7 +39,8 @@ LARGE_SHAPES = {
     "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 1024, 1024)),
     "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192)),
 }
-GPU_PRODUCT_FLOPS = 2e13  # of a timed run of products, so that starting and awaiting it is lost in it
+# FLOPs of a timed run of products, so that starting and awaiting it is lost in it; small ones come so often at most
+GPU_PRODUCT_FLOPS, GPU_PRODUCTS = 2e13, 1000
 LR, WEIGHT_DECAY, MOMENTUM = 1e-4, 0.05, 0.996
 
 
@@ -50,8 +51,8 @@ class Setting:
     config: PretrainConfig
     device: torch.device
     precision: str  # fp32 or bf16
+    attention: Choice  # of the training step; the baseline has its own
     batch: int
-    attention: Choice
 
     @property
     def cuda(self) -> bool:
@@ -61,7 +62,8 @@ class Setting:
 def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | None = None) -> dict[str, Any]:
     """Time `steps` rounds and return the results, ready for JSON. Raises ValueError where it cannot run.
 
-    profile: a folder; the training step on all context is then traced there, too. Where a GPU's memory does not hold a
+    profile: a folder; the training step on all context is then traced there, too; no_profile says
+    why if that failed. Where a GPU's memory does not hold a
     step of every run, the batch of all runs is halved until it does.
     """
     dense = load_baseline()
@@ -79,7 +81,8 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
         asked = config.optimization.micro_batch_size or config.optimization.global_batch_size
         dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         attention = build.build_attention(config, device=device, dtype=dtype)
-        setting = Setting(config, device, precision, asked, attention)
+        say(f"attention: {attention.name} ({attention.why})")
+        setting = Setting(config, device, precision, attention, asked)
         while True:
             try:
                 return {**measure(setting, dense, steps, say, profile), "batch_asked": asked}
@@ -112,7 +115,10 @@ def measure(setting: Setting, dense: ModuleType, steps: int, say: Say, profile: 
     if profile:
         say("tracing a few steps")
         step = [run for run in runs if run.tokens][-1]
-        found["profile"] = {"run": step.name, **profile_steps(step.run, profile, device=setting.device)}
+        try:
+            found["profile"] = {"run": step.name, **profile_steps(step.run, profile, device=setting.device)}
+        except (ValueError, RuntimeError) as error:  # what was timed is kept
+            found["no_profile"] = str(error)
     return found
 
 
@@ -278,7 +284,7 @@ def products(setting: Setting) -> list[Timed]:
             (torch.randn(m, k, **like), torch.randn(k, n, **like), torch.empty(m, n, **like)) for m, k, n in shapes
         ]
         flops = sum(2.0 * m * k * n for m, k, n in shapes)
-        times = max(1, round(GPU_PRODUCT_FLOPS / flops)) if setting.cuda else 1
+        times = repeats(flops) if setting.cuda else 1
 
         def run(index: int) -> None:
             for _ in range(times):
@@ -289,6 +295,11 @@ def products(setting: Setting) -> list[Timed]:
 
     large = [product(f"matmul {m} x {k} x {n}", ((m, k, n),)) for m, k, n in LARGE_SHAPES[setting.device.type]]
     return [*large, product("matmul at the encoder's shapes", own)]
+
+
+def repeats(flops: float) -> int:
+    """How often a GPU computes products of so many FLOPs in one timed run."""
+    return min(GPU_PRODUCTS, max(1, round(GPU_PRODUCT_FLOPS / flops)))
 
 
 def results(setting: Setting, runs: list[Timed], steps: int) -> dict[str, Any]:

@@ -213,8 +213,9 @@ def train_step(
 ) -> StepOutcome:
     """One optimizer step on all ranks. stop: whether this rank was asked to stop.
 
-    The host waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite. Until
-    then a GPU has its work, and the host does its own: the next batch, agreements between ranks, meanwhile().
+    While a GPU has the forward to do, the host does its own work: the next batch, agreements between ranks, meanwhile().
+    It waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite. (On several GPUs
+    DeepSpeed also waits at the end of the backward of ZeRO-2 and, as on one, of ZeRO-3.)
     """
     engine, options, horizon, ranks = run.engine, run.config.optimization, run.horizon, run.ranks
     started = time.perf_counter()
@@ -240,22 +241,25 @@ def train_step(
         seen.append(batch)
         with explained_memory_errors(run):
             losses.append(engine(batch.images, batch.masks))
-            engine.backward(losses[-1]["loss"])
-        if step + 1 < horizon.stop or micro + 1 < run.dataset.accumulation_steps:
+        last = micro + 1 == run.dataset.accumulation_steps
+        if not last or step + 1 < horizon.stop:
             feed.load()
-    meanwhile()
-    counts = [Counts.of(batch.masks) for batch in seen]
-    wait, model, hardware, context_tokens, target_tokens, noted, stops = ranks.sum(
-        [
-            feed.waited - waited,
-            sum(map(run.flops.model, counts)),
-            sum(map(run.flops.hardware, counts)),
-            sum(batch.masks.context.num_tokens for batch in seen),
-            sum(batch.masks.target_blocks.num_tokens for batch in seen),
-            sum(len(batch.bad) + (len(batch.mark.passes) if batch.mark else 0) for batch in seen),
-            float(stop),
-        ]
-    )
+        if last:
+            meanwhile()
+            counts = [Counts.of(batch.masks) for batch in seen]
+            wait, model, hardware, context_tokens, target_tokens, noted, stops = ranks.sum(
+                [
+                    feed.waited - waited,
+                    sum(map(run.flops.model, counts)),
+                    sum(map(run.flops.hardware, counts)),
+                    sum(batch.masks.context.num_tokens for batch in seen),
+                    sum(batch.masks.target_blocks.num_tokens for batch in seen),
+                    sum(len(batch.bad) + (len(batch.mark.passes) if batch.mark else 0) for batch in seen),
+                    float(stop),
+                ]
+            )
+        with explained_memory_errors(run):
+            engine.backward(losses[-1]["loss"])
     with explained_memory_errors(run):
         engine.step()
     applied = engine.was_step_applied()

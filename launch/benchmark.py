@@ -16,6 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# As launch/pretrain.py does: memory and time are to be training's.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
 
 MEMORY = ("state_bytes", "step_bytes")
@@ -76,6 +79,9 @@ def main(arguments: list[str] | None = None) -> int:
         show_profile(found["profile"])
     for path in written:
         print(f"written: {os.path.relpath(path)}")
+    if "no_profile" in found:
+        print(f"error: no profile: {found['no_profile']}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -145,7 +151,8 @@ def show(found: dict[str, Any]) -> None:
     machine, rates, gpu = found["machine"], found["matmuls"], "gpu" in found["machine"]
     unit, giga = ("T", 1000.0) if gpu else ("G", 1.0)
     where = (
-        f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}; {found['operations']}"
+        f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}; {found['operations']}; "
+        f"attention: {found['attention']}"
         if gpu
         else f"{machine['cpu']}, {machine['cores']} cores, threads used: {machine['threads']}, torch {machine['torch']}"
     )

@@ -84,6 +84,22 @@ def test_a_batch_that_does_not_fit_is_halved_for_all_runs(tmp_path):
             assert "more words" not in found["error"]
 
 
+def test_the_step_attends_as_training_does(tmp_path):
+    out = tmp_path / "out.json"
+    overrides = [*SMALL, "optimization.micro_batch_size=2"]
+    assert_all(run_ranks(worker_benchmark.with_a_kernel, 1, tmp_path, TINY, overrides, str(out)))
+    found = json.loads(out.read_text())
+    assert found["attention"] == "counting"
+    # A first step, then four rounds of warm-up and one timed, each on two kinds of masks; in two networks of one block.
+    assert found["calls"] == (1 + 5 * 2) * 2
+
+
+def test_products_of_any_size_take_about_as_long():
+    assert benchmark.repeats(2 * 8192.0**3) == 18
+    assert benchmark.repeats(1e14) == 1
+    assert benchmark.repeats(3e6) == 1000  # starting them takes longest: as many as FLOPs ask for would take minutes
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(tmp_path):
@@ -105,6 +121,8 @@ def test_on_a_gpu(tmp_path):
         assert row["state_bytes"] > 0 and row["step_bytes"] > 0
         assert ("mfu" in row) == (peak_flops(found["machine"]["gpu"], "bf16") is not None)
     assert len({row["state_bytes"] for row in found["steps"][1:]}) == 1 and len(found["steps"]) == 4
+    if torch.cuda.get_device_capability()[0] >= 8:
+        assert found["attention"] != "sdpa"
     assert found["profile"]["of"] == "kernels" and found["profile"]["costliest"]
 
 
@@ -121,12 +139,21 @@ def test_what_is_shown_of_a_gpu(capsys):
     row |= {"state_bytes": 3 << 30, "step_bytes": 5 << 29}
     machine = {"gpu": "A GPU", "cuda": "13", "torch": "2.11"}
     found = {"machine": machine, "batch": 64, "batch_asked": 128, "precision": "bf16", "zero_stage": 1, "rounds": 6}
-    found |= {"operations": "Triton kernels", "matmuls": {"matmul 1 x 2 x 3": spread}, "allocator_retries": 7}
-    found |= {"attention": "fa3", "activation_checkpointing": "none"}
+    found |= {"operations": "Triton kernels", "attention": "fa3", "activation_checkpointing": "none"}
+    found |= {"matmuls": {"matmul 1 x 2 x 3": spread}, "allocator_retries": 7}
     show = runpy.run_path(str(processes.BENCHMARK))["show"]
     show({"config": "vith14", **found, "steps": [{**row, "mfu": 0.412}, row]})
     said = capsys.readouterr().out
-    for words in ("A GPU", "84.00", "2.0 (1.5-2.5)", "41.2%", "peak unknown", "3.0 + 2.5", "1 x 2 x 3: 2 (2-2)"):
+    for words in (
+        "A GPU",
+        "attention: fa3",
+        "84.00",
+        "2.0 (1.5-2.5)",
+        "41.2%",
+        "peak unknown",
+        "3.0 + 2.5",
+        "1 x 2 x 3: 2 (2-2)",
+    ):
         assert words in said
     assert "128 images did not fit" in said and "7 times" in " ".join(said.split()) and "CPU" not in said
     show({"config": "vith14", **found, "steps": [row], "batch_asked": 64, "allocator_retries": 0})

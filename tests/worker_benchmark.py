@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from ijepa_scale import benchmark
+from ijepa_scale import benchmark, build
 from ijepa_scale.config import load_config
+from ijepa_scale.models.attention import Sequences, packed_attention
+from ijepa_scale.models.attention_backends import Choice
 from ijepa_scale.models.ijepa import IJepa
 
 
@@ -32,3 +34,16 @@ def short_of_memory(config: str, overrides: list[str], most: int, out: str) -> N
     except ValueError as error:
         found = {"error": str(error)}
     Path(out).write_text(json.dumps({**found, "said": said, "models_at_once": max(at_once)}))
+
+
+def with_a_kernel(config: str, overrides: list[str], out: str) -> None:
+    """build_attention() chooses a kernel, as it does on a GPU; how often it is called."""
+    calls = []
+
+    def attend(qkv: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        calls.append(qkv.shape)
+        return packed_attention(qkv, Sequences(sequences.cu_seqlens, sequences.max_seqlen, sequences.num_tokens))
+
+    build.build_attention = lambda config, **where: Choice("counting", attend, "a test")
+    found = benchmark.benchmark(load_config(config, overrides), steps=1, say=lambda text: None)
+    Path(out).write_text(json.dumps({**found, "calls": len(calls)}))

@@ -52,9 +52,10 @@ def deepspeed_config(
     """
     zero: dict[str, Any] = {"stage": zero_stage}
     if zero_stage < 3:
-        # On a GPU gradients are sent while the backward goes on (ZeRO-1 in bf16 sends them after it all the same); on a
+        # On GPUs gradients are sent while the backward goes on (ZeRO-1 in bf16 sends them after it all the same); on a
         # CPU neither that nor the copy of all gradients that it needs pays: 12% of a step of ViT-S with 8 images.
-        zero["overlap_comm"] = zero["contiguous_gradients"] = torch.cuda.is_available()
+        zero["contiguous_gradients"] = torch.cuda.is_available()
+        zero["overlap_comm"] = torch.cuda.is_available() and dist.get_world_size() > 1
     if zero_stage == 3:
         # Its replacement of torch.nn.functional.linear is process-wide and changes bf16 gradients by 2e-3.
         zero["memory_efficient_linear"] = False
@@ -66,6 +67,7 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": 2**31,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward and every step
     }
     if precision == "bf16":
         config["bf16"] = {"enabled": True}

@@ -1,10 +1,14 @@
 """DeepSpeed's config, and a model built for ZeRO-3."""
 
+from unittest import mock
+
+import pytest
 import torch
 
 from ijepa_scale.engine import distributed, zero
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, sincos_pos_embed
+from tests.engine import tiny
 from tests.processes import assert_all, run_ranks
 
 SIZES = {"zero_stage": 2, "precision": "bf16", "micro_batch_size": 4, "accumulation_steps": 3}
@@ -37,3 +41,23 @@ def test_raw_settings_are_merged_last():
     config = zero.deepspeed_config(**SIZES, extra={"zero_optimization": {"overlap_comm": True}, "steps_per_print": 7})
     assert config["zero_optimization"].items() >= {"stage": 2, "overlap_comm": True}.items()
     assert config["steps_per_print"] == 7
+
+
+def steps_without_synchronization(zero_stage: int) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    ranks = distributed.start()
+    for precision in ("fp32", "bf16"):
+        engine, _ = tiny.start_engine(ranks, zero_stage=zero_stage, precision=precision)
+        with mock.patch.object(type(get_accelerator()), "synchronize") as synchronize:
+            for step in range(4):  # DeepSpeed's throughput timer starts with the third
+                engine.backward(engine(*tiny.whole_batch(step))["loss"])
+                engine.step()
+        assert not synchronize.called
+    ranks.close()
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_deepspeed_synchronizes_no_device(zero_stage, tmp_path):
+    """As it does by default to time steps. On a GPU with overlap_comm it does so at the end of backward, too."""
+    assert_all(run_ranks(steps_without_synchronization, 1, tmp_path, zero_stage))
