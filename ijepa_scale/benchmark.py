@@ -62,11 +62,12 @@ class Setting:
 def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | None = None) -> dict[str, Any]:
     """Time `steps` rounds and return the results, ready for JSON. Raises ValueError where it cannot run.
 
-    profile: a folder; the training step on all context is then traced there, too; no_profile says
-    why if that failed. Where a GPU's memory does not hold a
-    step of every run, the batch of all runs is halved until it does.
+    profile: a folder; the training step on all context is then traced there, too, or no_profile says why that failed.
+    Where a GPU's memory does not hold a step of every run, the batch of all runs is halved until it does.
     """
     dense = load_baseline()
+    if profile:
+        profile.mkdir(parents=True, exist_ok=True)
     if config.loss.kind != "smooth_l1":
         raise ValueError(f"the dense baseline's loss is smooth_l1, got loss.kind={config.loss.kind}")
     config = replace(config, loss=replace(config.loss, variance=0.0, covariance=0.0))  # the baseline has no such terms

@@ -213,9 +213,9 @@ def train_step(
 ) -> StepOutcome:
     """One optimizer step on all ranks. stop: whether this rank was asked to stop.
 
-    While a GPU has the forward to do, the host does its own work: the next batch, agreements between ranks, meanwhile().
-    It waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite. (On several GPUs
-    DeepSpeed also waits at the end of the backward of ZeRO-2 and, as on one, of ZeRO-3.)
+    While a GPU has the forward to do, the host does its own work: the next batch, agreements of ranks, meanwhile(). It
+    waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite. (At ZeRO-2 on
+    several GPUs and at ZeRO-3 DeepSpeed also waits at the end of the backward.)
     """
     engine, options, horizon, ranks = run.engine, run.config.optimization, run.horizon, run.ranks
     started = time.perf_counter()
