@@ -29,8 +29,8 @@ pretrain: setup
 	deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/tiny.yaml $(ARGS)
 
 benchmark: setup
-	python launch/benchmark.py --config configs/tiny.yaml --keep $(ARGS)
-	python launch/benchmark.py --config configs/vits16.yaml optimization.micro_batch_size=32 --steps 5 --keep $(ARGS)
+	python launch/benchmark.py --config configs/tiny.yaml --steps 40 --keep $(ARGS)
+	python launch/benchmark.py --config configs/vits16.yaml optimization.micro_batch_size=32 --steps 14 --keep $(ARGS)
 	python kernels/benchmarks/tables.py
 
 test: setup
