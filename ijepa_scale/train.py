@@ -4,7 +4,7 @@ import contextlib
 import faulthandler
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,31 +16,28 @@ from ijepa_scale.config import PretrainConfig, to_dict
 from ijepa_scale.data.collate import Batch, micro_batch_stream
 from ijepa_scale.data.images import BadImageError
 from ijepa_scale.data.remote import StreamError
-from ijepa_scale.data.streams import Streams
 from ijepa_scale.data_wait import DataWait, usable_cores
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.feed import Feed, HostCopy, collecting_by_hand
 from ijepa_scale.engine.signals import STOP_EXIT_CODE, StopRequest
 from ijepa_scale.flops import Counts, rates
+from ijepa_scale.incidents import (
+    STRIKES,
+    Log,
+    RunError,
+    Say,
+    explained_memory_errors,
+    report_bad_images,
+    report_passes,
+    report_skip,
+)
 from ijepa_scale.metrics import JsonlWriter, Progress, WandbWriter, memory_bytes, read_records
 from ijepa_scale.optim import set_schedules
 from ijepa_scale.run import InputError, Run, check, set_up
 from ijepa_scale.schedules import cosine, ema_momentum, learning_rate
 
-Say = Callable[[str], None]  # a line for the user
-Log = Callable[[dict[str, Any]], None]  # a record for metrics.jsonl
-
 RELEASE_STEPS = 20  # 50 ms at the size of configs/tiny.yaml; then Python's cycles are collected, too
-STRIKES = 3  # steps in a row that were skipped, or checkpoints in a row that could not be written, before a run stops
-
-
-class RunError(RuntimeError):
-    """Training cannot go on; the message tells the user why and what to do. local: it befell this rank alone."""
-
-    def __init__(self, message: str, *, local: bool = False):
-        super().__init__(message)
-        self.local = local
 
 
 def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: bool = False) -> int:
@@ -170,11 +167,11 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         if outcome.noted or not outcome.applied:
             settle()
         if outcome.noted:
-            handle_passes(run, step, outcome, say, log)
-            handle_bad_images(run, step, outcome, say, log)
+            report_passes(run, step, outcome.batches, say, log)
+            report_bad_images(run, step, outcome.batches, say, log)
         skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
         if not outcome.applied:
-            handle_skip(run, step, outcome, skipped_in_a_row, say, log)
+            report_skip(run, step, outcome.batches, skipped_in_a_row, say, log)
         done = step + 1
         if outcome.stop:
             reason = ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
@@ -309,86 +306,8 @@ def next_batch(feed: Feed) -> Batch:
         raise RunError(str(error).splitlines()[-1], local=True) from error  # a worker's comes with its traceback
 
 
-@contextlib.contextmanager
-def explained_memory_errors(run: Run) -> Iterator[None]:
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
-        if not out_of_memory:
-            raise
-        micro = run.dataset.micro_batch_size
-        raise RunError(
-            f"out of memory on {run.ranks.device} with {micro} images a micro-batch; lower "
-            f"optimization.micro_batch_size (for example {max(1, micro // 2)}; the global batch stays: gradients "
-            f"are accumulated), raise engine.zero_stage, or use more ranks\n{error}",
-            local=True,
-        ) from error
-
-
-def handle_bad_images(run: Run, step: int, outcome: StepOutcome, say: Say, log: Log) -> None:
-    """Name unreadable images, and stop on all ranks together when there are too many."""
-    own = [(bad.index, bad.sample_id, bad.reason) for batch in outcome.batches for bad in batch.bad]
-    for record in run.bad.add(step, [bad for other in run.ranks.gather(own) for bad in other]):
-        log(record)
-        say(f"warning: step {step}: cannot read {record['sample']}: {record['reason']}; another image takes its place")
-    known, allowed = run.bad.known, run.config.data.max_bad_fraction
-    count = images_met(run, step)
-    if len(known) > allowed * count:
-        listed = "".join(f"\n  {record['sample']}: {record['reason']}" for record in list(known.values())[:50])
-        raise RunError(
-            f"{len(known)} of {count} images cannot be read, more than data.max_bad_fraction {allowed:g} "
-            f"allows. Repair or remove them, or raise data.max_bad_fraction. All are in {run.folder.metrics} "
-            f'(kind "bad_image"):{listed}'
-        )
-
-
-def images_met(run: Run, step: int) -> int:
-    """What max_bad_fraction is of: all images of a source, but of a stream those read so far, and 1,000 at least."""
-    if not isinstance(run.images, Streams):
-        return len(run.images)
-    met = max(1000, (step + 1) * run.config.optimization.global_batch_size)
-    return min(met, len(run.images)) if len(run.images) else met
-
-
 def count_text(run: Run) -> str:
     return f"{len(run.images):,} images" if len(run.images) else "a stream of unknown length"
-
-
-def handle_passes(run: Run, step: int, outcome: StepOutcome, say: Say, log: Log) -> None:
-    """Say which streams came to the end of their shards, and read them again."""
-    own = [(batch.mark.stream, *again) for batch in outcome.batches if batch.mark for again in batch.mark.passes]
-    every = [(rank, *again) for rank, passes in enumerate(run.ranks.gather(own)) for again in passes]
-    for rank, stream, source, number, images in every:
-        record = {"kind": "stream_pass", "step": step, "rank": rank, "stream": stream, "source": source}
-        log({**record, "pass": number, "images": images})
-    if every:
-        rank, stream, source, number, images = every[0]
-        others = f", and {len(every) - 1} more streams (all in {run.folder.metrics})" if len(every) > 1 else ""
-        say(f"step {step}: {source}: stream {stream} of rank {rank} starts pass {number} after {images} images{others}")
-
-
-def handle_skip(run: Run, step: int, outcome: StepOutcome, in_a_row: int, say: Say, log: Log) -> None:
-    """Say which images a skipped step was made of; stop after STRIKES in a row."""
-    own = [(batch.indices, batch.names) for batch in outcome.batches]
-    batches = [batch for rank in run.ranks.gather(own) for batch in rank]
-    if run.ranks.first:
-        indices = [index for batch in batches for index in batch[0]]
-        samples = [name for batch in batches for name in batch[1]]
-        if not isinstance(run.images, Streams):  # whose batches bring the names along
-            samples = [run.images.sample_id(index) for index in indices]
-        log({"kind": "skipped", "step": step, "images": indices, "samples": samples})
-        few = ", ".join(samples[:4]) + (", ..." if len(samples) > 4 else "")
-        say(
-            f"warning: step {step}: loss or gradients not finite: weights, moments and EMA are left as they were; "
-            f'images {few} (all in {run.folder.metrics}, kind "skipped")'
-        )
-    if in_a_row == STRIKES:
-        there = run.ranks.from_first(checkpoints.candidates(run.folder.checkpoints))
-        raise RunError(
-            f"{STRIKES} steps in a row were not finite; the last good checkpoint is "
-            f"{there[0] if there else 'none yet'}. Lower optimization.lr or look at the images named above"
-        )
 
 
 def save_checkpoint(run: Run, step: int, say: Say) -> bool:
