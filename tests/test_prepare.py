@@ -135,6 +135,7 @@ def test_a_second_run_writes_what_is_missing_and_nothing_else(tmp_path):
 
 
 def prepare_slowly(source, out):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with it ignored
     prepare(source, out, SMALL, workers=1, shard_images=8)
 
 
