@@ -76,12 +76,9 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
         if ranks.world_size > 1:
             raise ValueError(f"the benchmark is one process, got {ranks.world_size}; start it with python")
         device = ranks.device
-        precision = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(
-            config.engine.precision, config.engine.precision
-        )
+        precision = build.training_precision(config, device)
         asked = config.optimization.micro_batch_size or config.optimization.global_batch_size
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        attention = build.build_attention(config, device=device, dtype=dtype)
+        attention = build.build_attention(config, device=device)
         say(f"attention: {attention.name} ({attention.why})")
         setting = Setting(config, device, precision, attention, asked)
         while True:

@@ -27,7 +27,7 @@ from ijepa_scale.models.attention_backends import Choice, choose_attention
 from ijepa_scale.models.attention_self_test import self_test
 from ijepa_scale.models.ijepa import IJepa, initialize_weights
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize, recompute
+from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize, count_recomputed, recompute
 
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
 DEFAULT_SCENES, VALIDATION_SCENES = 20_000, 4000
@@ -53,11 +53,19 @@ def predictor_size(config: PretrainConfig) -> ViTSize:
     return ViTSize(width=model.width, depth=model.depth, heads=heads, mlp_width=4 * model.width)
 
 
-def build_attention(config: PretrainConfig, *, device: torch.device, dtype: torch.dtype) -> Choice:
+def training_precision(config: PretrainConfig, device: torch.device) -> str:
+    """bf16 or fp32."""
+    if config.engine.precision != "auto":
+        return config.engine.precision
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def build_attention(config: PretrainConfig, *, device: torch.device) -> Choice:
     """What attends over packed tokens, tested on the device at the model's heads and longest sequence.
 
     Raises ValueError for a kernel that model.attention asks for and that is absent, and for one that is wrong.
     """
+    dtype = torch.bfloat16 if training_precision(config, device) == "bf16" else torch.float32
     heads = {(size.heads, size.width // size.heads) for size in (vit_size(config.model), predictor_size(config))}
     choice = choose_attention(
         config.model.attention, device=device, dtype=dtype, head_widths=[width for _, width in heads]
@@ -77,8 +85,8 @@ def build_flops(config: PretrainConfig) -> StepFlops:
         predictor=predictor,
         patch_size=config.model.patch_size,
         num_patches=(config.data.image_size // config.model.patch_size) ** 2,
-        recomputed_encoder_blocks=encoder.depth // encoder_every if encoder_every else 0,
-        recomputed_predictor_blocks=predictor.depth // predictor_every if predictor_every else 0,
+        recomputed_encoder_blocks=count_recomputed(encoder.depth, encoder_every),
+        recomputed_predictor_blocks=count_recomputed(predictor.depth, predictor_every),
     )
 
 

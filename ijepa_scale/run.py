@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig, changed_keys, to_dict, to_yaml
 from ijepa_scale.data.collate import MicroBatches
@@ -64,8 +62,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
     """Everything else that can fail for a user's reason, in the order of its cost."""
     folder = RunFolder(config.run_dir)
     micro_batch_size = build.build_micro_batch_size(config, ranks.world_size)
-    cuda = ranks.device.type == "cuda"
-    precision = config.engine.precision if config.engine.precision != "auto" else "bf16" if cuda else "fp32"
+    precision = build.training_precision(config, ranks.device)
     settings = zero.deepspeed_config(
         zero_stage=config.engine.zero_stage,
         precision=precision,
@@ -74,7 +71,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         clip_grad_norm=config.optimization.clip_grad_norm,
         extra=config.engine.deepspeed,
     )
-    attention = choose_attention(config, ranks, torch.bfloat16 if precision == "bf16" else torch.float32)
+    attention = choose_attention(config, ranks)
     ranks.together(lambda: folder.lock() if ranks.first else None)
     images = ranks.together(lambda: build.build_images(config), on="node")
     evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
@@ -143,9 +140,9 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
     return run
 
 
-def choose_attention(config: PretrainConfig, ranks: Ranks, dtype: torch.dtype) -> Choice:
+def choose_attention(config: PretrainConfig, ranks: Ranks) -> Choice:
     """The kernel for packed tokens, tested on every rank's device, and the same on all of them."""
-    choice = ranks.together(lambda: build.build_attention(config, device=ranks.device, dtype=dtype))
+    choice = ranks.together(lambda: build.build_attention(config, device=ranks.device))
     names = sorted(set(ranks.gather(choice.name)))
     if len(names) > 1:
         raise ValueError(

@@ -110,12 +110,11 @@ def time_data(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_data(found: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     machine, ours = found["machine"], found["pipelines"][0]
     width, height = found["median_width_height"]
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
+    console = _console()
     size = found["size"]
     console.print(
         f"{found['source']}: {found['images']} images of {found['mean_bytes'] / 1e3:.0f} kB, "
@@ -151,15 +150,14 @@ def show(found: dict[str, Any]) -> None:
     machine, rates, gpu = found["machine"], found["matmuls"], "gpu" in found["machine"]
     unit, giga = ("T", 1000.0) if gpu else ("G", 1.0)
     where = (
-        f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}; {found['operations']}; "
-        f"attention: {found['attention']}"
+        f"{machine['gpu']}, torch {machine['torch']}, CUDA {machine['cuda']}; {found['operations']}"
         if gpu
         else f"{machine['cpu']}, {machine['cores']} cores, threads used: {machine['threads']}, torch {machine['torch']}"
     )
     table = Table(
         "",
         title=f"{found['config']}, {found['batch']} images a step, {found['precision']}, ZeRO-{found['zero_stage']}, "
-        f"attention {found['attention']}, activation checkpointing {found['activation_checkpointing']}\n"
+        f"attention: {found['attention']}, activation checkpointing {found['activation_checkpointing']}\n"
         f"median (quartiles) of {found['rounds']} rounds in turns; {where}",
     )
     rows = found["steps"]
@@ -237,7 +235,7 @@ def show_profile(found: dict[str, Any]) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
 
 
 def _say(text: str) -> None:

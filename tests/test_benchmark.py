@@ -101,7 +101,6 @@ def test_products_of_any_size_take_about_as_long():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(tmp_path):
     out = tmp_path / "out.json"
     command = [sys.executable, ROOT / "launch" / "benchmark.py", "--config", TINY, "--steps", "2", *SMALL]

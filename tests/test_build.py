@@ -111,11 +111,13 @@ def test_every_kernel_can_be_asked_for_by_name():
 
 
 def test_a_cpu_attends_by_the_definition():
-    choice = build.build_attention(config_of(), device=CPU, dtype=torch.float32)
+    choice = build.build_attention(config_of(), device=CPU)
     assert choice.name == "sdpa" and choice.attend is None
-    asked = config_of(model=dataclasses.replace(config_of().model, attention="fa2"))
+    asked = config_of(
+        model=dataclasses.replace(config_of().model, attention="fa2"), engine=EngineConfig(precision="bf16")
+    )
     with pytest.raises(ValueError, match=r"^model.attention=fa2 needs a CUDA device"):
-        build.build_attention(asked, device=CPU, dtype=torch.bfloat16)
+        build.build_attention(asked, device=CPU)
 
 
 def test_a_kernel_is_tested_at_the_model_s_heads_and_longest_sequence_and_reaches_what_is_packed(monkeypatch):
@@ -130,15 +132,16 @@ def test_a_kernel_is_tested_at_the_model_s_heads_and_longest_sequence_and_reache
     config = config_of(
         model=ModelConfig(name="vit_tiny", patch_size=4, width=48, heads=2),
         predictor=PredictorConfig(width=32, heads=4),
+        engine=EngineConfig(precision="bf16"),
     )
     factor = 1
-    assert build.build_attention(config, device=CPU, dtype=torch.bfloat16).attend is attend
+    assert build.build_attention(config, device=CPU).attend is attend
     assert calls == {(2, 24, 36), (4, 8, 36)}
     model = build.build_model(config, attend=attend, initialize=False)
     assert model.context_encoder.attend is model.predictor.attend is attend
     factor = 1.1
     with pytest.raises(ValueError, match=r"^model.attention=fa2 on cpu at head width 24 gives a wrong output"):
-        build.build_attention(config, device=CPU, dtype=torch.bfloat16)
+        build.build_attention(config, device=CPU)
 
 
 def test_weights_are_a_function_of_the_seed():

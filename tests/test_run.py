@@ -26,7 +26,7 @@ def two_ranks(other):
 
 
 def choose(ranks):
-    return choose_attention(PretrainConfig(model=ModelConfig(name="vit_tiny")), ranks, torch.float32)
+    return choose_attention(PretrainConfig(model=ModelConfig(name="vit_tiny")), ranks)
 
 
 def test_ranks_attend_with_one_kernel(monkeypatch):

@@ -55,7 +55,7 @@ def deepspeed_config(
         # On GPUs gradients are sent while the backward goes on (ZeRO-1 in bf16 sends them after it all the same); on a
         # CPU neither that nor the copy of all gradients that it needs pays: 12% of a step of ViT-S with 8 images.
         zero["contiguous_gradients"] = torch.cuda.is_available()
-        zero["overlap_comm"] = torch.cuda.is_available() and dist.get_world_size() > 1
+        zero["overlap_comm"] = torch.cuda.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     if zero_stage == 3:
         # Its replacement of torch.nn.functional.linear is process-wide and changes bf16 gradients by 2e-3.
         zero["memory_efficient_linear"] = False

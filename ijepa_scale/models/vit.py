@@ -165,6 +165,11 @@ def recompute(blocks: nn.ModuleList, every: int) -> None:
         block.recomputed = every > 0 and i % every == 0
 
 
+def count_recomputed(depth: int, every: int) -> int:
+    """How many of so many blocks recompute() takes."""
+    return depth // every if every else 0
+
+
 def bytes_kept(size: ViTSize, every: int, itemsize: int) -> int:
     """Bytes a token that blocks keep for the backward, every Nth of them recomputed (0: none), not compiled.
 
@@ -173,7 +178,7 @@ def bytes_kept(size: ViTSize, every: int, itemsize: int) -> int:
     itemsize: bytes of a value.
     """
     whole = (8 * size.width + 2 * size.mlp_width + 4) * itemsize + 4 * size.heads
-    recomputed = size.depth // every if every else 0
+    recomputed = count_recomputed(size.depth, every)
     return (size.depth - recomputed) * whole + recomputed * size.width * itemsize
 
 
