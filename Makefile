@@ -12,7 +12,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 .PHONY: help setup pretrain benchmark test test-all lint gpu-check gpu-tests gpu-benchmarks gpu-steps
 .NOTPARALLEL:  # whatever is timed has the machine to itself
 help:
-	@echo "make setup      create .venv, install, build DeepSpeed's CPU operation, render the scenes (once)"
+	@echo "make setup      create .venv and install (once)"
 	@echo "make pretrain   train configs/tiny.yaml on $(RANKS) processes and report (ARGS='optimization.max_steps=50' ...)"
 	@echo "make benchmark  time the training step at small sizes against a dense baseline (minutes)"
 	@echo "make gpu-check  on a GPU: tests, benchmarks of kernels and of steps (PYTHON=python3: with its packages, no .venv)"
@@ -22,7 +22,6 @@ setup: .venv/.ready
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
-	$(BIN)/python launch/setup.py
 	@touch $@
 
 pretrain: setup

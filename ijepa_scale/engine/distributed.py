@@ -2,15 +2,14 @@
 
 import contextlib
 import ctypes
+import importlib
 import io
 import logging
 import os
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +18,7 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 # Agreements (who prepares data, which checkpoint, stop or go on) may wait for a rank that copies a large source.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h; musl and macOS have no mallopt
 CONTROL_TIMEOUT = timedelta(hours=24)
 
 
@@ -103,15 +103,6 @@ class Ranks:
                 raise error or errors[0]
         return result
 
-    def release_memory(self) -> None:
-        """On a CPU, give memory that nothing uses back to the system (glibc; elsewhere nothing happens).
-
-        Batches differ in their numbers of tokens, and glibc keeps what their tensors leave: gigabytes over a run.
-        """
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if self.device.type == "cpu" and trim:
-            trim(0)
-
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -164,6 +155,9 @@ def start() -> Ranks:
     with quiet():
         import deepspeed
 
+        # An all-reduce for inference on CPUs, which training never calls: a minute of C++ to build, and 69 MB of shared
+        # memory a process that outlive it (more than a container has by default).
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
@@ -171,12 +165,11 @@ def start() -> Ranks:
 
 
 def _prepare_cpu() -> None:
-    """Share the cores among the ranks of this machine, and give DeepSpeed's compiled CPU operation a folder."""
+    """Share the cores among the ranks of this machine, and keep the memory that steps use."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        # What a step frees the next one needs: given back to the system it is mapped and zeroed anew, page by page.
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)
     if "OMP_NUM_THREADS" not in os.environ:
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    # Versions of torch lock this folder in different ways: sharing one can wait for ever.
-    folder = Path("~/.cache/torch_extensions").expanduser() / f"torch-{torch.__version__}"
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(folder))
-    # Versions of ninja take one another's output for stale and compile for a minute: always use this environment's.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])

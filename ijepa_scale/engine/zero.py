@@ -52,10 +52,10 @@ def deepspeed_config(
     """
     zero: dict[str, Any] = {"stage": zero_stage}
     if zero_stage < 3:
-        # On GPUs gradients are sent while the backward goes on (ZeRO-1 in bf16 sends them after it all the same); on a
-        # CPU neither that nor the copy of all gradients that it needs pays: 12% of a step of ViT-S with 8 images.
-        zero["contiguous_gradients"] = torch.cuda.is_available()
-        zero["overlap_comm"] = torch.cuda.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        # Several GPUs send gradients while the backward goes on (ZeRO-1 in bf16 sends them after it all the same). On a
+        # CPU neither that nor the copy of all gradients that it needs pays, and one GPU has nobody to send them to.
+        several = torch.cuda.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        zero["contiguous_gradients"] = zero["overlap_comm"] = several
     if zero_stage == 3:
         # Its replacement of torch.nn.functional.linear is process-wide and changes bf16 gradients by 2e-3.
         zero["memory_efficient_linear"] = False
@@ -124,6 +124,7 @@ def initialize(
             # A block's weights are gathered together: its forward uses them itself, and large transfers are quicker.
             set_z3_leaf_modules(model, [Block])
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+    _spare_copies(engine.optimizer)
     for buffer in model.buffers():  # a model made inside zero.Init is not moved as a whole
         buffer.data = buffer.data.to(engine.device)
     # DeepSpeed's masters start from the weights rounded to bf16; ours from the fp32 values.
@@ -136,6 +137,21 @@ def initialize(
                 name, values = fragment.name, initial(fragment.name, shapes[fragment.name]).flatten()
             fragment.of(flats).copy_(values[fragment.start : fragment.start + fragment.numel])
     return engine
+
+
+def _spare_copies(optimizer: Any) -> None:
+    """Leave out what ZeRO-1 and -2 copy of gradients and weights where nothing is converted or sent."""
+    if not hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return
+    rank = dist.get_rank()
+    for master, parts in zip(
+        optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True
+    ):
+        if parts[rank].dtype == master.dtype:  # fp32: the master weights can be the weights themselves
+            master.data = parts[rank].data
+    if dist.get_world_size() == 1 and not optimizer.contiguous_gradients:
+        # It would flatten all gradients, divide them by 1, "reduce" them and copy them back.
+        optimizer.buffered_reduce_fallback = lambda *_, **__: None
 
 
 @dataclass(frozen=True)

@@ -46,8 +46,8 @@ VIT_SIZES = {
 NORM_EPS = 1e-6  # as in public checkpoints; PyTorch's 1e-5 shifts features
 
 # Where no gradient is kept, a CPU encodes about so many tokens at a time: what passes from one operation to the next
-# then stays in its second-level cache. Measured in docs/performance.md.
-CPU_TOKENS = 1024
+# then stays in its caches. Measured in docs/performance.md.
+CPU_TOKENS = 4096
 
 Affine = tuple[torch.Tensor, torch.Tensor]  # weight and bias of a linear layer or a LayerNorm
 
@@ -69,10 +69,15 @@ def sincos_pos_embed(width: int, grid: PatchGrid) -> torch.Tensor:
 def _residual_linear(
     x_TK: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor, residual_TD: torch.Tensor
 ) -> torch.Tensor:
-    """x @ weight.T + bias + residual: the product is accumulated onto the sum of the others, in one pass."""
+    """x @ weight.T + bias + residual: the product is accumulated onto the sum of the others, in one pass.
+
+    Where no gradient is kept the sum takes the residual's place in memory, unless it awaits one (it is a block's input
+    that will be computed again).
+    """
     if torch.compiler.is_compiling():  # which fuses the sum with what follows; a product onto it would copy it first
         return F.linear(x_TK, weight_DK, bias_D) + residual_TD
-    return (residual_TD + bias_D).addmm_(x_TK, weight_DK.t())
+    kept = torch.is_grad_enabled() or residual_TD.requires_grad
+    return (residual_TD + bias_D if kept else residual_TD.add_(bias_D)).addmm_(x_TK, weight_DK.t())
 
 
 # The two halves of a block around its attention are functions of tensors alone: all blocks share what torch.compile
@@ -139,7 +144,10 @@ class Block(nn.Module):
     def forward(
         self, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """rows_K: (K,) integers, the rows wanted, each once; all attend, what follows is computed for these alone."""
+        """rows_K: (K,) integers, the rows wanted, each once; all attend, what follows is computed for these alone.
+
+        Where no gradient is kept and all rows are wanted, the result is written over tokens_TD.
+        """
         before, after = _compiled_halves() if self.compiled else (_before_attention, _after_attention)
         norm1, qkv, proj, norm2, fc1, fc2 = (
             (layer.weight, layer.bias)

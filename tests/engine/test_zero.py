@@ -61,3 +61,21 @@ def steps_without_synchronization(zero_stage: int) -> None:
 def test_deepspeed_synchronizes_no_device(zero_stage, tmp_path):
     """As it does by default to time steps. On a GPU with overlap_comm it does so at the end of backward, too."""
     assert_all(run_ranks(steps_without_synchronization, 1, tmp_path, zero_stage))
+
+
+def spare_copies() -> None:
+    ranks = distributed.start()
+    for zero_stage in (1, 2):
+        engine, _ = tiny.start_engine(ranks, zero_stage=zero_stage, precision="fp32")
+        optimizer = engine.optimizer
+        for master, weights in zip(zero.masters(optimizer), optimizer.parallel_partitioned_bit16_groups, strict=True):
+            assert master.data_ptr() == weights[ranks.rank].data_ptr(), "the step copies the masters to the weights"
+        with mock.patch.object(optimizer, "flatten", wraps=optimizer.flatten) as flatten:
+            engine.backward(engine(*tiny.micro_batches(0, ranks, 1)[0])["loss"])
+        assert flatten.called == (ranks.world_size > 1), "gradients are flattened to be sent, and for nothing else"
+    ranks.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_in_fp32_are_their_own_masters_and_one_rank_reduces_nothing(ranks, tmp_path):
+    assert_all(run_ranks(spare_copies, ranks, tmp_path))

@@ -27,7 +27,7 @@ OPTIMIZERS = {
 }
 # Launches: (ranks, stages, ((precision, accumulation steps, clip), ...)); the variance and covariance terms are in the
 # loss where nothing is accumulated: their statistics over two ranks equal those of one process.
-ONE_RANK = (1, STAGES, (("fp32", 1, 0.0), ("bf16", 1, 0.0)))
+ONE_RANK = (1, STAGES, (("fp32", 2, worker.CLIP), ("fp32", 1, 0.0), ("bf16", 1, 0.0)))
 TWO_RANKS = (2, STAGES, (("fp32", 2, worker.CLIP), ("fp32", 1, 0.0), ("bf16", 2, 0.0)))
 OTHER_CASES = (2, STAGES, (("bf16", 1, worker.CLIP),))
 FOUR_RANKS = (4, (2,), (("fp32", 2, worker.CLIP), ("bf16", 1, 0.0)))

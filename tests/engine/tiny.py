@@ -85,8 +85,10 @@ def start_engine(
         micro_batch_size=GLOBAL_BATCH // (ranks.world_size * accumulation),
         accumulation_steps=accumulation,
         clip_grad_norm=clip,
-        # A GPU's settings where gradients are accumulated, a CPU's elsewhere: both are compared with the plain loop.
-        extra={"zero_optimization": {"contiguous_gradients": True, "overlap_comm": True}} if accumulation > 1 else None,
+        # Several GPUs' settings where gradients are accumulated, a CPU's elsewhere: a plain loop is beside both.
+        extra={"zero_optimization": {"contiguous_gradients": True, "overlap_comm": True}}
+        if accumulation > 1 < ranks.world_size
+        else None,
     )
     with zero.building_context(settings):
         model = build_model(total=ranks.total, **(terms or {}))
