@@ -1,4 +1,4 @@
-# make pretrain and make test do all their own set-up on a machine with Python 3.11, make and a C++ compiler.
+# make pretrain and make test do all their own set-up on a machine with Python 3.11 and make (test: and a C++ compiler).
 PYTHON ?= python3
 BIN := .venv/bin
 # Processes of make pretrain: one for each GPU, or two on the CPU.
