@@ -61,7 +61,7 @@ def inspect_source(source: str) -> tuple[str, list[str]]:
     if is_remote(source) or "{" in source:
         return "list", expand_braces(source if is_remote(source) else os.path.expanduser(source))
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):  # nor has it the form of a Hub id
-        raise ValueError(f"there is no folder {here}; data.source must name an existing one")
+        raise ValueError(f"there is no folder {here}; the source must name an existing one")
     return "hub", []
 
 
@@ -81,7 +81,7 @@ def _tables_of(folder: Path, *, any_other: bool) -> list[str]:
     if not tables or any(len(files) > 1 for files in shard_splits(tables).values()):
         if tables and not any_other:
             raise ValueError(
-                f"{folder} holds several tables for one split: {', '.join(tables)}; give one as data.source"
+                f"{folder} holds several tables for one split: {', '.join(tables)}; give one of them as the source"
             )
         return []
     for table in tables:
@@ -269,5 +269,5 @@ def _hub_advice(hub_id: str, chain: list[BaseException]) -> str:
     if any(isinstance(error, refused) for error in chain) or {401, 403} & set(status):
         return "; check the id; " + hub_access_advice(hub_id)
     if any(isinstance(error, ConnectionError) for error in chain):
-        return "; check this machine's network, or copy the data set here and give its folder as data.source"
+        return "; check this machine's network, or copy the data set here and give its folder as the source"
     return ""
