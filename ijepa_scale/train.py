@@ -37,7 +37,7 @@ from ijepa_scale.optim import set_schedules
 from ijepa_scale.run import InputError, Run, check, set_up
 from ijepa_scale.schedules import cosine, ema_momentum, learning_rate
 
-COLLECT_STEPS = 20  # between collections of Python's cycles
+RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/performance.md
 
 
 def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: bool = False) -> int:
@@ -180,8 +180,9 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             failed_saves = 0 if save_checkpoint(run, done, say) else failed_saves + 1
             if failed_saves == STRIKES or (failed_saves and (reason or done == horizon.stop)):
                 raise RunError("the checkpoint could not be written (see above); free space or mend the disk")
-        if done % COLLECT_STEPS == 0:
+        if done % RELEASE_STEPS == 0:
             gc.collect()
+            ranks.release_memory()
         if reason:
             say(f"stopped by {reason} after step {done}; the same command goes on from there")
             break
