@@ -243,7 +243,7 @@ def check_images(images: ImageSet, *, min_side: int, sample: int = 64) -> None:
     if 2 * len(errors) > len(indices):
         raise ValueError(
             f"{len(errors)} of {len(indices)} images sampled cannot be read, the first because: {errors[0]}; "
-            f"check that it is the right source and its files are whole"
+            "check that it is the right source and its files are whole"
         ) from errors[0]
 
 

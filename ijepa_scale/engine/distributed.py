@@ -18,8 +18,8 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 # Agreements (who prepares data, which checkpoint, stop or go on) may wait for a rank that copies a large source.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h; musl and macOS have no mallopt
 CONTROL_TIMEOUT = timedelta(hours=24)
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 
 
 def launcher_rank() -> int:
@@ -165,7 +165,8 @@ def start() -> Ranks:
         import deepspeed
 
         # An all-reduce for inference on CPUs, which training never calls: a minute of C++ to build, and 69 MB of shared
-        # memory a process that outlive it (more than a container has by default).
+        # memory a process that outlive it (more than a container has by default). By its name: deepspeed.comm.torch, as
+        # an attribute, is torch itself.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None

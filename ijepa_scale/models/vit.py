@@ -146,7 +146,7 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         """rows_K: (K,) integers, the rows wanted, each once; all attend, what follows is computed for these alone.
 
-        Where no gradient is kept and all rows are wanted, the result is written over tokens_TD.
+        Where no gradient is kept and all rows are wanted, the result may be written over tokens_TD.
         """
         before, after = _compiled_halves() if self.compiled else (_before_attention, _after_attention)
         norm1, qkv, proj, norm2, fc1, fc2 = (

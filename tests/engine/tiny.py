@@ -87,7 +87,7 @@ def start_engine(
         clip_grad_norm=clip,
         # Several GPUs' settings where gradients are accumulated, a CPU's elsewhere: a plain loop is beside both.
         extra={"zero_optimization": {"contiguous_gradients": True, "overlap_comm": True}}
-        if accumulation > 1 < ranks.world_size
+        if accumulation > 1 and ranks.world_size > 1
         else None,
     )
     with zero.building_context(settings):
