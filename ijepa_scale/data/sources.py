@@ -61,7 +61,7 @@ def inspect_source(source: str) -> tuple[str, list[str]]:
     if is_remote(source) or "{" in source:
         return "list", expand_braces(source if is_remote(source) else os.path.expanduser(source))
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):  # nor has it the form of a Hub id
-        raise ValueError(f"there is no folder {here}; the source must name an existing one")
+        raise ValueError(f"there is no folder {here}; the source (data.source of a config) must name an existing one")
     return "hub", []
 
 
