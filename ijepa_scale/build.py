@@ -87,6 +87,7 @@ def build_flops(config: PretrainConfig) -> StepFlops:
         num_patches=(config.data.image_size // config.model.patch_size) ** 2,
         recomputed_encoder_blocks=count_recomputed(encoder.depth, encoder_every),
         recomputed_predictor_blocks=count_recomputed(predictor.depth, predictor_every),
+        compiled=config.engine.compile,
     )
 
 

@@ -86,7 +86,8 @@ class StepFlops:
     """The FLOPs of forward and backward, as a function of the tokens.
 
     recomputed_encoder_blocks, recomputed_predictor_blocks: how many of the context encoder's and of the predictor's
-    blocks run their forward once more in the backward (activation checkpointing).
+    blocks run their forward once more in the backward (activation checkpointing): up to what the backward needs last,
+    the input of the MLP's second layer, or, compiled, to its end.
     """
 
     encoder: ViTSize
@@ -95,6 +96,7 @@ class StepFlops:
     num_patches: int
     recomputed_encoder_blocks: int = 0
     recomputed_predictor_blocks: int = 0
+    compiled: bool = False
 
     def parts(self, counts: Counts) -> dict[str, float]:
         """What the method needs, by network: no recomputation, no padding; of the target encoder the forward alone."""
@@ -119,20 +121,21 @@ class StepFlops:
     def hardware(self, counts: Counts) -> float:
         """What HFU counts: the same, what is computed again, and attention's scores in its backward, always again."""
         encoder, predictor = self.encoder, self.predictor
-        every = self.recomputed_predictor_blocks == predictor.depth
+        last_too = self.recomputed_predictor_blocks == predictor.depth
+        dropped = (counts.prediction - counts.blocks) * last_too
         return (
             self.model(counts)
             + 2 * encoder.depth * encoder.width * counts.context_pairs
             + 2 * predictor.depth * predictor.width * counts.prediction_pairs
-            + _forward(encoder, self.recomputed_encoder_blocks, counts.context, counts.context_pairs)
-            + _forward(
-                predictor,
-                self.recomputed_predictor_blocks,
-                counts.prediction,
-                counts.prediction_pairs,
-                (counts.prediction - counts.blocks) * every,
+            + self._again(encoder, self.recomputed_encoder_blocks, counts.context, counts.context_pairs, 0.0)
+            + self._again(
+                predictor, self.recomputed_predictor_blocks, counts.prediction, counts.prediction_pairs, dropped
             )
         )
+
+    def _again(self, size: ViTSize, depth: int, tokens: float, pairs: float, dropped: float) -> float:
+        unneeded = 0 if self.compiled else 2 * size.width * size.mlp_width * (depth * tokens - dropped)
+        return _forward(size, depth, tokens, pairs, dropped) - unneeded
 
 
 def _forward(size: ViTSize, depth: int, tokens: float, pairs: float, dropped: float = 0.0) -> float:
