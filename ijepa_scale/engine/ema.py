@@ -76,6 +76,7 @@ class ShardedEMA:
                 own = self._own(target, shard)
                 ema_update(shard, master.detach(), momentum, own if own.dtype != torch.float32 else None)
                 self._share(target, own)
+        self._settle()
 
     @torch.no_grad()
     def refresh_target(self) -> None:
@@ -86,6 +87,7 @@ class ShardedEMA:
                 if own.dtype != torch.float32:
                     own.copy_(shard)
                 self._share(target, own)
+        self._settle()
 
     def _own(self, target: torch.Tensor, shard: torch.Tensor) -> torch.Tensor:
         return target if self.stage3 else target.narrow(0, dist.get_rank() * shard.numel(), shard.numel())
@@ -93,3 +95,11 @@ class ShardedEMA:
     def _share(self, target: torch.Tensor, own: torch.Tensor) -> None:
         if not self.stage3 and dist.get_world_size() > 1:
             dist.all_gather_into_tensor(target, own.clone())  # gloo refuses input and output that overlap
+
+    def _settle(self) -> None:
+        """Under ZeRO-3 wait until the weights are written: DeepSpeed gathers them on a stream that waits for no other.
+
+        (DeepSpeed 0.19.8; its throughput timer, which is off here, hides that by waiting at every forward.)
+        """
+        if self.stage3 and torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
