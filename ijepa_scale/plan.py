@@ -11,6 +11,7 @@ from ijepa_scale.data.images import count_images
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.data.remote import Patience
 from ijepa_scale.data.stream_sources import open_shards
+from ijepa_scale.engine.zero import BUCKET
 from ijepa_scale.flops import Counts
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
 from ijepa_scale.models.vit import bytes_kept
@@ -64,8 +65,7 @@ def dry_run(config: PretrainConfig) -> str:
         f"{blocks.grid.rows} x {blocks.grid.columns} patches",
         f"parameters     context encoder {parameters['context encoder'] / 1e6:,.1f} M, predictor "
         f"{parameters['predictor'] / 1e6:,.1f} M, target encoder as the context encoder (EMA)",
-        f"state          {_state_gib(parameters):,.1f} GiB in all for weights, fp32 masters, moments and EMA in bf16 "
-        f"(sharded by ZeRO-{config.engine.zero_stage})",
+        _state_line(config, parameters),
         f"tokens         an image, means: target encoder {blocks.grid.num_patches}, context {tokens.context:.1f} "
         f"(mask.context={config.mask.context}), {number} target blocks of {tokens.blocks / number:.1f}, "
         f"predictor {number} x {tokens.prediction / number:.1f}",
@@ -77,15 +77,32 @@ def dry_run(config: PretrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _state_gib(parameters: dict[str, int]) -> float:
-    trained, encoder = sum(parameters.values()), parameters["context encoder"]
-    # bf16 weights and gradients, fp32 master and two moments; the EMA in fp32 and the target's bf16 weights
-    return (16 * trained + 6 * encoder) / 2**30
+def state_bytes(zero_stage: int, *, trained: int, encoder: int) -> tuple[int, int]:
+    """What lies on a GPU at the end of a backward in bf16 beside the activations: on each, and cut among them.
+
+    trained, encoder: parameters that are trained, and those of them that have an EMA.
+    """
+    weights, targets, gradients, halves = 2 * trained, 2 * encoder, 4 * trained, 2 * trained
+    masters = 12 * trained + 4 * encoder  # and two moments; EMA
+    return {
+        1: (weights + targets + gradients + halves, masters),  # gradients in bf16, and added up in fp32
+        2: (weights + targets + 2 * 2 * BUCKET, masters + gradients),  # two buckets in bf16
+        3: (4 * BUCKET, masters + gradients + weights + targets),
+    }[zero_stage]
+
+
+def _state_line(config: PretrainConfig, parameters: dict[str, int]) -> str:
+    stage = config.engine.zero_stage
+    whole, cut = state_bytes(stage, trained=sum(parameters.values()), encoder=parameters["context encoder"])
+    return (
+        f"state          in bf16 {whole / 2**30:,.2f} GiB on each GPU, {cut / 2**30:,.2f} GiB cut among them "
+        f"(ZeRO-{stage}): weights, gradients, masters, moments, EMA"
+    )
 
 
 def _kept_line(config: PretrainConfig, tokens: Counts) -> str:
     every = config.engine.recompute_every
-    images = config.optimization.micro_batch_size or 1
+    images = config.optimization.micro_batch_size or config.optimization.global_batch_size
     encoder, predictor = (
         images * count * bytes_kept(size, n, itemsize=2) / 2**30
         for count, size, n in zip(

@@ -1,12 +1,20 @@
 """--dry-run, for every config there is."""
 
+import gc
 from pathlib import Path
 
 import pytest
+import torch
 
+from ijepa_scale import build
+from ijepa_scale.benchmark import sampled_masks
 from ijepa_scale.build import build_blocks, build_flops
 from ijepa_scale.config import load_config
-from ijepa_scale.plan import count_tokens, dry_run
+from ijepa_scale.engine import distributed, zero
+from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.optim import adamw, parameter_groups
+from ijepa_scale.plan import count_tokens, dry_run, state_bytes
+from tests.processes import ROOT, assert_all, run_ranks
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 # Published sizes of context encoder and predictor, in millions (arXiv:2301.08243 and the released code).
@@ -60,3 +68,51 @@ def test_dry_run_needs_a_number_of_images_or_steps(tmp_path):
     assert "1,000 of" in dry_run(load_config(path, ["optimization.max_steps=1000"]))
     with pytest.raises(ValueError, match=r"fewer than optimization\.global_batch_size"):
         dry_run(load_config(path, ["data.num_images=100"]))
+
+
+def storages() -> dict[int, int]:
+    """Bytes of all tensors there are, by address."""
+    gc.collect()
+    found = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    found += [one.grad for one in found if one.is_leaf and one.grad is not None]
+    found += [one.ds_tensor for one in found if hasattr(one, "ds_tensor")]
+    return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found}
+
+
+def bytes_after_backward() -> None:
+    ranks = distributed.start()
+    config = load_config(ROOT / "configs" / "tiny.yaml", [])
+    images, masks = torch.randint(256, (2, 3, 64, 64)).to(torch.uint8), sampled_masks(config, 2, 0, "all")
+    for zero_stage in (1, 2, 3):
+        before = storages()
+        settings = zero.deepspeed_config(
+            zero_stage=zero_stage, precision="bf16", micro_batch_size=2, accumulation_steps=1
+        )
+        with zero.building_context(settings):
+            model = build.build_model(config, initialize=False)
+        engine = zero.initialize(
+            model,
+            settings,
+            lambda name, shape: 0.02 * torch.randn(shape),
+            lambda module: adamw(parameter_groups(module), (0.9, 0.99)),
+        )
+        ema = ShardedEMA(engine, model.twins())
+        for step in range(2):
+            engine.backward(engine(images, masks)["loss"])
+            if not step:
+                engine.step()
+                ema.update(0.99)
+        found = sum(size for at, size in storages().items() if at not in before)
+        encoder, predictor = (
+            sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters())
+            for part in (model.context_encoder, model.predictor)
+        )
+        whole, cut = state_bytes(zero_stage, trained=encoder + predictor, encoder=encoder)
+        expected = whole + cut / ranks.world_size - (4 * zero.BUCKET if zero_stage == 2 else 0)  # a GPU's
+        gathered = 2 * (encoder + predictor) if zero_stage == 3 else 0  # weights at work, and small ones: at the most
+        assert 0.98 * expected < found < 1.02 * expected + gathered, (zero_stage, found / 1e6, expected / 1e6)
+    ranks.close()
+
+
+def test_state_is_what_lies_there_after_a_backward(tmp_path):
+    assert_all(run_ranks(bytes_after_backward, 2, tmp_path))

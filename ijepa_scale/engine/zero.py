@@ -11,6 +11,9 @@ import torch.distributed as dist
 from ijepa_scale.engine.distributed import quiet
 from ijepa_scale.models.vit import Block
 
+# Elements of gradients that are sent at once. DeepSpeed's 5e8 would take 2 GB for buffers, whatever the model's size.
+BUCKET = 50_000_000
+
 # Settings of engine.deepspeed that break what this package builds on ZeRO, with the reason.
 REFUSED = {
     "train_batch_size": "it follows from optimization.global_batch_size",
@@ -24,6 +27,7 @@ REFUSED = {
     "bfloat16": "set engine.precision",
     "data_types.grad_accum_dtype": "gradients are accumulated in fp32",
     "zero_optimization.stage": "set engine.zero_stage",
+    "zero_optimization.compute_grad_norm": "metrics.jsonl has the norm of every step",
     "zero_optimization.round_robin_gradients": "it reorders the shards, and the EMA would average the wrong weights",
     "zero_optimization.cpu_offload": "the sharded EMA lives beside the master weights on the device",
     "zero_optimization.cpu_offload_param": "the target encoder's shards are rebound on the device",
@@ -50,7 +54,7 @@ def deepspeed_config(
 
     Raises ValueError for a setting in extra that would break the sharded EMA or contradict another key.
     """
-    zero: dict[str, Any] = {"stage": zero_stage}
+    zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": BUCKET}
     if zero_stage < 3:
         # Several GPUs send gradients while the backward goes on (ZeRO-1 in bf16 sends them after it all the same). On a
         # CPU neither that nor the copy of all gradients that it needs pays, and one GPU has nobody to send them to.
