@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import torch
@@ -16,12 +17,24 @@ class Feed:
     def __init__(self, batches: Iterator[Batch], device: torch.device):
         self.batches, self.device = batches, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.waited = 0.0  # seconds, for the loader, in all
+        self._waited = 0.0
+        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
         self._loaded: Batch | Exception | None = None
+
+    @property
+    def waited(self) -> float:
+        """Seconds that the loader has kept the device waiting, in all.
+
+        On a GPU those in which it had done what it was given: of waits that it has come past, so a step late.
+        """
+        while self._waits and self._waits[0][1].query():
+            before, after = self._waits.popleft()
+            self._waited += before.elapsed_time(after) / 1000
+        return self._waited
 
     def load(self) -> None:
         """Fetch the next batch and start its copy. What goes wrong is raised by the take() that would hand it out."""
-        started = time.perf_counter()
+        started, before = time.perf_counter(), self._moment()
         try:
             batch = next(self.batches)
         except Exception as error:
@@ -29,7 +42,19 @@ class Feed:
         else:
             with torch.cuda.stream(self.stream):
                 self._loaded = batch.map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True).contiguous())
-        self.waited += time.perf_counter() - started
+        after = self._moment()
+        if before is None or after is None:
+            self._waited += time.perf_counter() - started
+        else:
+            self._waits.append((before, after))
+
+    def _moment(self) -> torch.cuda.Event | None:
+        """When a GPU has done what it was given so far."""
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def take(self) -> Batch:
         """The next batch, for work on the current stream. Raises what the loader raised."""

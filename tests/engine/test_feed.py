@@ -60,6 +60,20 @@ def test_the_wait_for_the_loader_is_counted():
     assert 0.1 <= feed.waited < 1.0
 
 
+@pytest.mark.gpu
+def test_a_wait_behind_which_the_gpu_works_is_none():
+    device = torch.device("cuda")
+    feed = Feed(batches(2, seconds=0.2), device)
+    torch.cuda._sleep(10**9)  # cycles: half a second or so
+    feed.load()
+    feed.take()
+    torch.cuda.synchronize()
+    assert feed.waited < 0.02
+    feed.load()  # with nothing to do
+    torch.cuda.synchronize()
+    assert 0.15 < feed.waited < 0.5
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_numbers_reach_the_host(device):
     values = [torch.tensor(2.5, device=device, requires_grad=True), torch.tensor(float("inf"), device=device)]
