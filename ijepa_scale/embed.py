@@ -159,10 +159,7 @@ def neighbours(folder: str, queries: list[str], out: str, *, count: int = 8) -> 
         print(f"{name}:")
         for row in order:
             print(f"  {similarity[row]:.3f}  {table[row]['image']}")
-        nearest = [
-            (center_crop(images.read(int(table[row]["index"])), facts["image_size"]), f"{similarity[row]:.2f}")
-            for row in order
-        ]
+        nearest = [(_picture(images, table[row], facts["image_size"]), f"{similarity[row]:.2f}") for row in order]
         shown.append((picture, Path(name).name, nearest))
     draw_neighbours(out, shown)
     print(f"picture: {out}")
@@ -172,6 +169,17 @@ def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
+def _picture(images: ImageSet, row: dict[str, str], size: int) -> np.ndarray:
+    """The image that a row of images.csv is of."""
+    index = int(row["index"])
+    if index >= len(images) or images.sample_id(index) != row["image"]:  # what is there now is another image
+        raise ValueError(
+            f"{images.name} has changed since it was embedded: image {index} is no longer {row['image']}; run "
+            "launch/embed.py again"
+        )
+    return center_crop(images.read(index), size)
+
+
 def _queries(
     paths: list[str], facts: dict[str, Any], features: np.ndarray, images: ImageSet, table: list[dict[str, str]]
 ) -> Iterator[tuple[str, np.ndarray, int, np.ndarray]]:
@@ -179,7 +187,7 @@ def _queries(
     size = facts["image_size"]
     if not paths:
         for row in np.unique(np.linspace(0, len(table) - 1, 6).round().astype(int)).tolist():
-            yield table[row]["image"], center_crop(images.read(int(table[row]["index"])), size), row, features[row]
+            yield table[row]["image"], _picture(images, table[row], size), row, features[row]
         return
     encoder, _, _ = load_run(facts["checkpoint"])
     rows = {row["image"]: number for number, row in enumerate(table)}

@@ -124,6 +124,26 @@ def test_what_a_user_gets_wrong_is_named(run, embedded, tmp_path):
         load_run(damaged)
 
 
+@pytest.mark.parametrize("change", ["one more", "some fewer"])
+def test_a_source_that_has_changed_is_refused(embedded, tmp_path, change):
+    """Row i of the embeddings would be shown with another picture, or with none."""
+    shutil.copytree(embedded, tmp_path / "all")
+    pictures, out = tmp_path / "all" / "pictures", tmp_path / "all" / "out"
+    for name in ("images.csv", "embeddings.json"):
+        (out / name).write_text((out / name).read_text().replace(str(embedded), str(tmp_path / "all")))
+    query = rows_of(out)[40]["image"]
+    neighbours(str(out), [query], str(tmp_path / "before.png"), count=3)
+    if change == "one more":
+        shutil.copy(query, pictures / "class-0" / "0.png")
+    else:
+        for path in sorted(pictures.rglob("*.png"))[4:]:
+            path.unlink()
+    for queries in ([], [query] if change == "one more" else []):
+        with pytest.raises(ValueError, match=r"has changed since it was embedded: .*run launch/embed\.py again"):
+            neighbours(str(out), queries, str(tmp_path / "after.png"), count=3)
+    assert not (tmp_path / "after.png").exists()
+
+
 def test_a_damaged_checkpoint_is_skipped_aloud(run, tmp_path, capsys):
     shutil.copytree(run / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "step-00000008" / "rank-00000.safetensors").write_bytes(b"")
