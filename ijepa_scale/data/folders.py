@@ -1,5 +1,7 @@
 """Files of a data folder, and the splits and classes that their names and folders tell."""
 
+import functools
+import itertools
 import logging
 import os
 import re
@@ -70,33 +72,61 @@ def shard_splits(files: list[str]) -> dict[str, list[str]]:
 
 
 def image_splits(root: str, files: list[str]) -> dict[str, FolderSplit]:
-    """Image files by split. The folders at the top are splits if all, or two of them, are named so; else all is train.
+    """Image files by split. The first folders that differ are splits if all, or two of them, are named so; else all is
+    train. A folder that holds all files tells nothing, unless it is named as a split.
 
     A split whose images all lie in one level of folders is labelled with these; numbers are the same in all splits.
-    root: where the files are, for the warning that some are left out.
+    root: where the files are, for warnings.
     """
-    tops = {_top(file) for file in files}
+    shared = _shared(files)
+    tops = {_top(file[len(shared) :]) for file in files}
     named = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
     if len(named) < len(tops) and len(set(named.values())) < 2:
         named = {}
     by_split: dict[str, list[str]] = {}
     for file in files:
-        split = named.get(_top(file)) if named else "train"
+        split = named.get(_top(file[len(shared) :])) if named else "train"
         if split is not None:
             by_split.setdefault(split, []).append(file)
     ignored = sorted(printable(top) or "images at the top" for top in tops - named.keys()) if named else []
     if ignored:
-        _log.warning("%s: in no split, so left out: %s", printable(root), ", ".join(ignored))
-    depth = 2 if named else 1
+        warn_once(f"{printable(root)}: in no split, so left out: {', '.join(ignored)}")
+    if not named:
+        _warn_of_deeper_splits(root, shared, files)
+    depth = shared.count("/") + (2 if named else 1)
     labelled = {split for split, part in by_split.items() if all(file.count("/") == depth for file in part)}
     classes = sorted({file.split("/")[-2] for split in labelled for file in by_split[split]})
     classes = classes if len(classes) > 1 else []
     return {split: FolderSplit(by_split[split], classes if split in labelled else []) for split in sorted(by_split)}
 
 
+def _shared(files: list[str]) -> str:
+    """The folders that all files lie in, with a slash at the end, up to the first that is named as a split."""
+    common = os.path.commonpath([os.path.dirname(min(files)), os.path.dirname(max(files))])  # then it is all files'
+    folders = itertools.takewhile(lambda folder: folder and folder.lower() not in SPLIT_NAMES, common.split("/"))
+    return "".join(f"{folder}/" for folder in folders)
+
+
+def _warn_of_deeper_splits(root: str, shared: str, files: list[str]) -> None:
+    folders = {os.path.dirname(file[len(shared) :]) for file in files}
+    deeper = {name for folder in folders for name in folder.split("/")[1:] if name.lower() in SPLIT_NAMES}
+    if len({SPLIT_NAMES[name.lower()] for name in deeper}) > 1:
+        warn_once(
+            f"{printable(root)}: all images are taken for training, also those in folders named "
+            f"{', '.join(sorted(deeper))}, which lie too deep to be splits; to have splits, give the folder that holds "
+            "these as the source"
+        )
+
+
 def _top(file: str) -> str:
     """The folder at the top that holds a file; "" for a file at the top itself."""
     return file.partition("/")[0] if "/" in file else ""
+
+
+@functools.lru_cache(maxsize=64)
+def warn_once(text: str) -> None:
+    """A source is looked at several times before training starts."""
+    _log.warning("%s", text)
 
 
 def printable(path: str) -> str:

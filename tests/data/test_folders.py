@@ -67,11 +67,42 @@ def test_class_folders_are_labels():
         ["images/1.png", "images/2.png"],  # one folder tells nothing
         ["cat/1.png", "dog/2.png", "loose.png"],
         ["cat/1.png", "dog/deeper/2.png"],
-        ["a/cat/1.png", "a/dog/2.png"],
+        ["a/cat/1.png", "b/dog/2.png", "b/3.png"],
+        ["cats/small/1.png", "cats/2.png"],
+        ["val.png", "images/1.png"],
     ],
 )
 def test_other_trees_have_no_labels(files):
     assert splits(*files) == {"train": (sorted(files), None)}
+
+
+def test_folders_that_hold_all_images_tell_nothing(caplog):
+    """As ImageNet unpacks: ILSVRC/Data/CLS-LOC/{train,val,test}."""
+    within = "ILSVRC/Data/CLS-LOC"
+    files = [
+        f"{within}/train/n01/1.JPEG",
+        f"{within}/train/n02/2.JPEG",
+        f"{within}/val/3.JPEG",
+        f"{within}/test/4.JPEG",
+    ]
+    assert splits(*files) == {
+        "train": (files[:2], ["n01", "n02"]),
+        "validation": ([files[2]], None),
+        "test": ([files[3]], None),
+    }
+    assert splits("a/cat/1.png", "a/dog/2.png") == {"train": (["a/cat/1.png", "a/dog/2.png"], ["cat", "dog"])}
+    assert splits("a/val/cat/1.png", "a/val/dog/2.png") == {  # but the name of a split does
+        "validation": (["a/val/cat/1.png", "a/val/dog/2.png"], ["cat", "dog"])
+    }
+    assert splits("val/1.png") == {"validation": (["val/1.png"], None)}
+    assert not caplog.records
+
+
+def test_splits_too_deep_to_be_taken_are_told(caplog):
+    files = ["images/train/1.png", "images/val/2.png", "masks/train/1.png", "masks/val/2.png"]
+    for _ in range(2):
+        assert splits(*files) == {"train": (files, None)}
+    assert caplog.text.count("in folders named train, val, which lie too deep") == 1
 
 
 def test_split_folders_number_classes_alike(caplog):
