@@ -12,7 +12,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ijepa_scale.data.folders import SPLIT_NAMES, FolderSplit, image_splits, list_files, printable, shard_splits
+from ijepa_scale.data.folders import (
+    SPLIT_NAMES,
+    FolderSplit,
+    image_splits,
+    list_files,
+    printable,
+    shard_splits,
+    warn_once,
+)
 from ijepa_scale.data.remote import hub_access_advice, is_remote
 from ijepa_scale.data.shards import shard_kind
 from ijepa_scale.data.tables import ListedImages, is_table, listed_images, tables_at
@@ -50,7 +58,7 @@ def inspect_source(source: str) -> tuple[str, list[str]]:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return "saved", []
         kind, files = max(list_files(str(path)).items(), key=lambda item: len(item[1]))
-        if (kind == "images" or not files) and (tables := _tables_of(path, any_other=bool(files))):
+        if (kind == "images" or not files) and (tables := _tables_of(path, len(files))):
             return "table", tables
         if not files:
             raise ValueError(
@@ -75,23 +83,29 @@ def is_mapped(source: str) -> bool:
     return kind in ("saved", "arrow", "images")
 
 
-def _tables_of(folder: Path, *, any_other: bool) -> list[str]:
-    """The tables in a folder that list its images, one a split. any_other: the folder can be read without them, too."""
+def _tables_of(folder: Path, num_files: int) -> list[str]:
+    """The tables in a folder that list its images, one a split. num_files: the images that it could be read by, too."""
     tables = tables_at(str(folder))
     if not tables or any(len(files) > 1 for files in shard_splits(tables).values()):
-        if tables and not any_other:
+        if tables and not num_files:
             raise ValueError(
                 f"{folder} holds several tables for one split: {', '.join(tables)}; give one of them as the source"
             )
         return []
+    listed: set[str] = set()
     for table in tables:
         try:
-            listed_images(str(folder / table))
+            listed.update(listed_images(str(folder / table)).paths)
         except ValueError as error:
-            if not any_other:
+            if not num_files:
                 raise
-            _log.warning("%s; all image files below %s are read instead", error, folder)
+            warn_once(f"{error}; all image files below {folder} are read instead")
             return []
+    if len(listed) < num_files:
+        warn_once(
+            f"{', '.join(tables)} in {folder} lists {len(listed)} images, and {num_files} lie there: only those listed "
+            "are read; to read all, move it elsewhere"
+        )
     return tables
 
 

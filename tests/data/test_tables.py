@@ -87,6 +87,17 @@ def test_a_table_that_lists_no_images_leaves_a_folder_of_images_as_it_is(folder)
     assert numbers(open_images(str(folder))) == [0, 1, 2, 3, 4, 5]
 
 
+def test_images_that_a_folders_table_does_not_list_are_told(folder, caplog):
+    (folder / "labels.csv").write_text("file,label\npictures/0004.png,a\npictures/0001.png,b\n")
+    for _ in range(2):
+        assert numbers(open_images(str(folder))) == [4, 1]
+    assert caplog.text.count(f"labels.csv in {folder} lists 2 images, and 6 lie there: only those listed are read") == 1
+    caplog.clear()
+    rows = "".join(f"pictures/{i:04}.png,a\n" for i in range(6))
+    (folder / "labels.csv").write_text(f"file,label\n{rows}")
+    assert len(open_images(str(folder))) == 6 and not caplog.records
+
+
 def test_tables_alone_in_a_folder(tmp_path, folder):
     alone = tmp_path / "alone"
     alone.mkdir()
