@@ -1,8 +1,8 @@
 """CSV, TSV and JSON Lines files that list images: which column holds the paths, and the labels."""
 
 import functools
+import logging
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -10,9 +10,12 @@ import pyarrow.csv
 import pyarrow.json
 
 from ijepa_scale.data.remote import is_remote
+from ijepa_scale.data.shards import shard_kind
+
+_log = logging.getLogger(__name__)
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".ndjson")
-PATH_COLUMNS = ("image", "image_path", "path", "file_name", "file", "filename")  # looked at first
+PATH_COLUMNS = ("image", "image_path", "path", "file_name", "file", "filename", "image_url", "url")  # looked at first
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
 _SAMPLED = 64
 
@@ -50,6 +53,15 @@ def _listed_images(path: str, size: int, changed: int) -> ListedImages:
             table = pa.json.read_json(path)
     except pa.ArrowException as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
+    for name in (*PATH_COLUMNS, *LABEL_COLUMNS):
+        if name in table.column_names and pa.types.is_binary(table.schema.field(name).type):
+            raise ValueError(f"the column {name!r} of {path} is not UTF-8 text; save the file in that encoding")
+    images = [name for name in table.column_names if is_remote(name) or shard_kind(name) == "image"]
+    if images:
+        raise ValueError(
+            f"{path} begins with an image, {images[0]!r}, where the names of columns belong; add a first line such as "
+            "path,label"
+        )
     return ListedImages(_paths(table, path), _labels(table))
 
 
@@ -61,11 +73,13 @@ def _paths(table: pa.Table, source: str) -> list[str]:
     for name in texts:
         values = [value or "" for value in table.column(name).to_pylist()]
         columns[name] = [value if is_remote(value) else os.path.join(root, value) for value in values]
-    for paths in columns.values():
-        if _any_file(paths[:: max(1, len(paths) // _SAMPLED)]):
-            return paths
+    for is_image in (os.path.isfile, lambda path: is_remote(path) and shard_kind(path) == "image", is_remote):
+        for name, paths in columns.items():
+            if any(map(is_image, paths[:: max(1, len(paths) // _SAMPLED)])):
+                _log.info("%s: the images are those of its column %r", source, name)
+                return paths
     for name in texts:
-        if name in PATH_COLUMNS and _any_file(columns[name]):
+        if name in PATH_COLUMNS and any(map(os.path.isfile, columns[name])):
             return columns[name]
     first = next(iter(columns.items()), None)
     tried = f"the first value of {first[0]!r} would be {first[1][0]!r}" if first and first[1] else "there are none"
@@ -73,10 +87,6 @@ def _paths(table: pa.Table, source: str) -> list[str]:
         f"no column of {source} holds paths of existing image files, relative to the table or absolute: {tried}; its "
         f"columns are: {', '.join(table.column_names)}"
     )
-
-
-def _any_file(paths: Iterable[str]) -> bool:
-    return any(is_remote(path) or os.path.isfile(path) for path in paths)
 
 
 def _labels(table: pa.Table) -> list[int | str | None]:

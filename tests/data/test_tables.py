@@ -1,8 +1,11 @@
+import logging
+
 import datasets
 import pytest
 
 from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.data.sources import is_mapped
+from ijepa_scale.data.tables import listed_images
 from tests.data.sources import number_of, write_images, write_jsonl
 
 
@@ -42,6 +45,34 @@ def test_columns_are_found_by_name_first_and_by_what_is_there(folder):
     assert numbers(open_images(str(write_jsonl(folder / "a.jsonl", rows)))) == [0, 1, 2]
     rows = [{"path": f"/away/{i}.png", "also": f"pictures/{i:04}.png"} for i in range(3)]
     assert numbers(open_images(str(write_jsonl(folder / "b.jsonl", rows)))) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "header, row, taken",
+    [
+        ("source_url,photo", "https://host/a.jpg,pictures/0001.png", "photo"),  # what is here comes first
+        ("page,url", "https://host/page,https://host/x?id=1", "url"),
+        ("page,picture", "https://host/page,https://host/a.JPG?size=1", "picture"),
+        ("page,thumb", "https://host/page,none", "page"),
+    ],
+)
+def test_of_several_columns_files_come_first_then_urls_of_images(folder, caplog, header, row, taken):
+    caplog.set_level(logging.INFO)
+    (folder / "a.csv").write_text(f"{header}\n{row}\n")
+    value = dict(zip(header.split(","), row.split(","), strict=True))[taken]
+    expected = value if "://" in value else str(folder / value)
+    assert listed_images(str(folder / "a.csv")).paths == [expected]
+    assert f"a.csv: the images are those of its column {taken!r}" in caplog.text
+
+
+def test_a_table_in_another_encoding_or_without_a_header_is_refused(folder):
+    (folder / "a.csv").write_bytes("path,label\npictures/0001.png,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"the column 'label' of .*a\.csv is not UTF-8 text; save"):
+        open_images(str(folder / "a.csv"))
+    for line in ("pictures/0001.png,a", "https://host/1,a"):
+        (folder / "a.csv").write_text(f"{line}\npictures/0002.png,b\n")
+        with pytest.raises(ValueError, match=rf"a\.csv begins with an image, '{line[:-2]}', where the names of col"):
+            open_images(str(folder / "a.csv"))
 
 
 def test_missing_files_are_bad_images_and_nothing_but_missing_files_is_an_error(folder):
