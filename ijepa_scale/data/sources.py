@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import datasets
 
 _log = logging.getLogger(__name__)
+_HOW_TO_READ_IT = "for training set data.streaming=true; for anything else give a folder of local files"
 
 
 def find_split(splits: list[str], split: str, source: str) -> str:
@@ -152,7 +153,7 @@ def map_splits(source: str, cache_dir: str | None) -> dict[str, Callable[[], dat
         parts = image_splits(str(path), files)
         return {split: functools.partial(_image_files, str(path), part) for split, part in parts.items()}
     if kind == "list":
-        raise ValueError(f"{source!r} can be streamed only: set data.streaming=true, or give a folder of local files")
+        raise ValueError(f"{source!r} can be streamed only: {_HOW_TO_READ_IT}")
     builder = source_builder(source, cache_dir)
     splits = builder.config.data_files or builder.info.splits or {}
     return {str(name): functools.partial(_prepare, builder, str(name), source, cache_dir) for name in splits}
@@ -178,8 +179,8 @@ def _image_files(root: str, split: FolderSplit) -> datasets.Dataset:
 
 
 def _listed_files(table: ListedImages, names: list[str]) -> datasets.Dataset:
-    if any(is_remote(path) for path in table.paths):
-        raise ValueError(f"the table lists URLs, such as {table.paths[0]!r}; set data.streaming=true")
+    if url := next(filter(is_remote, table.paths), None):
+        raise ValueError(f"the table lists URLs, such as {url!r}: {_HOW_TO_READ_IT}")
     number = {name: i for i, name in enumerate(names)}
     return _files(table.paths, [number[x] if isinstance(x, str) else x for x in table.labels], names)
 

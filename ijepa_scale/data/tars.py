@@ -103,7 +103,7 @@ def tar_index(paths: list[str], cache_dir: Path) -> Path:
     if compressed:
         raise ValueError(
             f"{compressed} is compressed, so its images cannot be read in any order: unpack it to a .tar (images are "
-            "compressed already), or set data.streaming=true"
+            "compressed already), or, for training, set data.streaming=true"
         )
     stats = [os.stat(path) for path in paths]
     facts = [_FORMAT, *((p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True))]

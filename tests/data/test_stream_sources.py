@@ -76,7 +76,9 @@ def test_braces_below_the_home_folder(tmp_path, monkeypatch):
 def test_what_cannot_be_streamed(tmp_path):
     with pytest.raises(ValueError, match=r"notes\.zip is no \.parquet, \.arrow, \.tar or image file; give such files"):
         open_shards("https://host/notes.zip", patience=PATIENCE)
-    with pytest.raises(ValueError, match=r"can be streamed only: set data\.streaming=true"):
+    with pytest.raises(
+        ValueError, match=r"streamed only: for training set data\.streaming=true; for anything else give a f"
+    ):
         open_images("https://host/x.tar")
 
 

@@ -140,7 +140,9 @@ def test_tables_alone_in_a_folder(tmp_path, folder):
     (alone / "b.csv").unlink()
     (alone / "a.csv").write_text("path\nhttp://localhost/1.png\n")
     assert not is_mapped(str(alone))
-    with pytest.raises(ValueError, match=r"the table lists URLs.*data.streaming=true"):
+    with pytest.raises(
+        ValueError, match=r"the table lists URLs.*for training set data.streaming=true; for anything else give a f"
+    ):
         open_images(str(alone))
 
 

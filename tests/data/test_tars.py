@@ -49,7 +49,9 @@ def test_many_rows_and_tars_without_images(tmp_path, cache, monkeypatch):
 
 def test_what_cannot_be_indexed(tmp_path):
     write_tar(tmp_path / "z/x.tar.gz", range(3), "w:gz")
-    with pytest.raises(ValueError, match=r"x\.tar\.gz is compressed.* unpack it.* data.streaming=true"):
+    with pytest.raises(
+        ValueError, match=r"x\.tar\.gz is compressed.* unpack it.* for training, set data.streaming=true"
+    ):
         open_images(str(tmp_path / "z"))
     path = write_tar(tmp_path / "d/x.tar", range(3))
     path.write_bytes(path.read_bytes()[:2000])
