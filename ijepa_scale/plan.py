@@ -1,4 +1,4 @@
-"""What a config amounts to: parameters, tokens, FLOPs, steps. Nothing is trained and no GPU is needed."""
+"""What a config amounts to: parameters, tokens, FLOPs, images, steps. Nothing is trained and no GPU is needed."""
 
 from pathlib import Path
 
@@ -9,7 +9,8 @@ from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.images import count_images
 from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.remote import Patience
+from ijepa_scale.data.remote import Patience, is_remote
+from ijepa_scale.data.sources import inspect_source
 from ijepa_scale.data.stream_sources import open_shards
 from ijepa_scale.engine.zero import BUCKET
 from ijepa_scale.flops import Counts
@@ -48,6 +49,7 @@ def count_tokens(blocks: MultiBlock, context: str) -> Counts:
 
 def dry_run(config: PretrainConfig) -> str:
     """The text of --dry-run. Networks are built on the meta device: any size fits."""
+    images, said = _images(config)
     blocks = build.build_blocks(config)
     with torch.device("meta"):
         model = build.build_model(config, initialize=False)
@@ -72,7 +74,8 @@ def dry_run(config: PretrainConfig) -> str:
         f"model FLOPs    {total / 1e9:,.2f} G an image: "
         + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in flops.items()),
         _kept_line(config, tokens),
-        _steps_line(config, total),
+        f"images         {said}",
+        _steps_line(config, images, total),
     ]
     return "\n".join(lines)
 
@@ -119,39 +122,51 @@ def _kept_line(config: PretrainConfig, tokens: Counts) -> str:
     )
 
 
-def _num_images(config: PretrainConfig) -> int:
-    """Of the sources where they are here, else data.num_images. Copies and renders nothing."""
+def _images(config: PretrainConfig) -> tuple[int, str]:
+    """(images of an epoch, 0 where that is unknown; what to say of them). Copies and renders nothing.
+
+    ValueError for a source that is not here, or that cannot be read as the config says.
+    """
     data = config.data
-    if data.streaming and data.num_images:
-        return data.num_images
-    total = 0
-    for path, _ in data.mixed_sources:
-        if path == "scenes":
-            total += data.num_images or build.DEFAULT_SCENES
-        elif not Path(path).expanduser().exists():
-            return data.num_images
-        elif data.streaming:
-            shards = open_shards(path, split=data.split, cache_dir=data.cache_dir or None, patience=Patience(0))
-            if not shards.num_images:
-                return 0
-            total += shards.num_images
+    found = [(path, _count(config, path)) for path, _ in data.mixed_sources]
+    said = [] if found else ["data.source is not set, and training needs it"]
+    for path, count in found:
+        if count is None:
+            said.append(f"{path} is no file or folder here: taken for a Hub id or URL, and not looked up")
         else:
-            total += count_images(path, split=data.split, cache_dir=data.cache_dir or None)
-    return total or data.num_images
+            said.append(f"{count:,} in {path}:{data.split}" if count else f"{path} is not counted")
+    images = sum(count or 0 for _, count in found)
+    if not found or not all(count for _, count in found) or (data.streaming and data.num_images):
+        images = data.num_images
+        said += [f"{images:,} by data.num_images"] if images else []
+    return images, "; ".join(said)
 
 
-def _steps_line(config: PretrainConfig, flops_an_image: float) -> str:
+def _count(config: PretrainConfig, path: str) -> int | None:
+    """Images of a source: 0 where nothing tells before they are read, None where that is not on this machine."""
+    data = config.data
+    if path == "scenes":
+        return data.num_images or build.DEFAULT_SCENES
+    kind, files = inspect_source(path)
+    if kind == "hub" or (kind == "list" and data.streaming and is_remote(path)):
+        return None
+    if not data.streaming:
+        return count_images(path, split=data.split, cache_dir=data.cache_dir or None)
+    missing = [file for file in files if kind == "list" and not Path(file).is_file()]
+    if missing:
+        raise ValueError(f"{path!r} stands for {len(files)} files, and {len(missing)} are not there: {missing[0]}, ...")
+    return open_shards(path, split=data.split, cache_dir=data.cache_dir or None, patience=Patience(0)).num_images
+
+
+def _steps_line(config: PretrainConfig, images: int, flops_an_image: float) -> str:
     options = config.optimization
-    images = _num_images(config)
     if not images and not options.max_steps:
         return (
             "steps          unknown: give data.num_images=N (how many images the source has) or optimization.max_steps"
         )
+    if 0 < images < options.global_batch_size:
+        raise ValueError(f"{images} images are fewer than optimization.global_batch_size {options.global_batch_size}")
     horizon = build.build_horizon(config, images)
-    if not options.max_steps and horizon.steps_per_epoch == 0:
-        raise ValueError(
-            f"data.num_images {images} is fewer than optimization.global_batch_size {options.global_batch_size}"
-        )
     run_flops = horizon.total * options.global_batch_size * flops_an_image
     epochs = f" ({options.epochs} epochs of {horizon.steps_per_epoch:,})" if not options.max_steps else ""
     return (

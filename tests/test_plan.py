@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from ijepa_scale import build
 from ijepa_scale.benchmark import sampled_masks
@@ -116,3 +117,48 @@ def bytes_after_backward() -> None:
 
 def test_state_is_what_lies_there_after_a_backward(tmp_path):
     assert_all(run_ranks(bytes_after_backward, 2, tmp_path))
+
+
+def plan(*overrides):
+    return dry_run(load_config(CONFIGS[[path.stem for path in CONFIGS].index("small_images")], list(overrides)))
+
+
+def test_dry_run_reads_the_source(tmp_path):
+    for split, count in (("train", 130), ("val", 3)):
+        (tmp_path / split).mkdir()
+        for i in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / split / f"{i}.png")
+    assert f"images         130 in {tmp_path}:train\n" in plan(f"data.source={tmp_path}")
+    assert f"130 in {tmp_path}:train\n" in plan(f"data.source={tmp_path}", "data.streaming=true")
+    assert f"130 in {tmp_path}:train; 20,000 in scenes:train\n" in plan(
+        f"data.source=[{{path: {tmp_path}}}, {{path: scenes}}]"
+    )
+    with pytest.raises(ValueError, match=r"3 images are fewer than optimization\.global_batch_size 128"):
+        plan(f"data.source={tmp_path}", "data.split=val")
+
+
+def test_dry_run_says_what_it_cannot_know(monkeypatch):
+    monkeypatch.delenv("http_proxy", raising=False)
+    nobody = "http://127.0.0.1:1/{000..001}.tar"  # and asks nobody
+    elsewhere = "is no file or folder here: taken for a Hub id or URL, and not looked up"
+    assert f"images         someone/pictures {elsewhere}\n" in plan("data.source=someone/pictures")
+    text = plan(f"data.source='{nobody}'", "data.streaming=true", "data.num_images=500", "optimization.max_steps=0")
+    assert f"{elsewhere}; 500 by data.num_images\n" in text and "(8 epochs of 3)" in text
+    assert "images         data.source is not set, and training needs it\n" in plan()
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (["data.source=/nowhere/at/all"], "there is no folder '/nowhere/at/all'"),
+        (["data.source=/nowhere/at/all", "optimization.max_steps=0"], "there is no folder '/nowhere/at/all'"),
+        (["data.source=/nowhere/at/all", "data.streaming=true", "data.num_images=500"], "there is no folder"),
+        (["data.source=[{path: scenes}, {path: /nowhere}]"], "there is no folder '/nowhere'"),
+        (["data.source='http://127.0.0.1:1/{0003..0000}.tar'", "data.streaming=true"], "braces hold a range"),
+        (["data.source='http://127.0.0.1:1/{000..001}.tar'"], "streamed only"),
+        (["data.source='/nowhere/{000..001}.tar'", "data.streaming=true"], "2 are not there: /nowhere/000.tar"),
+    ],
+)
+def test_dry_run_refuses_what_training_would(overrides, words):
+    with pytest.raises(ValueError, match=words):
+        plan(*overrides)

@@ -42,7 +42,7 @@ def test_each_command_runs_and_leaves_what_the_text_says(image_folder, tmp_path)
         ended = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
         assert ended.returncode == 0, ended.stdout + ended.stderr
         outputs.append(ended.stdout)
-    assert "64" in outputs[0] and not re.search(r"\bstep 1/", outputs[0])
+    assert "images         64 in my_pictures:train" in outputs[0] and not re.search(r"\bstep 1/", outputs[0])
     assert "health at step 4" in outputs[1]
     made = ["runs/small_images/masks.png", "neighbours.png", "holiday_neighbours.png"]
     made += [f"my_embeddings/{name}" for name in ("embeddings.npy", "images.csv", "embeddings.json")]
