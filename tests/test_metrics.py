@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from ijepa_scale import metrics
+from ijepa_scale.config import load_config
 from ijepa_scale.metrics import (
     JsonlWriter,
     Progress,
@@ -258,7 +259,8 @@ def test_falling_rank_is_called_likely_collapse_and_a_rising_loss_normal():
     verdict = health_verdict(history)
     assert verdict.startswith("likely collapse: rank is falling") and "loss rising is normal here" in verdict
     assert f"{history[0]['rankme']:.1f} -> {history[-1]['rankme']:.1f}" in verdict
-    assert metrics.COLLAPSE_HELP in verdict
+    advised = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml").loss
+    assert f"loss.variance={advised.variance:g} loss.covariance={advised.covariance:g}" in verdict
     recovering = health_verdict([*history, health(4, random_features(256, 32, 5))])
     assert recovering.startswith("watch: rank fell to")
     assert health_verdict([*history, health(5, random_features(256, 32, 25))]).startswith("healthy")
