@@ -92,17 +92,17 @@ def installed_decoders() -> list[Pipeline]:
 def sampled_files(images: ImageSet, decoders: list[Pipeline]) -> tuple[list[bytes], int]:
     """Files that every decoder reads, after taking from the list those that read less than half; and how many not."""
     indices = np.unique(np.linspace(0, len(images) - 1, min(SAMPLE, len(images))).round().astype(int)).tolist()
-    read_by: dict[bytes, set[str]] = {}
+    read_by: list[tuple[bytes, set[str]]] = []  # two images may have the same file
     for index in indices:
         try:
             file = images.content(index)
         except BadImageError:
             continue
-        read_by[file] = {decoder.name for decoder in decoders if _reads(decoder, file)}
+        read_by.append((file, {decoder.name for decoder in decoders if _reads(decoder, file)}))
     for decoder in list(decoders):
-        if 2 * sum(decoder.name in names for names in read_by.values()) < len(indices):
+        if 2 * sum(decoder.name in names for _, names in read_by) < len(indices):
             decoders.remove(decoder)
-    files = [file for file, names in read_by.items() if all(decoder.name in names for decoder in decoders)]
+    files = [file for file, names in read_by if all(decoder.name in names for decoder in decoders)]
     if not decoders or not files:
         raise ValueError(f"{images.name}: of {len(indices)} images sampled none can be read; check the source")
     return files, len(indices) - len(files)

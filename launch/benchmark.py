@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument("--config", help="a YAML file of configs/: time its training step against a dense baseline")
     subject.add_argument(
-        "--data", metavar="SOURCE", help="time reading and cropping a source's images (as data.source)"
+        "--data", metavar="SOURCE", help="time reading and cropping a source's images (as data.source, not scenes)"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="config values over the file's")
     parser.add_argument("--steps", type=int, default=10, help="rounds timed, after warm-up (default 10)")
@@ -59,8 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.steps < 1:
             raise ValueError(f"--steps must be 1 or more, got {options.steps}")
-        found = time_data(options) if options.data else time_steps(options)
         written = [options.json] if options.json else []
+        if options.json:
+            make_room(options.json)
+        found = time_data(options) if options.data is not None else time_steps(options)
         if options.keep:
             from ijepa_scale.timing import measurements
 
@@ -71,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if options.data:
+    if options.data is not None:
         show_data(found)
     else:
         show(found)
@@ -83,6 +85,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: no profile: {found['no_profile']}", file=sys.stderr)
         return 2
     return 0
+
+
+def make_room(path: Path) -> None:
+    """Raises ValueError where results could not be written once all is timed."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--json {path} cannot be written: {error}") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--json {path} cannot be written: it is a folder, or in one that is read-only")
 
 
 def time_steps(options: argparse.Namespace) -> dict[str, Any]:
@@ -103,6 +115,8 @@ def time_data(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--data takes no config values, got {options.overrides[0]!r}; use --size, --split, --workers")
     if options.size < 1:
         raise ValueError(f"--size must be 1 or more, got {options.size}")
+    if options.workers is not None and options.workers < 0:
+        raise ValueError(f"--workers must be 0 or more, got {options.workers}")
     workers = min(8, os.cpu_count() or 1) if options.workers is None else options.workers
     return benchmark_data(
         options.data, size=options.size, rounds=options.steps, workers=workers, split=options.split, say=_say

@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).res
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run folder (its newest checkpoint is used) or a checkpoint folder")
-    parser.add_argument("source", help="as data.source: a folder of images or data files, or a Hub id")
+    parser.add_argument("source", help="as data.source, not scenes: a folder of images or data files, or a Hub id")
     parser.add_argument("--out", required=True, help="the folder to write to")
     parser.add_argument("--split", default="train", help="of the source (default: train)")
     parser.add_argument("--batch-size", type=int, default=64)

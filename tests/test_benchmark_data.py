@@ -56,12 +56,29 @@ def test_the_verb_times_and_writes_everything(tmp_path):
         (["--data", ".", "model.depth=1"], "takes no config values"),
         (["--data", ".", "--size", "0"], "--size"),
         (["--data", "/nowhere/at/all"], "there is no folder"),
+        (["--data", ""], "the source is empty"),
+        (["--data", "scenes"], "only data.source=scenes of training renders scenes"),
+        (["--data", ".", "--workers", "-1"], "--workers must be 0 or more"),
+        (["--data", "/nowhere/at/all", "--json", "."], "--json . cannot be written: it is a folder"),
+        (
+            ["--data", "/nowhere/at/all", "--json", "/dev/null/out.json"],
+            "--json /dev/null/out.json cannot be written: ",
+        ),
         ([], "one of the arguments --config --data is required"),
     ],
 )
 def test_wrong_input(tmp_path, arguments, words):
     (end,) = run_ranks(processes.benchmark, 1, tmp_path, *arguments)
     assert end.code == 2 and words in end.output
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_images_with_one_file_are_as_many_images(tmp_path):
+    content = (write_images(tmp_path, range(1)) / "0000.png").read_bytes()
+    for i in range(1, 7):
+        (tmp_path / f"{i}.png").write_bytes(content if i < 6 else b"no image")
+    files, left_out = benchmark_data.sampled_files(open_images(str(tmp_path)), benchmark_data.installed_decoders())
+    assert (len(files), left_out) == (6, 1)
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")

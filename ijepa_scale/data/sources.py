@@ -46,6 +46,8 @@ def inspect_source(source: str) -> tuple[str, list[str]]:
 
     Files are relative to the source's folder; of a list (URLs, or a path with braces) they are as given.
     """
+    if not source:  # Path takes it for the folder one is in
+        raise ValueError("the source is empty, as a shell variable that is not set; give a folder, a file or a Hub id")
     path = Path(source).expanduser()
     here = repr(str(path.absolute()))
     if path.is_file():
@@ -69,6 +71,10 @@ def inspect_source(source: str) -> tuple[str, list[str]]:
         return kind, files
     if is_remote(source) or "{" in source:
         return "list", expand_braces(source if is_remote(source) else os.path.expanduser(source))
+    if source == "scenes":  # which training renders before it gets here
+        raise ValueError(
+            f"there is no folder {here}, and only data.source=scenes of training renders scenes; give a folder"
+        )
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):  # nor has it the form of a Hub id
         raise ValueError(f"there is no folder {here}; the source (data.source of a config) must name an existing one")
     return "hub", []
