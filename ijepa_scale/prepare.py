@@ -22,7 +22,7 @@ from ijepa_scale.data.images import ImageSet, LabelColumn, decode, open_images, 
 from ijepa_scale.data.sources import inspect_source
 
 FACTS = "prepared.json"
-FORMATS = ("jpeg", "webp")
+FORMATS = {"jpeg": 65500, "webp": 16383}  # -> the longest side that can be written, in pixels
 SHARD_IMAGES = 2048  # about 60 MB of 256-pixel JPEG
 TASK_IMAGES = 16  # that a process resizes at once
 ROW_GROUP = 128
@@ -60,7 +60,7 @@ class Shard:
 
 @dataclass
 class Notes:
-    """What became of images. bad: their names and why. as_is: images already small enough. Bytes: of image files."""
+    """What became of images. bad: their names and why. as_is: images small enough, or too long. Bytes: of files."""
 
     images: int = 0
     as_is: int = 0
@@ -134,9 +134,14 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         _replace(file, json.dumps(facts, indent=1).encode() + b"\n")
         return
-    before = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        before = dict(json.loads(file.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is damaged: {error}; give another folder, or delete this one") from error
     changed = [key for key in facts if before.get(key) != facts[key]]
-    if changed:
+    if changed and not any((folder / "data").glob("*.parquet")):  # refused, or stopped, before anything was written
+        _replace(file, json.dumps(facts, indent=1).encode() + b"\n")
+    elif changed:
         what = "the files of the source" if changed[0] == "files" else changed[0]
         values = "" if changed[0] == "files" else f" from {before.get(changed[0])} to {facts[changed[0]]}"
         raise ValueError(
@@ -256,13 +261,16 @@ def _resize_some(split: str, indices: range, options: Options) -> list[Resized]:
 
 
 def resized(content: bytes, options: Options) -> bytes:
-    """An encoded image, upright and in RGB, with its shorter side at options.shorter_side; as it is if not longer."""
+    """An encoded image, upright and in RGB, with its shorter side at options.shorter_side.
+
+    As it is if that is not longer, or if the other one would still be too long for the format.
+    """
     image = decode(content)
     side = options.shorter_side
     scale = side / min(image.size)
-    if scale >= 1:
-        return content
     size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))
+    if scale >= 1 or max(size) > FORMATS[options.format]:
+        return content
     file = io.BytesIO()
     # reducing_gap: averages whole blocks of a much larger image first, which looks the same and takes less time.
     small = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
@@ -313,7 +321,13 @@ def _write(shard: Shard, rows: list[dict[str, Any]], features: dict[str, Any], n
 def _read_notes(path: Path) -> Notes:
     import pyarrow.parquet as pq
 
-    notes = json.loads(pq.read_schema(path).metadata[_NOTES])
+    try:
+        notes = json.loads((pq.read_schema(path).metadata or {})[_NOTES])
+    except (ValueError, KeyError, OSError) as error:  # pyarrow raises the first and the last
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{path} is no whole shard of this command ({reason}); delete it to have it made anew"
+        ) from error
     return Notes(**{**notes, "bad": [(name, reason) for name, reason in notes["bad"]]})
 
 

@@ -2,7 +2,8 @@
 
 python launch/prepare.py /data/my_images /data/my_images_256 --shorter-side 256
 
-All splits, with labels. Images that are small enough already keep their bytes. Stopped, the same command goes on.
+All splits, with labels. Images that are small enough already, or too long for the format, keep their bytes.
+Stopped, the same command goes on.
 Exit codes: 0 done, 2 wrong input, 75 stopped on request: start it again.
 """
 
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"warning: and {len(notes.bad) - 20} more")
     before, after = notes.bytes_before / 1e6, notes.bytes_after / 1e6
     print(
-        f"{notes.images:,} images ({notes.as_is:,} small enough as they were, {len(notes.bad)} unreadable), "
+        f"{notes.images:,} images ({notes.as_is:,} kept as they were, {len(notes.bad)} unreadable), "
         f"{before:,.1f} -> {after:,.1f} MB, {time.perf_counter() - started:.0f} s; use data.source={options.out}"
     )
     return 0

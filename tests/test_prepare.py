@@ -15,7 +15,7 @@ from PIL import Image
 from ijepa_scale.build import build_images
 from ijepa_scale.config import load_config
 from ijepa_scale.data.images import open_images, splits_of
-from ijepa_scale.prepare import FACTS, Options, prepare, resized
+from ijepa_scale.prepare import FACTS, FORMATS, Options, prepare, resized
 from tests.data.sources import write_parquet
 from tests.data.test_transforms import photo
 from tests.processes import ROOT, run_ranks, start_ranks
@@ -119,6 +119,29 @@ def test_webp_and_orientation():
     assert low < high
 
 
+def test_an_image_too_long_for_the_format_keeps_its_bytes(tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    Image.new("RGB", (16384, 33)).save(source / "long.png")
+    Image.new("RGB", (64, 64)).save(source / "other.png")
+    notes = prepare(str(source), str(tmp_path / "fits"), Options(shorter_side=32, format="webp"), workers=1)
+    assert (notes.images, notes.as_is) == (2, 0)  # 15,888 pixels long
+    Image.new("RGB", (17000, 33)).save(source / "long.png")
+    notes = prepare(str(source), str(tmp_path / "out"), Options(shorter_side=32, format="webp"), workers=1)
+    assert (notes.images, notes.as_is, notes.bad) == (2, 1, [])
+    assert open_images(str(tmp_path / "out")).content(0) == (source / "long.png").read_bytes()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_the_longest_sides_are_those_that_can_be_written(format):
+    def written(side):
+        Image.new("RGB", (side, 1)).save(io.BytesIO(), format.upper())
+
+    written(FORMATS[format])
+    with pytest.raises((OSError, ValueError)):
+        written(FORMATS[format] + 1)
+
+
 def test_a_second_run_writes_what_is_missing_and_nothing_else(tmp_path):
     source, out = write_source(tmp_path / "source", 20), tmp_path / "out"
     first = prepare(str(source), str(out), SMALL, workers=1, shard_images=3)
@@ -176,6 +199,35 @@ def test_unreadable_images_are_left_out_and_named(tmp_path):
         prepare(str(source), str(tmp_path / "other"), SMALL, workers=1)
 
 
+def test_after_a_refusal_the_source_can_be_mended(tmp_path):
+    source, out = write_source(tmp_path / "source"), tmp_path / "out"
+    (source / "train" / "cat" / "bad.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="1 of 10 images cannot be read"):
+        prepare(str(source), str(out), SMALL, workers=1)
+    (source / "train" / "cat" / "bad.png").unlink()
+    assert prepare(str(source), str(out), SMALL, workers=1).images == 9
+    assert prepare(str(source), str(out), SMALL, workers=1).images == 9  # which the folder is now noted to be of
+
+
+@pytest.mark.parametrize("content", [b"", b"no Parquet file at all", None])
+def test_damage_to_what_was_written_is_named(tmp_path, content):
+    source, out = write_source(tmp_path / "source"), tmp_path / "out"
+    prepare(str(source), str(out), SMALL, workers=1)
+    shard = next((out / "data").glob("train-*.parquet"))
+    if content is None:
+        shard.unlink()
+        write_parquet(shard, range(3))  # another's
+    else:
+        shard.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{shard} is no whole shard of this command .*delete it"):
+        prepare(str(source), str(out), SMALL, workers=1)
+    shard.unlink()
+    assert prepare(str(source), str(out), SMALL, workers=1).images == 9
+    (out / FACTS).write_bytes(b"5" if content else b"")
+    with pytest.raises(ValueError, match=rf"{out / FACTS} is damaged: "):
+        prepare(str(source), str(out), SMALL, workers=1)
+
+
 def test_other_input_is_refused(tmp_path):
     source, out = write_source(tmp_path / "source"), tmp_path / "out"
     prepare(str(source), str(out), SMALL, workers=1)
@@ -221,7 +273,7 @@ def test_the_verb(tmp_path):
     arguments = [str(source), str(out), "--shorter-side", "32", "--workers", "1", "--format", "webp"]
     (end,) = run_ranks(verb, 1, tmp_path, *arguments)
     assert end.code == 0, end.output
-    assert "9 images (4 small enough as they were, 0 unreadable)" in end.output
+    assert "9 images (4 kept as they were, 0 unreadable)" in end.output
     assert f"use data.source={out}" in end.output
     assert json.loads((out / FACTS).read_text())["format"] == "webp"
     (end,) = run_ranks(verb, 1, tmp_path, str(tmp_path / "none"), str(out), "--shorter-side", "32")
