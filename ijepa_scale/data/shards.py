@@ -61,7 +61,7 @@ def read_shard(
         if start[0] == 0:
             yield (1, 0), Encoded(0, None, location) if share[0] == 0 else None
         return
-    with _opened(location, patience) as file:
+    with open_shard(location, patience) as file:
         if kind == "tar":
             yield from _tar_rows(file, location, start, share)
             return
@@ -72,7 +72,8 @@ def read_shard(
                 yield (row + 1, 0), _encoded(row, values[row - first].as_py()) if mine else None
 
 
-def _opened(location: str, patience: Patience) -> BinaryIO:
+def open_shard(location: str, patience: Patience) -> BinaryIO:
+    """Its file. StreamError where it cannot be opened, which is no damage: it may come back."""
     try:
         return open_location(location, patience)
     except OSError as error:  # of a local file
@@ -122,14 +123,18 @@ def _arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
 
 
 def first_rows(location: str, count: int, patience: Patience) -> pa.Table:
-    """The first rows of a Parquet or Arrow file, with all columns."""
-    with _opened(location, patience) as file:
+    """The first rows of a Parquet or Arrow file, with all columns. DAMAGED where not even one can be read."""
+    with open_shard(location, patience) as file:
         batches, rows = [], 0
-        for _, batch in _batches(file, location, 0, None):
-            batches.append(batch.slice(0, count - rows))
-            rows += batches[-1].num_rows
-            if rows >= count:
-                break
+        try:
+            for _, batch in _batches(file, location, 0, None):
+                batches.append(batch.slice(0, count - rows))
+                rows += batches[-1].num_rows
+                if rows >= count:
+                    break
+        except DAMAGED:
+            if not batches:
+                raise
         if batches:
             return pa.Table.from_batches(batches)
         file.seek(0)

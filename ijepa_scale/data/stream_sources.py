@@ -1,9 +1,11 @@
 """A source -> its shards, to be streamed; and a few of its images in a file, to be read by index."""
 
+import contextlib
+import itertools
 import logging
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ijepa_scale.data.folders import image_splits, printable, shard_splits
-from ijepa_scale.data.images import image_column, is_label
+from ijepa_scale.data.images import image_column, is_label, reason_of
 from ijepa_scale.data.remote import Patience, StreamError, is_dead_link, is_remote, open_location
-from ijepa_scale.data.shards import first_rows, shard_kind
+from ijepa_scale.data.shards import DAMAGED, first_rows, open_shard, shard_kind
 from ijepa_scale.data.sources import explained, find_split, inspect_source, source_builder
 from ijepa_scale.data.streams import Shards
 from ijepa_scale.data.tables import listed_images
@@ -22,6 +24,7 @@ from ijepa_scale.data.tars import open_tar, tar_samples
 _log = logging.getLogger(__name__)
 
 _SAMPLED_SHARDS = 16
+_DAMAGE = "cannot be read (%s); get it anew, or take it out of the source"
 _SCHEMA = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
 
 
@@ -80,9 +83,19 @@ def open_shards(source: str, *, split: str = "train", cache_dir: str | None = No
         )
     column = ""
     if not images and shard_kind(locations[0]) in ("parquet", "arrow"):
-        column = image_column(_dataset(first_rows(locations[0], 32, patience)), source)
+        with _named_damage(locations[0]):
+            rows = first_rows(locations[0], 32, patience)
+        column = image_column(_dataset(rows), source)
     name = f"{posixpath.basename(source.rstrip('/'))}:{found}"
     return Shards(name, locations, column, _count(source, found, locations, images, cache_dir))
+
+
+@contextlib.contextmanager
+def _named_damage(location: str) -> Iterator[None]:
+    try:
+        yield
+    except DAMAGED as error:
+        raise ValueError(f"{location} {_DAMAGE % reason_of(error)}") from error
 
 
 def _dataset(table: pa.Table) -> Any:
@@ -101,24 +114,23 @@ def _count(source: str, split: str, locations: Sequence[str], images: bool, cach
             return (told.num_examples or 0) if told else 0
         return 0
     kind = shard_kind(locations[0])
-    with explained(f"cannot read {source!r}"):
-        if kind == "parquet":
-            return sum(pq.read_metadata(location).num_rows for location in locations)
-        if kind == "arrow":
-            return sum(len(_dataset_file(location)) for location in locations)
-    return 0
+    return sum(_rows_in(location) for location in locations) if kind in ("parquet", "arrow") else 0
 
 
-def _dataset_file(location: str) -> Any:
+def _rows_in(location: str) -> int:
     import datasets
 
-    return datasets.Dataset.from_file(location)
+    with _named_damage(location):
+        if shard_kind(location) == "parquet":
+            return pq.read_metadata(location).num_rows
+        return len(datasets.Dataset.from_file(location))
 
 
 def sample_images(shards: Shards, path: Path, *, count: int, patience: Patience) -> Path:
     """Write about count images, the first of up to 16 shards, to an Arrow file that `open_images` reads.
 
-    Labels come along where the shards have them. What is there already is kept, so that resumed runs use the same.
+    Labels come along where the shards have them. Of damaged shards it takes what comes before the damage, as training
+    does. What is there already is kept, so that resumed runs use the same.
     """
     if path.exists():
         return path
@@ -132,21 +144,33 @@ def sample_images(shards: Shards, path: Path, *, count: int, patience: Patience)
         locations = locations[:: -(-len(locations) // _SAMPLED_SHARDS)]
         each = -(-count // len(locations))
     _log.info("%s: reading %d images for the health check and the report into %s", shards.name, count, path)
-    tables = (_first_labelled(location, shards.column, each, patience) for location in locations)
-    first = next(tables)
-    written = first.num_rows
+    damage: list[str] = []
+    tables = _first_tables(shards, locations, each, patience, damage)
+    written = 0
     try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
-            writer.write_table(first)
-            for table in tables:
-                writer.write_table(table.cast(first.schema))
-                written += table.num_rows
+        if (first := next(tables, None)) is not None:
+            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
+                for table in itertools.chain([first], tables):
+                    writer.write_table(table.cast(first.schema))
+                    written += table.num_rows
         if not written:
-            raise ValueError(f"{shards.name}: the first rows of its shards hold no images; check data.source")
+            why = damage[0] if damage else "the first rows of its shards hold no images; check data.source"
+            raise ValueError(f"{shards.name}: {why}")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _first_tables(
+    shards: Shards, locations: list[str], count: int, patience: Patience, damage: list[str]
+) -> Iterator[pa.Table]:
+    """The first images of each shard; what keeps one from being read at all is added to damage."""
+    for location in locations:
+        try:
+            yield _first_labelled(location, shards.column, count, patience)
+        except DAMAGED as error:
+            damage.append(f"{location} {_DAMAGE % reason_of(error)}")
 
 
 def _first_labelled(location: str, column: str, count: int, patience: Patience) -> pa.Table:
@@ -157,17 +181,21 @@ def _first_labelled(location: str, column: str, count: int, patience: Patience) 
         schema = type(features)({name: features[name] for name in keep}).arrow_schema
         return first_rows(location, count, patience).select(keep).cast(schema)
     rows: list[dict[str, Any]] = []
-    with open_location(location, patience) as file:
-        if shard_kind(location) != "tar":
-            try:
+    if shard_kind(location) != "tar":
+        try:
+            with open_location(location, patience) as file:
                 rows.append({"image": {"bytes": file.read(), "path": location}})
-            except StreamError as error:  # training passes over a dead link of a list, too
-                if not is_dead_link(error):
-                    raise
-        else:
-            tar = open_tar(file, location)
-            for member, content, label in tar_samples(tar):
+        except StreamError as error:  # training passes over a dead link of a list, too
+            if not is_dead_link(error):
+                raise
+        return pa.Table.from_pylist(rows, _SCHEMA)
+    with open_shard(location, patience) as file:
+        try:
+            for member, content, label in tar_samples(open_tar(file, location)):
                 rows.append({"image": {"bytes": content, "path": printable(member.name)}, "label": label})
                 if len(rows) == count:
                     break
+        except DAMAGED:
+            if not rows:
+                raise
     return pa.Table.from_pylist(rows, _SCHEMA)

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -117,6 +118,42 @@ def test_dead_links_among_those_that_are_kept(tmp_path):
         server.faults = [404] * 4
         with pytest.raises(ValueError, match="hold no images"):
             sample_images(shards, tmp_path / "y.arrow", count=4, patience=PATIENCE)
+
+
+def damage(path, where):
+    """512 bytes that mean nothing from a part of the file on, and nothing after them."""
+    content = bytearray(path.read_bytes())
+    start = int(len(content) * where) // 512 * 512
+    content[start : start + 512] = b"\xff" * 512
+    path.write_bytes(content[: start + 512])
+
+
+@pytest.mark.parametrize("kind", ["parquet", "tars"])
+def test_damage_costs_no_more_of_the_images_that_are_kept_than_in_training(tmp_path, kind):
+    """A shard damaged in its middle or from its start, among whole ones; and a source of which nothing is left."""
+    source, _ = make(kind, tmp_path)
+    shards = open_shards(str(source), patience=PATIENCE)
+    first, last = (Path(location) for location in shards.locations)
+
+    def kept(name):
+        images = open_file(str(sample_images(shards, tmp_path / name, count=20, patience=PATIENCE)), name="s:train")
+        return [number_of(images.read(i)) for i in range(len(images))]
+
+    whole = kept("whole.arrow")
+    damage(last, 0.6)
+    some = kept("some.arrow")
+    assert some == whole[: len(some)] and len(some) >= 10
+    assert kind == "parquet" or 10 < len(some) < 20
+    damage(last, 0)
+    assert kept("none.arrow") == [n for n in whole if n < (12 if kind == "parquet" else 10)]
+    damage(first, 0)
+    with pytest.raises(ValueError, match=rf"s:train: {first} cannot be read \(.*\); get it anew, or take it out"):
+        kept("nothing.arrow")
+    if kind == "parquet":
+        for name in (first.name, last.name):
+            with pytest.raises(ValueError, match=rf"{name} cannot be read \(ArrowInvalid: .*\); get it anew"):
+                open_shards(str(source), patience=PATIENCE)
+            write_parquet(first, range(2))
 
 
 def lines_with_hub(server, folder, code):
