@@ -303,7 +303,9 @@ def next_batch(feed: Feed) -> Batch:
     try:
         return feed.take()
     except (BadImageError, StreamError) as error:
-        raise RunError(str(error).splitlines()[-1], local=True) from error  # a worker's comes with its traceback
+        line = str(error).splitlines()[-1]  # a worker's comes with its traceback, and ends with the class and message
+        kind = f"{type(error).__module__}.{type(error).__qualname__}: "
+        raise RunError(line.removeprefix(kind), local=True) from error
 
 
 def count_text(run: Run) -> str:

@@ -74,7 +74,7 @@ def tried_again(call: Callable[[], T], what: str, patience: Patience) -> T:
 def _advice(location: str, status: int) -> str:
     if location.startswith("hf://") and status in (401, 403, 404):
         return "; " + hub_access_advice(location.removeprefix("hf://datasets/").partition("@")[0])
-    return "; check the URL" if status in (404, 410) else ""
+    return "; check the URL, or take it out of the source" if 400 <= status < 500 else ""
 
 
 def hub_access_advice(dataset_id: str) -> str:

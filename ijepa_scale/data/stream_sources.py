@@ -81,6 +81,8 @@ def open_shards(source: str, *, split: str = "train", cache_dir: str | None = No
         raise ValueError(
             f"{source!r} cannot be streamed: {foreign[0]} is no .parquet, .arrow, .tar or image file; {instead}"
         )
+    if kind == "list" and not is_remote(source):
+        _check_there(locations, source)
     column = ""
     if not images and shard_kind(locations[0]) in ("parquet", "arrow"):
         with _named_damage(locations[0]):
@@ -88,6 +90,15 @@ def open_shards(source: str, *, split: str = "train", cache_dir: str | None = No
         column = image_column(_dataset(rows), source)
     name = f"{posixpath.basename(source.rstrip('/'))}:{found}"
     return Shards(name, locations, column, _count(source, found, locations, images, cache_dir))
+
+
+def _check_there(files: list[str], source: str) -> None:
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise ValueError(
+            f"{missing[0]} is missing, one of {len(missing)} missing among the {len(files)} files of {source!r}; bring "
+            "them back, or give their folder as the source, for what is there"
+        )
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,20 @@ def test_braces():
 def test_braces_below_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert shard_locations("~/x-{0..1}.tar") == {"train": [str(tmp_path / f"x-{i}.tar") for i in range(2)]}
+
+
+def test_a_gap_in_a_list_of_local_shards_is_found_at_once(tmp_path):
+    """Far beyond the few shards that are sampled; of URLs only those are looked at."""
+    for i in (*range(33), *range(35, 40)):
+        write_tar(tmp_path / f"x-{i:02}.tar", range(1))
+    with pytest.raises(ValueError, match=r"x-33\.tar is missing, one of 2 missing among the 40 files of '.*x-\{00"):
+        open_shards(str(tmp_path / "x-{00..39}.tar"), patience=PATIENCE)
+    assert len(open_shards(str(tmp_path), patience=PATIENCE).locations) == 38
+    with serving(tmp_path) as server:
+        shards = open_shards(f"{server.url}/x-{{00..39}}.tar", patience=PATIENCE)
+        assert server.requests == []
+        with pytest.raises(ValueError, match=r"x-33\.tar cannot be read: .* 404.*; check the URL, or take it out of"):
+            sample_images(replace(shards, locations=shards.locations[33:]), tmp_path / "x", count=9, patience=PATIENCE)
 
 
 def test_what_cannot_be_streamed(tmp_path):

@@ -111,5 +111,6 @@ def test_a_network_that_fails_now_and_then_changes_nothing_and_one_that_is_gone_
         runs(tmp_path / "gone", *options, "optimization.stop_at_step=1", ranks=1)
         server.faults = [None] * (len(server.requests) - before) + [503] * 1000
         ends = runs(tmp_path / "other", *options, ranks=1, code=1)
+        assert f"error: {server.url}/train-" in ends[0].output
         assert "cannot be read: HTTPError: HTTP Error 503" in ends[0].output
         assert "Traceback" not in ends[0].output and "gave up after 2 tries" in ends[0].output
