@@ -223,7 +223,7 @@ def bytes_needed(source: str, cache_dir: str | None = None) -> tuple[int, int]:
 
 
 def check_images(images: ImageSet, *, min_side: int, sample: int = 64) -> None:
-    """ValueError if most of `sample` evenly spaced images cannot be opened, or one has a side under min_side pixels.
+    """ValueError if most of `sample` evenly spaced images cannot be opened or have a side under min_side pixels.
 
     Reads headers only. min_side: usually the patch size.
     """
@@ -231,20 +231,16 @@ def check_images(images: ImageSet, *, min_side: int, sample: int = 64) -> None:
     errors = []
     for index in indices:
         try:
-            width, height = images.size(index)
+            _check_size(images.size(index), min_side)
         except BadImageError as error:
-            errors.append(error)
-            continue
-        if min(width, height) < min_side:
-            raise ValueError(
-                f"{images.name}: {images.sample_id(index)} is {width} x {height} pixels, less than the patch size of "
-                f"{min_side} a side; take such images out of the data, or use a smaller model.patch_size"
-            )
+            errors.append((index, error))
     if 2 * len(errors) > len(indices):
+        index, first = errors[0]
         raise ValueError(
-            f"{len(errors)} of {len(indices)} images sampled cannot be read, the first because: {errors[0]}; "
-            "check that it is the right source and its files are whole"
-        ) from errors[0]
+            f"{images.name}: {len(errors)} of {len(indices)} images sampled cannot be used, the first, "
+            f"{images.sample_id(index)}, because: {first.reason}; check that it is the right source and its files are "
+            "whole; if they are small, use a smaller model.patch_size"
+        ) from first
 
 
 def is_label(name: str, feature: Any) -> bool:

@@ -293,16 +293,15 @@ def test_check_images(tmp_path):
     for sample in (1, 7, 64):
         check_images(images, min_side=8, sample=sample)
     with pytest.raises(
-        ValueError, match=r"000\.png is 10 x 8 pixels, less than the patch size of 16 .*model.patch_size"
+        ValueError, match=r"30 of 30 .*000\.png, because: 10 x 8 pixels, less than 16 a side.*patch_size"
     ):
         check_images(images, min_side=16)
 
     write_files(tmp_path / "good", {"029.png": b"bad"})
-    check_images(images, min_side=8)  # a few bad ones are dealt with in training
-    write_files(tmp_path / "good", {f"{i:03d}.png": b"bad" for i in range(14, 30)})
-    with pytest.raises(
-        ValueError, match=r"16 of 30 images sampled cannot be read, the first because: .*014\.png: .*source"
-    ):
+    Image.new("RGB", (5, 5)).save(tmp_path / "good" / "000.png")
+    check_images(images, min_side=8)  # a few bad ones, the small ones among them, are dealt with in training
+    write_files(tmp_path / "good", {f"{i:03d}.png": b"bad" for i in range(15, 30)})
+    with pytest.raises(ValueError, match=r"good:train: 16 of 30 images sampled cannot be used, the first, .*000\.png"):
         check_images(images, min_side=8)
 
 
