@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from ijepa_scale import build
-from ijepa_scale.data.images import ImageSet
+from ijepa_scale.data.images import BadImageError, ImageSet
 from ijepa_scale.data.order import permuted_index
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.engine import checkpoint as checkpoints
@@ -27,22 +27,41 @@ EVAL_STREAM = 1_000_003  # the "epoch" of the permutation that picks evaluation 
 MASK_PREVIEW_IMAGES = 8
 
 
-def eval_crops(run: Run, images: ImageSet, indices: list[int]) -> Iterator[torch.Tensor]:
-    """Centre crops of this rank's share of the images, in batches; every rank yields equally many of each size."""
-    own = indices[run.ranks.rank :: run.ranks.world_size]
+def eval_crops(run: Run, images: ImageSet, own: list[int], bad: dict[int, str]) -> Iterator[torch.Tensor]:
+    """Centre crops in batches; of an image that cannot be read a black one, and into bad why."""
     size, batch = run.config.data.image_size, run.dataset.micro_batch_size
     for start in range(0, len(own), batch):
-        crops = [center_crop(images.read_or_substitute(i)[0], size) for i in own[start : start + batch]]
-        yield torch.from_numpy(np.stack(crops))
+        crops = np.zeros((len(own[start : start + batch]), 3, size, size), np.uint8)
+        for place, index in enumerate(own[start : start + batch]):
+            try:
+                crops[place] = center_crop(images.read(index), size)
+            except BadImageError as error:
+                bad[index] = str(error)
+        yield torch.from_numpy(crops)
 
 
-def features_of(run: Run, encoder: torch.nn.Module, images: ImageSet, indices: list[int]) -> torch.Tensor:
-    """Pooled features of images, each rank computing its share: (len(indices), D) on every rank."""
-    shares = run.ranks.gather(pooled_features(encoder, eval_crops(run, images, indices)))
-    features = torch.empty(len(indices), shares[0].shape[1])
-    for rank, share in enumerate(shares):
+def features_of(
+    run: Run, encoder: torch.nn.Module, images: ImageSet, indices: list[int]
+) -> tuple[torch.Tensor, list[int]]:
+    """Pooled features (n, D) of the images that can be read, and their indices, on every rank.
+
+    Each rank computes its share, in as many batches as any other: at ZeRO-3 ranks need each other in the forward.
+    Raises BadImageError, on every rank, where not one can be read.
+    """
+    bad: dict[int, str] = {}
+    own = indices[run.ranks.rank :: run.ranks.world_size]
+    shares = run.ranks.gather((pooled_features(encoder, eval_crops(run, images, own, bad)), bad))
+    features = torch.empty(len(indices), shares[0][0].shape[1])
+    for rank, (share, bad_there) in enumerate(shares):
         features[rank :: run.ranks.world_size] = share
-    return features
+        bad.update(bad_there)
+    kept = [place for place, index in enumerate(indices) if index not in bad]
+    if not kept:
+        raise BadImageError(
+            f"{images.name}: none of {len(indices)} images can be read, the first because: {bad[indices[0]]}; the "
+            "checkpoints are whole: bring the images back, then start the same command again"
+        )
+    return features[kept], [indices[place] for place in kept]
 
 
 def eval_indices(run: Run, images: ImageSet, count: int, *, skip: int = 0) -> list[int]:
@@ -62,9 +81,10 @@ def measure_health(
 ) -> None:
     """Are the features still worth something? Collective: every rank computes its share. loss: of the step before."""
     images = run.evaluation.train
-    indices = eval_indices(run, images, run.config.logging.health_images)
+    wanted = eval_indices(run, images, run.config.logging.health_images)
     model = run.engine.module
-    target, context = (features_of(run, e, images, indices) for e in (model.target_encoder, model.context_encoder))
+    target, indices = features_of(run, model.target_encoder, images, wanted)
+    context, _ = features_of(run, model.context_encoder, images, wanted)
     if not run.ranks.first:
         return
     record: dict[str, Any] = {
@@ -75,11 +95,12 @@ def measure_health(
         "drift": drift(target, context),
         "loss": loss,
     }
-    fit = len(indices) * 3 // 4
     for name, column in list(images.label_columns().items())[:1]:
         labels = torch.from_numpy(column.values[indices])
-        if bool((labels >= 0).all()) and bool(torch.isfinite(target).all()):
-            record["knn"] = knn_top1(target[:fit], labels[:fit], target[fit:], labels[fit:])
+        labelled = (labels >= 0).nonzero()[:, 0]
+        fit, held = labelled.tensor_split([len(labelled) * 3 // 4])
+        if len(fit) and bool(torch.isfinite(target).all()):
+            record["knn"] = knn_top1(target[fit], labels[fit], target[held], labels[held])
             record["knn_label"] = name
     history.append(record)
     log(record)
@@ -143,25 +164,25 @@ def report(run: Run) -> None:
             initialize_weights(encoder, config.seed, prefix="context_encoder.")
         else:
             build.load_target_encoder(encoder, found)
-        features[which] = Features(
-            *(
-                features_of(run, encoder, images, chosen)
-                for images, chosen in ((train_images, fit), (test_images, held))
-            )
-        )
+        train_features, fitted = features_of(run, encoder, train_images, fit)
+        test_features, scored = features_of(run, encoder, test_images, held)
+        features[which] = Features(train_features, test_features)
     if ranks.first:
-        both = {name: (train_images.label_columns()[name].values[fit], labels[name].values[held]) for name in labels}
+        train_labels = train_images.label_columns()
+        both = {name: (train_labels[name].values[fitted], labels[name].values[scored]) for name in labels}
         scores = probe_scores(both, **features)
         facts = {
             "step": found.step,
             "checkpoint": found.path.name,
             "seed": config.seed,
-            "train_images": len(fit),
+            "train_images": len(fitted),
             "held_out": run.evaluation.held_out,
         }
         write_report(folder.path / "report.json", scores, **facts)
         draw_scores(folder.path / "scores.png", scores)
         Console(emoji=False).print(report_table(scores))
+        if unread := len(fit) + len(held) - len(fitted) - len(scored):
+            print(f"{unread} of {len(fit) + len(held)} images cannot be read and were left out of the probes")
         if not run.evaluation.held_out:
             print("the source has no validation split: the probes' test images were among the training images")
         print(f"report: {folder.path}/report.json, loss_curve.png, scores.png, masks.png")

@@ -289,6 +289,10 @@ def _eval_images(config: PretrainConfig, source: str) -> EvalImages:
     else:
         train = open_images(source, split=data.split, cache_dir=data.cache_dir or None)
         test = open_images(source, split=named[0], cache_dir=data.cache_dir or None) if named else train
+        if data.streaming:
+            check_images(train, min_side=config.model.patch_size)
+        if config.report.train_images and test is not train:
+            check_images(test, min_side=1)
     return EvalImages(train, test, held_out=test.split != train.split)
 
 

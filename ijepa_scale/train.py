@@ -57,15 +57,18 @@ def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: boo
             run = set_up(config, blocks, ranks, resume=resume, allow_changes=allow_changes)
         except (ValueError, OSError) as error:
             raise InputError(str(error)) from error
-        if run.start_step < run.horizon.stop:
-            reason = train(run, stop_request)
-            if reason:
-                return STOP_EXIT_CODE
-        elif ranks.first:
-            print("\n".join(run.notes))
-            print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
-        del run.engine, run.ema  # their memory is free for the probes
-        report(run)
+        try:
+            if run.start_step < run.horizon.stop:
+                reason = train(run, stop_request)
+                if reason:
+                    return STOP_EXIT_CODE
+            elif ranks.first:
+                print("\n".join(run.notes))
+                print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
+            del run.engine, run.ema  # their memory is free for the probes
+            report(run)
+        except BadImageError as error:  # of the health check or the report, on all ranks
+            raise RunError(str(error)) from error
         return 0
     finally:
         ranks.close()

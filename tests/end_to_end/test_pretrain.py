@@ -20,6 +20,7 @@ from ijepa_scale.build import build_flops
 from ijepa_scale.config import load_config
 from ijepa_scale.flops import Counts
 from ijepa_scale.train import RunError, explained_memory_errors
+from tests.end_to_end import worker_faults
 from tests.processes import assert_all, free_port, pretrain, run_ranks, start_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -248,3 +249,63 @@ def test_the_example_of_the_readme_runs(tmp_path):
     result = run([sys.executable, "-c", f"import sys; sys.path[:0] = ['.', 'kernels']\n{code}"], cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "torch.Size([2, 64, 192])" in result.stdout
+
+
+def junk(folder, share):
+    """Of every split's images the last part, by name, become text."""
+    files = sorted(folder.rglob("*.jpg"))
+    for file in files[int(len(files) * (1 - share)) :]:
+        file.write_text("no image")
+
+
+def test_a_validation_split_of_junk_is_found_before_training(config, tmp_path):
+    draw_images(tmp_path / "images" / "train", 32, classes=("cat", "dog"))
+    draw_images(tmp_path / "images" / "val", 16, classes=("cat", "dog"))
+    junk(tmp_path / "images" / "val", 1)
+    arguments = ["--config", str(config), f"data.source={tmp_path / 'images'}", f"run_dir={tmp_path / 'out'}"]
+    (end,) = run_ranks(pretrain, 1, tmp_path / "a", *arguments)
+    assert end.code == 2 and "Traceback" not in end.output, end.output
+    assert "error: images:validation: 16 of 16 images sampled cannot be used" in end.output
+    arguments += ["report.train_images=0", "optimization.max_steps=1", "logging.health_every_steps=0"]
+    (end,) = run_ranks(pretrain, 1, tmp_path / "b", *arguments)  # nothing looks at it
+    assert end.code == 0, end.output
+
+
+def test_images_that_become_unreadable_are_left_out_of_the_probes_and_without_any_the_run_says_so(config, tmp_path):
+    """On two ranks, after the run: half of them, with their labels; then all, of which the checkpoint knows nothing."""
+    draw_images(tmp_path / "images" / "train", 32, classes=("cat", "dog"))
+    draw_images(tmp_path / "images" / "val", 16, classes=("cat", "dog"))
+    arguments = ["--config", str(config), f"data.source={tmp_path / 'images'}", f"run_dir={tmp_path / 'out'}"]
+    arguments += ["optimization.max_steps=2", "logging.health_every_steps=0"]
+    assert_all(run_ranks(pretrain, 2, tmp_path / "a", *arguments))
+    junk(tmp_path / "images" / "val", 0.5)
+    ends = run_ranks(pretrain, 2, tmp_path / "b", *arguments)
+    assert_all(ends)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {(score["num_test"], score["chance"]) for score in report["scores"]} == {(8, 100.0)}  # cats alone are left
+    assert "8 of 48 images cannot be read and were left out of the probes" in ends[0].output
+    late = [worker_faults.junk_once_set_up, 2, tmp_path / "c", str(tmp_path / "images" / "val")]
+    ends = run_ranks(*late, *arguments)
+    assert_all(ends, code=1)
+    assert "error: images:validation: none of 16 images can be read, the first because: " in ends[0].output
+    assert not any("Traceback" in end.output for end in ends)
+    assert (tmp_path / "out" / "checkpoints" / "step-00000002").is_dir()
+
+
+def test_a_folder_of_junk_is_found_before_training_when_streamed_too(config, tmp_path):
+    draw_images(tmp_path / "images", 20)
+    junk(tmp_path / "images", 1)
+    arguments = ["--config", str(config), f"data.source={tmp_path / 'images'}", f"run_dir={tmp_path / 'out'}"]
+    (end,) = run_ranks(pretrain, 1, tmp_path / "a", *arguments, "data.streaming=true")
+    assert end.code == 2 and "20 of 20 images sampled cannot be used" in end.output, end.output
+
+
+def test_health_votes_with_the_labelled_images_of_a_source_that_has_some(config, tmp_path):
+    draw_images(tmp_path, 24)
+    rows = [{"path": f"deep/er/{i:03}.jpg", "label": i % 2 if i % 3 else None} for i in range(24)]
+    (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--config", str(config), f"data.source={tmp_path / 'list.jsonl'}", f"run_dir={tmp_path / 'out'}"]
+    (end,) = run_ranks(pretrain, 1, tmp_path / "a", *arguments, "optimization.max_steps=1", "report.train_images=0")
+    assert end.code == 0, end.output
+    records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [0 <= record["knn"] <= 100 for record in records if record["kind"] == "health"] == [True, True]

@@ -75,3 +75,16 @@ def endless_step(*arguments: str) -> None:
 
     with mock.patch.object(train, "train_step", stuck):
         pretrain(*arguments)
+
+
+def junk_once_set_up(folder: str, *arguments: str) -> None:
+    """The images of a folder become text between set-up and the report."""
+    report = train.report
+
+    def late(run: Any) -> None:
+        for file in Path(folder).rglob("*.jpg"):
+            file.write_text("no image")
+        report(run)
+
+    with mock.patch.object(train, "report", late):
+        pretrain(*arguments)
