@@ -1,5 +1,6 @@
 """Images and masks -> Batch: the micro-batch of any rank at any micro-step, as a pure function of its position."""
 
+import gc
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -151,7 +152,7 @@ def micro_batch_stream(
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         pin_memory=pinned,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_start_worker,
     )
     return _ended(iter(loader))
 
@@ -165,7 +166,8 @@ def _ended(batches: Any) -> Iterator[Batch]:
             batches._shutdown_workers()
 
 
-def _ignore_signals(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     # Ctrl-C reaches the whole process group: the rank decides when its workers end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.enable()  # a rank collects by hand while it trains, and a fork of it would never collect

@@ -1,5 +1,6 @@
 """Micro-batches are pure functions of their position: ranks, accumulation and workers change nothing."""
 
+import gc
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ from ijepa_scale.data.collate import BLOCKS, CROP, SIZES, MicroBatches, micro_ba
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.order import generator_for, image_at
 from ijepa_scale.data.transforms import random_resized_crop
+from ijepa_scale.engine.feed import collecting_by_hand
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
 
@@ -89,6 +91,18 @@ def test_workers_and_restarts_change_nothing(images, workers):
         assert a.indices == b.indices
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.masks.prediction.indices_T, b.masks.prediction.indices_T)
+
+
+class Collecting(MicroBatches):
+    def __getitem__(self, micro_step):
+        return gc.isenabled()
+
+
+def test_workers_collect_garbage_although_the_rank_does_not(images):
+    dataset = Collecting(**vars(micro_batches(images)))
+    with collecting_by_hand():
+        assert list(micro_batch_stream(dataset, start_step=0, stop_step=2, workers=1)) == [True, True]
+        assert list(micro_batch_stream(dataset, start_step=0, stop_step=1, workers=0)) == [False]
 
 
 def test_batch_min_cuts_every_context_to_the_shortest(images):
