@@ -4,12 +4,13 @@ import http.client
 import io
 import logging
 import re
+import ssl
 import string
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import quote, urlsplit
 
@@ -19,16 +20,16 @@ T = TypeVar("T")
 _TIMEOUT_SECONDS = 60.0  # without a byte
 _SKIP = 1 << 20  # bytes forward that are read and dropped rather than asked for anew
 _BUFFER = 1 << 20
-_PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be gone on the next try
+_LINK_SECONDS = 5.0  # for which an image of a list is tried before other hosts of the list are
+_OTHER_HOSTS = 3  # that are tried then
 
 
 class StreamError(ValueError):
     """A stream cannot go on. One line, that says what to do."""
 
 
-def is_dead_link(error: StreamError) -> bool:
-    """Whether the server is there, and does not have or give what was asked for."""
-    return isinstance(error.__cause__, urllib.error.HTTPError) and error.__cause__.code in (403, 404, 410)
+class DeadLinkError(Exception):
+    """One file of a list cannot be had, though the network is there."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,47 @@ def open_location(location: str, patience: Patience) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(RemoteFile(location, patience), _BUFFER))
 
 
+def read_listed(url: str, urls: Sequence[str], patience: Patience) -> bytes:
+    """A file of a list of URLs. DeadLinkError where it is refused, and where it fails while another host answers.
+
+    Where none does it may be the network: then it is tried on for as long as patience lasts, and a StreamError.
+    """
+    for seconds in (min(_LINK_SECONDS, patience.seconds), patience.seconds):
+        try:
+            with open_location(url, replace(patience, seconds=seconds)) as file:
+                return file.read()
+        except StreamError as error:
+            if _is_lasting(error.__cause__) or _another_host_answers(url, urls):
+                cause = error.__cause__ or error
+                raise DeadLinkError(f"{url} cannot be read: {type(cause).__name__}: {cause}") from error
+            failure = error
+        except ValueError as error:
+            raise DeadLinkError(f"{url} is no URL: {error}") from error
+    raise failure
+
+
+def _another_host_answers(url: str, urls: Sequence[str]) -> bool:
+    others = {other.split("/")[2]: other for other in urls[:: max(1, len(urls) // 1000)] if is_remote(other)}
+    others.pop(url.split("/")[2], None)
+    return any(_answers(other) for other in list(others.values())[:_OTHER_HOSTS])
+
+
+def _answers(url: str) -> bool:
+    try:
+        with open_location(url, Patience(0)) as file:
+            file.read(1)
+    except StreamError as error:
+        return _is_lasting(error.__cause__)
+    return True
+
+
+def _is_lasting(error: BaseException | None) -> bool:
+    """Whether a server answered, and another try would change nothing."""
+    if isinstance(error, urllib.error.HTTPError):
+        return error.code < 500 and error.code not in (408, 425, 429)
+    return isinstance(getattr(error, "reason", None), ssl.SSLCertVerificationError)
+
+
 def tried_again(call: Callable[[], T], what: str, patience: Patience) -> T:
     """call(), repeated with growing waits while the network fails. StreamError once patience is at its end."""
     started, wait, tries = time.monotonic(), patience.first_wait, 1
@@ -59,8 +101,9 @@ def tried_again(call: Callable[[], T], what: str, patience: Patience) -> T:
             return call()
         except (OSError, http.client.HTTPException) as error:  # urllib's errors and timeouts are OSErrors
             reason = f"{type(error).__name__}: {error}"
-            if isinstance(error, urllib.error.HTTPError) and error.code not in _PASSING:
-                raise StreamError(f"{what} cannot be read: {reason}{_advice(what, error.code)}") from error
+            if _is_lasting(error):
+                status = error.code if isinstance(error, urllib.error.HTTPError) else 0
+                raise StreamError(f"{what} cannot be read: {reason}{_advice(what, status)}") from error
             if (waited := time.monotonic() - started) >= patience.seconds:
                 raise StreamError(
                     f"{what} cannot be read: {reason}; gave up after {tries} tries in {waited:.0f} s: look at the "

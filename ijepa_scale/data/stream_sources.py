@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from ijepa_scale.data.folders import image_splits, printable, shard_splits
 from ijepa_scale.data.images import image_column, is_label, reason_of
-from ijepa_scale.data.remote import Patience, StreamError, is_dead_link, is_remote, open_location
+from ijepa_scale.data.remote import DeadLinkError, Patience, is_remote, read_listed
 from ijepa_scale.data.shards import DAMAGED, first_rows, open_shard, shard_kind
 from ijepa_scale.data.sources import explained, find_split, inspect_source, source_builder
 from ijepa_scale.data.streams import Shards
@@ -148,7 +148,7 @@ def sample_images(shards: Shards, path: Path, *, count: int, patience: Patience)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     locations = list(shards.locations)
-    if shard_kind(locations[0]) == "image":
+    if shard_kind(locations[0]) in ("image", None):  # one image each
         locations = locations[:: max(1, len(locations) // count)][:count]
         each = 1
     else:
@@ -179,9 +179,21 @@ def _first_tables(
     """The first images of each shard; what keeps one from being read at all is added to damage."""
     for location in locations:
         try:
-            yield _first_labelled(location, shards.column, count, patience)
+            if shard_kind(location) in ("parquet", "arrow", "tar"):
+                yield _first_labelled(location, shards.column, count, patience)
+            else:
+                yield _image_row(location, shards.locations, patience)
         except DAMAGED as error:
             damage.append(f"{location} {_DAMAGE % reason_of(error)}")
+
+
+def _image_row(location: str, locations: Sequence[str], patience: Patience) -> pa.Table:
+    """An image that is a shard of its own; no row for a dead link of a list, which training passes over, too."""
+    try:
+        content = read_listed(location, locations, patience) if is_remote(location) else Path(location).read_bytes()
+    except DeadLinkError:
+        return _SCHEMA.empty_table()
+    return pa.Table.from_pylist([{"image": {"bytes": content, "path": location}}], _SCHEMA)
 
 
 def _first_labelled(location: str, column: str, count: int, patience: Patience) -> pa.Table:
@@ -192,14 +204,6 @@ def _first_labelled(location: str, column: str, count: int, patience: Patience) 
         schema = type(features)({name: features[name] for name in keep}).arrow_schema
         return first_rows(location, count, patience).select(keep).cast(schema)
     rows: list[dict[str, Any]] = []
-    if shard_kind(location) != "tar":
-        try:
-            with open_location(location, patience) as file:
-                rows.append({"image": {"bytes": file.read(), "path": location}})
-        except StreamError as error:  # training passes over a dead link of a list, too
-            if not is_dead_link(error):
-                raise
-        return pa.Table.from_pylist(rows, _SCHEMA)
     with open_shard(location, patience) as file:
         try:
             for member, content, label in tar_samples(open_tar(file, location)):

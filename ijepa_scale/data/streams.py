@@ -18,7 +18,7 @@ import numpy as np
 from ijepa_scale.data.folders import printable
 from ijepa_scale.data.images import MAX_SUBSTITUTES, BadImage, BadImageError, Use, decode, reason_of
 from ijepa_scale.data.order import generator_for, mixture_place, permuted_index, source_seed
-from ijepa_scale.data.remote import Patience, StreamError, is_dead_link, is_remote, open_location
+from ijepa_scale.data.remote import DeadLinkError, Patience, StreamError, is_remote, read_listed
 from ijepa_scale.data.shards import DAMAGED, START, Encoded, Mark, read_shard
 
 State = dict[str, Any]  # as JSON holds it
@@ -298,7 +298,7 @@ class Streams:
                 passes.append((self.sources[source].name, read.number, ended))
             try:
                 use = uses[len(images)] if uses else decode
-                images.append((read.index, read.name, self._used(read, use)))
+                images.append((read.index, read.name, self._used(read, use, self.sources[source].locations)))
                 in_a_row = 0
             except BadImageError as error:
                 bad.append(BadImage(read.index, read.name, error.reason))
@@ -310,19 +310,18 @@ class Streams:
                 )
         return images, bad, StreamMark(stream, mixed.state(), tuple(passes))
 
-    def _used(self, read: Read, use: Use) -> Any:
+    def _used(self, read: Read, use: Use, locations: Sequence[str]) -> Any:
         if read.reason:
             raise BadImageError(read.reason)
         try:
             file = read.file
             if isinstance(file, str) and is_remote(file):
-                with open_location(file, self.patience) as remote:
-                    file = remote.read()
+                file = read_listed(file, locations, self.patience)
             return use(file, self.min_side)
-        except StreamError as error:
-            if is_dead_link(error):
-                raise BadImageError(str(error)) from error  # one dead link of a list
+        except StreamError:
             raise
+        except DeadLinkError as error:
+            raise BadImageError(str(error)) from error
         except Exception as error:  # decoders raise whatever the bytes lead them to
             raise BadImageError(reason_of(error)) from error
 

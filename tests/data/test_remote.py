@@ -1,5 +1,7 @@
 import io
 import logging
+import ssl
+import urllib.error
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,6 +101,18 @@ def test_what_waiting_cannot_mend_fails_at_once(server):
             file.read()
         assert "\n" not in str(error.value)
     assert len(server.requests) == 2
+
+
+def test_a_bad_certificate_fails_at_once():
+    calls = []
+
+    def refused():
+        calls.append(1)
+        raise urllib.error.URLError(ssl.SSLCertVerificationError(1, "certificate has expired"))
+
+    with pytest.raises(StreamError, match=r"https://x cannot be read: .*certificate has expired"):
+        remote.tried_again(refused, "https://x", QUICK)
+    assert len(calls) == 1
 
 
 def test_a_server_that_is_not_there(server):

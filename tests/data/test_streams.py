@@ -272,6 +272,32 @@ def test_dead_links_are_bad_images_and_a_dead_network_is_an_error(tmp_path):
             streams_of(shards).take(0, 5)
 
 
+@pytest.mark.parametrize("dead", ["http://127.0.0.1:9", "http://nowhere.invalid", "http://[no", 401, 451, 520])
+def test_a_host_that_fails_for_good_costs_its_images_alone(tmp_path, dead):
+    """It refuses connections, has no address, or answers with an error whenever it is asked; another host is well."""
+    write_images(tmp_path, range(6))
+    with serving(tmp_path) as server, serving(tmp_path) as other:
+        other.faults = [dead] * 1000
+        host = other.url if isinstance(dead, int) else dead
+        shards = Shards("list:train", [f"{host if i in (1, 4) else server.url}/{i:04}.png" for i in range(6)])
+        images, bad, _ = streams_of(shards).take(0, 8)
+        assert {number_of(image) for _, _, image in images} == {0, 2, 3, 5}
+        assert {bad.sample_id for bad in bad} == {f"{host}/{i:04}.png" for i in (1, 4)}
+        assert len(other.requests) == len(bad) or dead not in (401, 451)  # which no second try changes
+    with pytest.raises(StreamError, match="gave up"):  # no host answers: this is the network
+        streams_of(Shards("list:train", [f"http://127.0.0.1:{port}/x.png" for port in (7, 9, 11)])).take(0, 1)
+
+
+def test_what_passes_on_one_host_is_waited_for(tmp_path):
+    write_images(tmp_path, range(2))
+    with serving(tmp_path) as server, serving(tmp_path) as other:
+        server.faults = [503, "drop", 429]
+        images, bad, _ = streams_of(Shards("list:train", [f"{server.url}/0000.png", f"{other.url}/0001.png"])).take(
+            0, 2
+        )
+        assert {number_of(image) for _, _, image in images} == {0, 1} and not bad and not server.faults
+
+
 def test_streaming_over_a_network_that_fails_now_and_then(tars):
     """The images are those of the files here; each failure is tried again."""
     with serving(Path(tars.locations[0]).parent) as server:
