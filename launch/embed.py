@@ -7,7 +7,6 @@ Exit codes: 0 done, 2 wrong input.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -24,7 +23,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
     parser.add_argument("--cache-dir", default="", help="as data.cache_dir")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
     from ijepa_scale.embed import embed
 
     try:

@@ -7,7 +7,6 @@ Exit codes: 0 done, 2 wrong input.
 """
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
@@ -21,7 +20,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", default="neighbours.png", help="the picture (default: neighbours.png)")
     parser.add_argument("--count", type=int, default=8, help="neighbours of each query (default: 8)")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
     from ijepa_scale.embed import neighbours
 
     try:

@@ -8,7 +8,6 @@ Exit codes: 0 done, 2 wrong input, 75 stopped on request: start it again.
 """
 
 import argparse
-import logging
 import os
 import signal
 import sys
@@ -28,7 +27,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--cache-dir", default="", help="as data.cache_dir")
     options = parser.parse_args(arguments)
-    logging.basicConfig(format="%(message)s")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from ijepa_scale.prepare import Options, prepare
 

@@ -64,8 +64,9 @@ def main(arguments: list[str] | None = None) -> int:
     from ijepa_scale.engine.distributed import launcher_rank
     from ijepa_scale.train import InputError, RunError, pretrain
 
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("ijepa_scale").setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
+    log = logging.getLogger("ijepa_scale")  # not the root: to it come lines that other libraries print themselves
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
     try:
         return pretrain(config, resume=options.resume, allow_changes=options.allow_changes)
     except InputError as error:

@@ -197,6 +197,13 @@ def test_wrong_input_is_one_line_with_exit_code_2(config, few, specks, tmp_path,
     assert "Traceback" not in end.output
 
 
+def test_each_line_of_the_log_is_printed_once(config, tmp_path):
+    (end,) = run_ranks(worker_faults.hub_that_warns, 1, tmp_path, "--config", str(config))
+    assert end.code == 2
+    for name in ("huggingface_hub", "ijepa_scale"):
+        assert end.output.count(f"a line of {name}\n") == 1, end.output
+
+
 def test_wrong_input_on_several_ranks_ends_all_and_is_said_once(config, few, tmp_path):
     arguments = ["--config", str(config), f"data.source={few}", f"run_dir={tmp_path / 'out'}"]
     ends = run_ranks(pretrain, 2, tmp_path, *arguments, f"data.cache_dir={tmp_path / 'cache'}")

@@ -1,6 +1,7 @@
 """launch/pretrain.py with something that goes wrong, for tests; each runs inside ranks."""
 
 import itertools
+import logging
 import math
 import os
 import signal
@@ -87,4 +88,19 @@ def junk_once_set_up(folder: str, *arguments: str) -> None:
         report(run)
 
     with mock.patch.object(train, "report", late):
+        pretrain(*arguments)
+
+
+def hub_that_warns(*arguments: str) -> None:
+    """huggingface_hub prints a warning during set-up, as where it cannot reach the Hub, and so does this package."""
+    from huggingface_hub.utils import logging as its_logging  # which gives its logger a handler of its own
+
+    check = train.check
+
+    def warned(config: Any) -> Any:
+        its_logging.get_logger("huggingface_hub.utils").warning("a line of huggingface_hub")
+        logging.getLogger("ijepa_scale.data").warning("a line of ijepa_scale")
+        return check(config)
+
+    with mock.patch.object(train, "check", warned):
         pretrain(*arguments)
