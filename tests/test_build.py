@@ -1,4 +1,7 @@
 import dataclasses
+import io
+import tarfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from ijepa_scale.config import (
     PretrainConfig,
     ReportConfig,
 )
+from ijepa_scale.data import remote
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.streams import Streams
@@ -295,3 +299,30 @@ def test_no_more_of_a_stream_is_copied_than_is_looked_at(tmp_path):
     )
     assert len(build.build_eval_images(config).train) == 8
     assert len(build.build_eval_images(unseen).train) == 1
+
+
+@pytest.mark.parametrize("ending, call", [("parquet", build.build_images), ("tar", build.build_eval_images)])
+def test_an_address_that_is_wrong_is_not_waited_for_as_long_as_a_network_that_fails(
+    tmp_path, monkeypatch, ending, call
+):
+    waits: list[float] = []
+    monkeypatch.setattr(remote, "time", SimpleNamespace(sleep=waits.append, monotonic=lambda: sum(waits)))
+    config = source_config(f"http://127.0.0.1:9/x.{ending}", tmp_path, streaming=True)
+    assert config.data.retry_seconds > 100
+    with pytest.raises(ValueError, match=r"x\.\w+ cannot be read: .*refused.*gave up"):
+        call(config)
+    assert 0 < sum(waits) < 40
+    waits.clear()
+    with pytest.raises(ValueError, match="gave up"):
+        call(source_config(f"http://127.0.0.1:9/x.{ending}", tmp_path, streaming=True, retry_seconds=2))
+    assert 0 < sum(waits) < 5
+
+
+def test_shards_whose_images_cannot_be_read_are_found_before_training(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for i in range(8):
+            info = tarfile.TarInfo(f"{i}.png")
+            info.size = 5
+            tar.addfile(info, io.BytesIO(b"wrong"))
+    with pytest.raises(ValueError, match=r"x\.tar:train: 8 of 8 images sampled cannot be used"):
+        build.build_eval_images(source_config(str(tmp_path / "x.tar"), tmp_path, streaming=True))
