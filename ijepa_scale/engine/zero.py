@@ -1,6 +1,7 @@
 """The model under DeepSpeed ZeRO: its config, initialize(), and where each rank keeps its part of the fp32 state."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,10 @@ def initialize(
             values = initial(name, parameter.ds_shape).flatten()[start : start + shard.numel()]
             shard.zero_()
             shard[: values.numel()].copy_(values)
+    if "bf16" not in config:
+        # oneDNN keeps its code for 1,024 shapes. In fp32 it does GELU alone, of new shapes at every step: what it keeps
+        # lies between the step's tensors, whose memory then cannot be put together again. A step has some ten shapes.
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
     import deepspeed
     from deepspeed.utils import set_z3_leaf_modules
 

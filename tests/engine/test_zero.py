@@ -1,5 +1,6 @@
 """DeepSpeed's config, and a model built for ZeRO-3."""
 
+import ctypes
 from unittest import mock
 
 import pytest
@@ -79,3 +80,26 @@ def spare_copies() -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_weights_in_fp32_are_their_own_masters_and_one_rank_reduces_nothing(ranks, tmp_path):
     assert_all(run_ranks(spare_copies, ranks, tmp_path))
+
+
+class MallocInfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b uordblks fordblks c".split()]
+
+
+def many_token_counts() -> None:
+    ranks = distributed.start()
+    tiny.start_engine(ranks, zero_stage=1, precision="fp32")
+    mallinfo = ctypes.CDLL(None).mallinfo2
+    mallinfo.restype = MallocInfo
+    taken = []
+    for first in (1000, 1200, 1400):
+        for tokens in range(first, first + 200):
+            torch.nn.functional.gelu(torch.randn(tokens, 8))
+        taken.append(mallinfo().uordblks)
+    assert taken[2] - taken[0] < 1e6, f"400 token counts took {(taken[2] - taken[0]) / 1e6:.1f} MB for good"
+    ranks.close()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no mallinfo2 (glibc 2.33) to ask")
+def test_token_counts_leave_nothing_in_memory(tmp_path):
+    assert_all(run_ranks(many_token_counts, 1, tmp_path))
