@@ -120,7 +120,7 @@ def check_indices(device: torch.device, *, ndim: int = 1, low: int = 0, **indice
         if tensor.device != device:
             raise ValueError(f"{name} must be on {device}, got {tensor.device}")
         if CHECK and tensor.numel():
-            wrong = ((tensor < low) | (tensor >= rows)).nonzero()
+            wrong = ((tensor < low) | (tensor > rows - 1)).nonzero()  # rows may be 2**31, which int32 does not hold
             if len(wrong):
                 place = wrong[0].tolist()
                 raise ValueError(f"{name} must lie in {low}..{rows - 1}, got {tensor[tuple(place)].item()} at {place}")

@@ -1,11 +1,14 @@
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ijepa_kernels import dispatch
+from ijepa_kernels import assemble, dispatch, gather
+from ijepa_scale.masking.packing import pack_masks
 from tests.kernels.accuracy import INTERPRETED
+from tests.models.test_ijepa import PATCHES, images_of, random_masks, tiny_model
 
 CASES = """
 import torch
@@ -75,6 +78,16 @@ def test_contradictions_are_named_when_asked_for():
     assert lines[0] == "copies_TM and mask_rows_K do not agree with source_R at row 0"
     assert "do not agree" in lines[1] and "indices_R must lie in 0.." in lines[2] and "got -7 at [1]" in lines[2]
     assert "indices_K must name each row once" in lines[3]
+
+
+def test_a_training_batch_passes_when_indices_are_looked_at(monkeypatch, device):
+    model, images = tiny_model().to(device), images_of(3).to(device)
+    masks = pack_masks(*random_masks(0, images=3, blocks=2, block_size=4), PATCHES).to(device)
+    for module in (dispatch, assemble, gather):
+        monkeypatch.setattr(module, "CHECK", True)
+    model(images, masks)["loss"].backward()
+    with pytest.raises(ValueError, match="indices_T must lie in"):
+        model(images, replace(masks, target_index_T=masks.target_index_T + PATCHES * 3))
 
 
 @pytest.mark.parametrize("width", [1, 16, 37, 96, 384, 768, 1024, 1280, 1408, 1664, 5120])
