@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -68,7 +68,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     elif _interpreted:
         kernel[grid](*arguments, **options)
     else:
-        torch.library.wrap_triton(kernel)[grid](*arguments, **options)
+        # Triton launches on the current device, which need not be the tensors'. Without CUDA, fakes are traced.
+        with torch.cuda.device_of(arguments[0]) if torch.cuda.is_initialized() else nullcontext():
+            torch.library.wrap_triton(kernel)[grid](*arguments, **options)
 
 
 def launch_tiles(kernel: Any, count: int, width: int, *arguments: Any, **options: Any) -> None:

@@ -1,11 +1,15 @@
 import subprocess
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ijepa_kernels import assemble, dispatch, gather
+from ijepa_kernels.ema import ema_update
+from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.masking.packing import pack_masks
 from tests.kernels.accuracy import INTERPRETED
 from tests.models.test_ijepa import PATCHES, images_of, random_masks, tiny_model
@@ -95,6 +99,45 @@ def test_tiles_waste_little(width):
     rows, columns = dispatch.tile(width)
     assert columns & (columns - 1) == 0 and 16 <= columns <= 1024 and rows * columns <= 4096
     assert width < 16 or width / (-(-width // columns) * columns) > (0.9 if width % 128 == 0 else 0.57)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter has no devices")
+def test_a_launch_is_guarded_by_the_device_of_its_tensors(monkeypatch):
+    """The order of calls alone, on any machine; the test below has the devices."""
+    calls = []
+    with FakeTensorMode():
+        out = torch.empty(4, device="cuda:1")
+
+    @contextmanager
+    def device_of(tensor):
+        calls.append(tensor.device)
+        yield
+        calls.append("restored")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.library, "wrap_triton", lambda kernel: kernel)
+    dispatch.launch({(1,): lambda *arguments: calls.append("launched")}, (1,), out)
+    assert calls == [torch.device("cuda:1"), "launched", "restored"]
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_on_the_device_of_their_tensors():
+    """Not on the current one."""
+    rows, indices = torch.randn(5, 48), torch.tensor([3, 0, 3])
+    with torch.cuda.device(0):
+        ours = rows.to("cuda:1").requires_grad_()
+        loss = target_loss(gather.gather_rows(ours, indices.to("cuda:1")), rows.to("cuda:1"), indices.to("cuda:1"))
+        loss.backward()
+        average = ema_update(rows.to("cuda:1"), torch.zeros(5, 48, device="cuda:1"), 0.5)
+        assert torch.cuda.current_device() == 0
+    theirs = rows.clone().requires_grad_()
+    expected = target_loss(gather.gather_rows(theirs, indices), rows, indices)
+    expected.backward()
+    for mine, other in ((loss, expected), (ours.grad, theirs.grad), (average, 0.5 * rows)):
+        torch.testing.assert_close(mine.cpu(), other, rtol=1e-5, atol=1e-6)
 
 
 def test_an_empty_grid_is_not_launched():
