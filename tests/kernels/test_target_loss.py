@@ -86,7 +86,7 @@ def test_default_is_smooth_l1_and_rows_may_repeat(device):
 @pytest.mark.parametrize("width", WIDTHS[1:])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_as_exact_as_the_definition(kind, width, dtype, device):
-    """The upstream gradient is one that low precisions do not hold."""
+    """For an upstream gradient that is a power of two, as the loss scale of fp16 training is."""
     pred, target, indices = case(6, 3, width)
     target, indices = target.to(device, dtype), indices.to(device)
 
@@ -94,7 +94,21 @@ def test_as_exact_as_the_definition(kind, width, dtype, device):
         return lambda p: function(p, target.to(p.dtype), indices, kind)
 
     functions = map(double_where_pred_is, (target_loss, target_loss_definition))
-    assert_as_exact_as_definition(*functions, [pred], [dtype], device, torch.tensor(0.3))
+    assert_as_exact_as_definition(*functions, [pred], [dtype], device, torch.tensor(1024.0))
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "l2"])
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+def test_another_upstream_gradient_costs_one_more_rounding(kind, dtype, device):
+    pred, target, indices = (tensor.to(device) for tensor in case(6, 3, 37))
+    pred, target, upstream = pred.to(dtype).requires_grad_(), target.to(dtype), torch.tensor(0.3, device=device)
+    (grad,) = torch.autograd.grad(target_loss(pred, target, indices, kind), pred, upstream)
+    double = pred.detach().double().requires_grad_()
+    loss = target_loss_definition(double, target.double(), indices, kind)
+    (exact,) = torch.autograd.grad(loss, double, upstream.double())
+    # Each rounding errs by eps / 2; what fp32 errs before is far less.
+    noise = 32 * torch.finfo(torch.float32).eps * exact.abs().max().item() + torch.finfo(dtype).smallest_normal * 2**-9
+    torch.testing.assert_close(grad.double(), exact, rtol=1.01 * torch.finfo(dtype).eps, atol=noise)
 
 
 def test_the_gradient_of_many_predictions_does_not_vanish_in_fp16(device):
