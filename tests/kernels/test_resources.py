@@ -65,6 +65,16 @@ def test_offsets_are_64_bits_wide():
         assert len(addressed) >= 2 and narrow <= {"%mask_token_ptr"}, (launch[0].__name__, narrow)
 
 
+def test_only_averages_are_computed_in_fp64():
+    """It is slow on many GPUs; the EMA waits for memory all the same."""
+    uses = {
+        launch[0].__name__
+        for launch in [*launches(1280, torch.bfloat16), *patchify_launches(14, torch.bfloat16)]
+        if "f64" in compile_ahead(launch, 80).asm["ptx"]
+    }
+    assert uses == {"_ema_kernel"}
+
+
 def test_recording_launches_nothing():
     assert len(launches(16, torch.float32)) >= 12 and len(patchify_launches(14, torch.bfloat16)) == 2
 
