@@ -18,6 +18,7 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 # (config, images): micro-batches of 32 to 128
 BATCHES = [("vitb16", 128), ("vitl16", 128), ("vith14", 32), ("vith14", 128), ("vitg16", 32)]
 CASES = BATCHES if ON_GPU else [("vits16", 4)]
+COMPILED = [("vitb16", 128), ("vith14", 128)]  # torch.compile takes too long for all
 
 
 @dataclass(frozen=True)

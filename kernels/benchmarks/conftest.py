@@ -5,13 +5,14 @@ docs/measurements/DEVICE/kernels.json. On a CPU only the definitions and peers r
 nothing about GPUs, and are not kept.
 """
 
-import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.cases import DEVICE, ON_GPU
+from benchmarks.cases import COMPILED, DEVICE, ON_GPU
+from benchmarks.tables import keep
 from ijepa_scale.timing import measurements
 
 FLUSHED = 1 << 32  # bytes written between rounds: more than any cache holds, and long enough to hide launches behind
@@ -40,8 +41,13 @@ def clock():
 
 
 def pytest_collection_modifyitems(items):
+    not_compiled = pytest.mark.skip(reason=f"torch.compile is timed on a GPU, at {COMPILED}")
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=clock))
+        parameters = item.callspec.params
+        case = parameters.get("case") or (parameters["name"], 128)
+        if parameters.get("provider") == "compiled" and not (ON_GPU and case in COMPILED):
+            item.add_marker(not_compiled)
 
 
 @pytest.fixture(scope="session")
@@ -56,11 +62,11 @@ def flush():
 
 
 @pytest.fixture
-def row(benchmark, flush, copy_rate):
+def row(benchmark, flush, copy_rate, pytestconfig):
     """row(run, op=..., shape=..., provider=..., bytes_moved=...): times run() and keeps the row."""
 
     def timed(run, *, op: str, shape: str, provider: str, bytes_moved: int) -> None:
-        if not ON_GPU and provider in ("ours", "compiled"):
+        if not ON_GPU and provider == "ours":
             pytest.skip("on a CPU the definitions run")
         run()  # compiles
         memory = 0
@@ -87,8 +93,22 @@ def row(benchmark, flush, copy_rate):
             }
         )
         benchmark.extra_info.update(_rows[-1])
+        if ON_GPU and not pytestconfig.option.keyword:
+            keep_rows()  # each as it is timed: the job may be cut
 
     return timed
+
+
+def kept() -> Path:
+    return measurements({"gpu": torch.cuda.get_device_name()}) / "kernels.json"
+
+
+def keep_rows() -> None:
+    import triton
+
+    device = torch.cuda.get_device_name()
+    facts = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
+    keep({**facts, "copy_gigabytes_per_second": max(_copy_rates.values()) / 1e9, "rows": _rows}, kept())
 
 
 @pytest.fixture(scope="session")
@@ -130,15 +150,7 @@ def pytest_terminal_summary(terminalreporter, config):
     Console(width=120).print(table)
     if not ON_GPU:
         print("Definitions and peers on a CPU, small batches: these numbers say nothing about GPUs.")
-        return
-    if config.option.keyword:
+    elif config.option.keyword:
         print("not kept: a part of the benchmarks")
-        return
-    import triton
-
-    folder = measurements({"gpu": device})
-    folder.mkdir(parents=True, exist_ok=True)
-    facts = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
-    result = {**facts, "copy_gigabytes_per_second": max(_copy_rates.values()) / 1e9, "rows": _rows}
-    (folder / "kernels.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(f"written: {folder / 'kernels.json'}")
+    else:
+        print(f"written: {kept()}")

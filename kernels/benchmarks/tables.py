@@ -16,6 +16,14 @@ NO_STEP = "No step has been timed yet."
 OURS = ("ours", "definition", "definition (index_select)", "compiled")
 
 
+def keep(result: dict[str, Any], path: Path) -> None:
+    """Writes a file of measurements, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    partial.replace(path)
+
+
 def kernel_table(result: dict[str, Any]) -> str:
     """One device: a line for each operation at each shape."""
     lines = [

@@ -1,6 +1,8 @@
 import json
 
-from benchmarks.tables import NO_STEP, NONE, write
+import pytest
+
+from benchmarks.tables import NO_STEP, NONE, keep, write
 
 
 def row(provider, milliseconds, share):
@@ -22,6 +24,17 @@ def test_the_readme_has_what_was_measured(tmp_path):
         text = readme.read_text()
         assert "| ema | vit_huge | 2.500 | 93% | 5.000 |  | 4.000 (timm ModelEmaV3) |" in text
         assert "2,900 GB/s" in text and NONE not in text and text.startswith("above\n") and text.endswith("\nbelow\n")
+
+
+def test_measurements_are_kept_whole_or_as_they_were(tmp_path):
+    path = tmp_path / "gpu" / "kernels.json"
+    for rows in ([], [row("ours", 2.5, 0.934)]):
+        keep({"rows": rows}, path)
+        assert json.loads(path.read_text()) == {"rows": rows}
+    before = path.read_text()
+    with pytest.raises(TypeError):
+        keep({"rows": [object()]}, path)
+    assert path.read_text() == before
 
 
 def step_row(name, context, gflop, rate, **more):
