@@ -45,6 +45,8 @@ def use_kernels(tensor: torch.Tensor) -> bool:
         return True
     if _mode == "on" and not tensor.is_cuda:
         raise ValueError(f"IJEPA_KERNELS=on in the environment, but a tensor is on {tensor.device}; unset it")
+    if _mode == "on" and triton is None:
+        raise ValueError("IJEPA_KERNELS=on in the environment, but there is no Triton; install triton or unset it")
     return tensor.is_cuda and triton is not None
 
 

@@ -91,7 +91,7 @@ def ema_update(
             raise ValueError(f"{name} must be on {ema.device}, got {tensor.device}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be of a floating type, got {tensor.dtype}")
-    if ema.dtype == torch.float64 or not use_kernels(ema):
+    if not use_kernels(ema) or ema.dtype == torch.float64:
         return ema_update_definition(ema, source, momentum, target)
     for name, tensor in (("ema", ema), ("target", target)):
         if tensor is not None and not tensor.is_contiguous():

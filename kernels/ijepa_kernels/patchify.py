@@ -107,7 +107,7 @@ def patchify(
     if indices_T is not None:
         patches = images_BCHW.shape[0] * (height // patch_size) * (width // patch_size)
         check_indices(images_BCHW.device, indices_T=(indices_T, patches))
-    if dtype == torch.float64 or not use_kernels(images_BCHW):  # the kernel computes in fp32
+    if not use_kernels(images_BCHW) or dtype == torch.float64:  # the kernel computes in fp32
         return patchify_definition(images_BCHW, patch_size, indices_T=indices_T, dtype=dtype)
     indices = None if indices_T is None else indices_T.contiguous()
     return _patchify(images_BCHW.contiguous(), patch_size, indices, dtype)

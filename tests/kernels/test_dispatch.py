@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ijepa_kernels import assemble, dispatch, gather
 from ijepa_kernels.ema import ema_update
+from ijepa_kernels.patchify import patchify
 from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.masking.packing import pack_masks
 from tests.kernels.accuracy import INTERPRETED
@@ -40,6 +41,21 @@ def test_the_environment_decides():
     assert lines_with(TRITON_INTERPRET="1")[0] == "Triton kernels (TRITON_INTERPRET=1)"
     assert "IJEPA_KERNELS=on in the environment, but a tensor is on cpu" in lines_with(IJEPA_KERNELS="on")[0]
     assert "IJEPA_KERNELS='yes' in the environment; wants one of auto, on, off" in lines_with(IJEPA_KERNELS="yes")[0]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="all tensors go to the kernels")
+def test_on_is_an_error_where_a_definition_would_run(monkeypatch):
+    monkeypatch.setattr(dispatch, "_mode", "on")
+    images, weights = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(4, dtype=torch.float64)
+    for run in (lambda: patchify(images, 4, dtype=torch.float64), lambda: ema_update(weights, weights, 0.5)):
+        with pytest.raises(ValueError, match="IJEPA_KERNELS=on in the environment, but a tensor is on cpu"):
+            run()
+    with FakeTensorMode():
+        tokens = torch.empty(4, 2, device="cuda")
+    assert dispatch.use_kernels(tokens)
+    monkeypatch.setattr(dispatch, "triton", None)
+    with pytest.raises(ValueError, match="but there is no Triton; install triton or unset it"):
+        dispatch.use_kernels(tokens)
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])
