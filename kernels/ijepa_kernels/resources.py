@@ -1,4 +1,4 @@
-"""What each kernel needs when it is compiled for a GPU: registers, shared memory, spills, width of global loads.
+"""What each kernel needs when it is compiled for a GPU: registers, shared memory, spills, width of loads and stores.
 
 python -m ijepa_kernels.resources prints the table as Markdown; no GPU is needed.
 """
@@ -45,6 +45,7 @@ class Resources:
     shared_bytes: int  # a block
     spilled_bytes: int  # a thread: local memory and stack
     load_bytes: int  # the widest global load of a thread
+    store_bytes: int  # and store
 
 
 def launches(width: int, dtype: torch.dtype) -> list[Launch]:
@@ -56,7 +57,8 @@ def launches(width: int, dtype: torch.dtype) -> list[Launch]:
         for unique in (True, False):
             gather_rows(tokens, four, unique=unique).sum().backward()
         gather_rows(tokens, four, pos_embed_ND=pos)
-        rows = {"source_R": four, "indices_R": four, "copies_TM": four.view(4, 1), "mask_rows_K": four[:0]}
+        copies = torch.arange(16, dtype=torch.int32)  # of four tokens, one for each of four target blocks
+        rows = {"source_R": copies, "indices_R": copies, "copies_TM": copies.view(4, 4), "mask_rows_K": four[:0]}
         assemble(tokens, mask_token, pos, **rows).sum().backward()
         for kind in ("smooth_l1", "l2"):
             target_loss(tokens, tokens, four, kind).backward()
@@ -109,7 +111,11 @@ def compiled(launch: Launch, width: int, dtype: torch.dtype, capability: int) ->
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    loads = re.findall(r"ld\.global[.\w:]*?(?:\.v(\d))?\.[bus](\d+)", binary.asm["ptx"])
+
+    def widest(instruction: str) -> int:
+        found = re.findall(rf"{instruction}\.global[.\w:]*?(?:\.v(\d))?\.[bus](\d+)", binary.asm["ptx"])
+        return max((int(vector or 1) * int(bits) // 8 for vector, bits in found), default=0)
+
     return Resources(
         kernel=kernel.__name__.strip("_").removesuffix("_kernel"),
         variant=", ".join(key.lower() for key, value in launch[2].items() if value is True),
@@ -119,7 +125,8 @@ def compiled(launch: Launch, width: int, dtype: torch.dtype, capability: int) ->
         registers=used["REG"],
         shared_bytes=max(used["SHARED"], binary.metadata.shared),
         spilled_bytes=used["LOCAL"] + used["STACK"],
-        load_bytes=max((int(vector or 1) * int(bits) // 8 for vector, bits in loads), default=0),
+        load_bytes=widest("ld"),
+        store_bytes=widest("st"),
     )
 
 
