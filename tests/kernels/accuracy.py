@@ -47,3 +47,9 @@ def assert_as_exact_as_definition(
         if true.numel():
             allowed = 2 * (theirs - true).abs().max() + 4 * torch.finfo(torch.float32).eps * true.abs().max()
             assert (ours - true).abs().max() <= allowed, f"{'value' if place == 0 else f'gradient {place - 1}'}"
+
+
+def assert_rounded_once(actual: torch.Tensor, exact: torch.Tensor) -> None:
+    """actual is within half a unit in the last place of exact, which is float64 and not near 0."""
+    unit = torch.finfo(actual.dtype).eps * 2 ** exact.abs().log2().floor()
+    assert ((actual.double() - exact).abs() <= 0.51 * unit).all()

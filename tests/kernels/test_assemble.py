@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from ijepa_kernels.assemble import assemble, assemble_definition
-from tests.kernels.accuracy import DTYPES, WIDTHS, assert_as_exact_as_definition, values
+from tests.kernels.accuracy import DTYPES, WIDTHS, assert_as_exact_as_definition, assert_rounded_once, values
 
 
 def indices_of(tokens, copies, mask_tokens, num_patches, images=3, seed=0):
@@ -70,6 +70,16 @@ def test_as_exact_as_the_definition(width, dtype, device):
         device,
         values(29, width, seed=3),
     )
+
+
+def test_the_gradient_of_many_mask_tokens_is_rounded_once(device):
+    """That of 600, which more than one program adds up."""
+    indices, pos = moved(indices_of(2, 2, 600, 5), device), torch.zeros(5, 48, device=device)
+    context, mask_token = (tensor.to(device).half().requires_grad_() for tensor in inputs_of(2, 48))
+    upstream = values(604, 48, seed=3).abs().half().to(device)
+    (grad,) = torch.autograd.grad(assemble(context, mask_token, pos, **indices), mask_token, upstream)
+    exact = upstream.double()[indices["mask_rows_K"]].sum(dim=0)
+    assert_rounded_once(grad, exact)
 
 
 def test_gradcheck(device):

@@ -1,4 +1,4 @@
-"""Every kernel, forward and backward, compiled for A100 and H100: that it compiles, spills nothing, loads and stores wide."""
+"""Every kernel, forward and backward, compiled for A100 and H100: it spills nothing, loads and stores wide."""
 
 import re
 
@@ -52,10 +52,15 @@ def test_all_widths_in_other_types(dtype):
     check(table(WIDTHS, (dtype,)))
 
 
+def codes():
+    """(kernel's name, its code in Triton's own language), each launch's."""
+    for launch in [*launches(1280, torch.bfloat16), *patchify_launches(14, torch.bfloat16)]:
+        yield launch[0].__name__, compile_ahead(launch, 80).asm["ttir"]
+
+
 def test_offsets_are_64_bits_wide():
     """Each argument is addressed by 64 bits, so that rows * width may pass 2**31; then 32 do within a row."""
-    for launch in [*launches(1280, torch.bfloat16), *patchify_launches(14, torch.bfloat16)]:
-        code = compile_ahead(launch, 80).asm["ttir"]
+    for name, code in codes():
         origin = dict(re.findall(r"(%\w+) = tt\.(?:splat|broadcast|expand_dims) (%\w+)", code))
         addressed = re.findall(r"tt\.addptr (%\w+), .* (?:tensor<(?:\d+x)*)?i(\d+)>?(?: loc|$)", code, re.MULTILINE)
         narrow = set()
@@ -64,17 +69,26 @@ def test_offsets_are_64_bits_wide():
                 base = origin[base]
             if bits == "32" and base.endswith("_ptr"):
                 narrow.add(base)
-        assert len(addressed) >= 2 and narrow <= {"%mask_token_ptr"}, (launch[0].__name__, narrow)
+        assert len(addressed) >= 2 and narrow <= {"%mask_token_ptr"}, (name, narrow)
+
+
+def test_sizes_are_not_multiplied_in_32_bits():
+    """Only by constants; and in patchify a row within a patch by the image's width."""
+    for name, code in codes():
+        constants = set(re.findall(r"(%\w+) = arith\.constant", code))
+        products = re.findall(r"arith\.muli (%\w+), (%\w+) .*(?:: |x)i32", code)
+        assert len([one for one in products if not constants & set(one)]) == (name == "_patchify_kernel"), name
+
+
+def test_every_block_is_loaded_and_stored_with_a_mask():
+    for name, code in codes():
+        assert "tt.load" in code and "tt.store" in code
+        assert re.findall(r"tt\.(?:load %\w+|store %\w+, %\w+) [^,]*: tensor.*", code) == [], name
 
 
 def test_only_averages_are_computed_in_fp64():
     """It is slow on many GPUs; the EMA waits for memory all the same."""
-    uses = {
-        launch[0].__name__
-        for launch in [*launches(1280, torch.bfloat16), *patchify_launches(14, torch.bfloat16)]
-        if "f64" in compile_ahead(launch, 80).asm["ptx"]
-    }
-    assert uses == {"_ema_kernel"}
+    assert {name for name, code in codes() if "f64" in code} == {"_ema_kernel"}
 
 
 def test_recording_launches_nothing():
