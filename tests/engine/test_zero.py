@@ -83,7 +83,10 @@ def test_weights_in_fp32_are_their_own_masters_and_one_rank_reduces_nothing(rank
 
 
 class MallocInfo(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks hblkhd a b uordblks fordblks c".split()]
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "a", "b", "uordblks", "fordblks", "c"]
+    ]
 
 
 def many_token_counts() -> None:
