@@ -156,7 +156,7 @@ def test_dry_run_says_what_it_cannot_know(monkeypatch):
         (["data.source=[{path: scenes}, {path: /nowhere}]"], "there is no folder '/nowhere'"),
         (["data.source='http://127.0.0.1:1/{0003..0000}.tar'", "data.streaming=true"], "braces hold a range"),
         (["data.source='http://127.0.0.1:1/{000..001}.tar'"], "streamed only"),
-        (["data.source='/nowhere/{000..001}.tar'", "data.streaming=true"], "2 are not there: /nowhere/000.tar"),
+        (["data.source='/nowhere/{000..001}.tar'", "data.streaming=true"], "/nowhere/000.tar is missing, one of 2"),
     ],
 )
 def test_dry_run_refuses_what_training_would(overrides, words):
