@@ -1,7 +1,7 @@
 """How good the features are: the health check during training, and the report at its end."""
 
-from collections.abc import Callable, Iterator
-from itertools import pairwise
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,19 +41,20 @@ def eval_crops(run: Run, images: ImageSet, own: list[int], bad: dict[int, str]) 
 
 
 def features_of(
-    run: Run, encoder: torch.nn.Module, images: ImageSet, indices: list[int]
+    run: Run, encoders: Sequence[torch.nn.Module], images: ImageSet, indices: list[int]
 ) -> tuple[torch.Tensor, list[int]]:
-    """Pooled features (n, D) of the images that can be read, and their indices, on every rank.
+    """Pooled features (len(encoders), n, D) of the images that can be read, and their indices, on every rank.
 
-    Each rank computes its share, in as many batches as any other: at ZeRO-3 ranks need each other in the forward.
-    Raises BadImageError, on every rank, where not one can be read.
+    Images are read once for all encoders. Each rank computes its share, in as many batches as any other: at ZeRO-3
+    ranks need each other in the forward. Raises BadImageError, on every rank, where not one can be read.
     """
     bad: dict[int, str] = {}
     own = indices[run.ranks.rank :: run.ranks.world_size]
-    shares = run.ranks.gather((pooled_features(encoder, eval_crops(run, images, own, bad)), bad))
-    features = torch.empty(len(indices), shares[0][0].shape[1])
-    for rank, (share, bad_there) in enumerate(shares):
-        features[rank :: run.ranks.world_size] = share
+    crops = itertools.tee(eval_crops(run, images, own, bad), len(encoders))
+    share = torch.stack([pooled_features(encoder, batches) for encoder, batches in zip(encoders, crops, strict=True)])
+    features = torch.empty(len(encoders), len(indices), share.shape[-1])
+    for rank, (there, bad_there) in enumerate(run.ranks.gather((share, bad))):
+        features[:, rank :: run.ranks.world_size] = there
         bad.update(bad_there)
     kept = [place for place, index in enumerate(indices) if index not in bad]
     if not kept:
@@ -61,7 +62,7 @@ def features_of(
             f"{images.name}: none of {len(indices)} images can be read, the first because: {bad[indices[0]]}; the "
             "checkpoints are whole: bring the images back, then start the same command again"
         )
-    return features[kept], [indices[place] for place in kept]
+    return features[:, kept], [indices[place] for place in kept]
 
 
 def eval_indices(run: Run, images: ImageSet, count: int, *, skip: int = 0) -> list[int]:
@@ -83,8 +84,7 @@ def measure_health(
     images = run.evaluation.train
     wanted = eval_indices(run, images, run.config.logging.health_images)
     model = run.engine.module
-    target, indices = features_of(run, model.target_encoder, images, wanted)
-    context, _ = features_of(run, model.context_encoder, images, wanted)
+    (target, context), indices = features_of(run, [model.target_encoder, model.context_encoder], images, wanted)
     if not run.ranks.first:
         return
     record: dict[str, Any] = {
@@ -115,7 +115,7 @@ def preview_masks(run: Run) -> None:
 
     def per_image(packed: Packed) -> list[np.ndarray]:
         indices, bounds = packed.indices_T.numpy(), packed.cu_seqlens.numpy()
-        return [indices[low:high] % num_patches for low, high in pairwise(bounds)]
+        return [indices[low:high] % num_patches for low, high in itertools.pairwise(bounds)]
 
     blocks = per_image(batch.masks.target_blocks)
     each = len(blocks) // len(batch.indices)
@@ -164,8 +164,8 @@ def report(run: Run) -> None:
             initialize_weights(encoder, config.seed, prefix="context_encoder.")
         else:
             build.load_target_encoder(encoder, found)
-        train_features, fitted = features_of(run, encoder, train_images, fit)
-        test_features, scored = features_of(run, encoder, test_images, held)
+        (train_features,), fitted = features_of(run, [encoder], train_images, fit)
+        (test_features,), scored = features_of(run, [encoder], test_images, held)
         features[which] = Features(train_features, test_features)
     if ranks.first:
         train_labels = train_images.label_columns()
