@@ -25,9 +25,28 @@ def addmm_flops(onto, left, right, **_):
     return 2 * left[0] * left[1] * right[1]
 
 
+def attention_flops(query, key, value, *_, **__):
+    """Scores, and what they weigh."""
+    images, heads, queries, width = query
+    return 2 * images * heads * queries * key[2] * (width + value[3])
+
+
+def attention_backward_flops(grad, query, key, value, *_, **__):
+    """The scores again, and two products for each of the forward's two."""
+    images, heads, queries, width = query
+    return 2 * images * heads * queries * key[2] * (3 * width + 2 * value[3])
+
+
+UNKNOWN = {  # to the counter; attention on a CPU up to torch 2.14
+    torch.ops.aten.addmm_: addmm_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_flops,
+}
+
+
 def counted(model, masks, images):
     """What the counter sees. Sequences attend by their own lengths on a CPU: there is no padding in it."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
+    with FlopCounterMode(display=False, custom_mapping=UNKNOWN) as counter:
         model(images, masks)["loss"].backward()
     return counter.get_total_flops()
 
