@@ -9,20 +9,39 @@ GPU_PYTHON := $(if $(filter file default,$(origin PYTHON)),$(BIN)/python,$(PYTHO
 GPU_PATH := PYTHONPATH=.:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup pretrain benchmark test test-all lint gpu-check gpu-tests gpu-benchmarks gpu-steps
+.PHONY: help setup latest lock test-versions pretrain benchmark test test-all lint gpu-check gpu-tests gpu-benchmarks gpu-steps
 .NOTPARALLEL:  # whatever is timed has the machine to itself
 help:
-	@echo "make setup      create .venv and install (once)"
+	@echo "make setup      create .venv and install requirements.lock (once); LATEST=1: the newest versions that resolve"
 	@echo "make pretrain   train configs/tiny.yaml on $(RANKS) processes and report (ARGS='optimization.max_steps=50' ...)"
 	@echo "make benchmark  time the training step at small sizes against a dense baseline (minutes)"
 	@echo "make gpu-check  on a GPU: tests, benchmarks of kernels and of steps (PYTHON=python3: with its packages, no .venv)"
 	@echo "make test       the quick tests; make test-all adds the slow ones; make lint: ruff, mypy, layers"
+	@echo "make test-versions  the quick tests with torch $(VERSIONS), each in .venvs/ (make test-version-oldest: one)"
+	@echo "make lock       renew requirements.lock: versions that are a month old"
 
-setup: .venv/.ready
-.venv/.ready: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+# pip's own words are in a file: it warns of what its configuration names, and shows no progress through a pipe.
+PIP_INSTALL = python -m pip install -qq --disable-pip-version-check --log
+setup: $(if $(LATEST),latest,.venv/.ready)
+.venv/.ready: pyproject.toml requirements.lock
+	@echo "setup 1/3: a virtual environment in .venv"
+	@$(PYTHON) -m venv .venv
+	@echo "setup 2/3: the packages of requirements.lock, of which torch and CUDA take 3 GB (pip's words: .venv/pip.log)"
+	@$(BIN)/$(PIP_INSTALL) .venv/pip.log --no-deps --requirement requirements.lock
+	@echo "setup 3/3: ijepa-scale, editable"
+	@$(BIN)/$(PIP_INSTALL) .venv/pip.log --no-deps --editable .
 	@touch $@
+latest:
+	@echo "setup: the newest versions that resolve, in .venv (pip's words: .venv/pip.log)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/$(PIP_INSTALL) .venv/pip.log --upgrade --upgrade-strategy eager --editable '.[dev]'
+	@touch .venv/.ready
+
+lock: setup
+	$(BIN)/$(PIP_INSTALL) .venv/pip.log uv
+	uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-annotate \
+		--exclude-newer '30 days' --custom-compile-command "make lock" \
+		pyproject.toml --output-file requirements.lock
 
 pretrain: setup
 	deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/tiny.yaml $(ARGS)
@@ -37,6 +56,22 @@ test: setup
 
 test-all: setup
 	pytest -m "slow or not slow" $(ARGS)
+
+# The rest stays as recorded, but for the newest.
+VERSIONS := oldest 2.13 2.14 newest
+TORCH_oldest := 'torch==2.11.*' 'numpy==2.3.*'  # Triton 3.6, whose interpreter runs every kernel with that NumPy
+TORCH_newest := 'torch>=2.11'
+.PRECIOUS: .venvs/%/.ready
+test-versions: $(VERSIONS:%=test-version-%)
+.venvs/%/.ready: pyproject.toml requirements.lock
+	@echo "setup: torch $* in .venvs/$* (pip's words: .venvs/$*/pip.log)"
+	@$(PYTHON) -m venv .venvs/$*
+	@grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|numpy)' requirements.lock > .venvs/$*/constraints.txt
+	@.venvs/$*/bin/$(PIP_INSTALL) .venvs/$*/pip.log --editable '.[dev]' $(or $(TORCH_$*),'torch==$*.*') \
+		$(if $(filter newest,$*),,--constraint .venvs/$*/constraints.txt)
+	@touch $@
+test-version-%: .venvs/%/.ready
+	PATH="$(CURDIR)/.venvs/$*/bin:$$PATH" python -m pytest $(ARGS)
 
 # Needs no network and no .venv where PYTHON is given and has the packages. All parts run: make -k.
 GPU_SETUP := $(if $(filter file default,$(origin PYTHON)),setup)

@@ -70,7 +70,8 @@ def test_bf16_tokens_are_summed_in_fp32():
     found = variance_covariance(rounded, places.int(), 4, alone)
     exact = variance_covariance(rounded.double(), places, 4, alone)
     assert all(term.dtype == torch.float32 for term in found)
-    assert [term.item() for term in found] == pytest.approx([term.item() for term in exact], rel=1e-5)
+    # Covariance is what a difference of larger sums leaves: 1.4e-5 off with torch 2.11's products; 6e-2 in bf16.
+    assert [term.item() for term in found] == pytest.approx([term.item() for term in exact], rel=1e-4)
 
 
 def test_sums_over_two_parts_equal_the_whole():
