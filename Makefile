@@ -20,25 +20,24 @@ help:
 	@echo "make test-versions  the quick tests with torch $(VERSIONS), each in .venvs/ (make test-version-oldest: one)"
 	@echo "make lock       renew requirements.lock: versions that are a month old"
 
-# pip's own words are in a file: it warns of what its configuration names, and shows no progress through a pipe.
-PIP_INSTALL = python -m pip install -qq --disable-pip-version-check --log
+PIP_INSTALL = python -m pip install -qq --disable-pip-version-check  # errors alone: it warns of what its user configured
 setup: $(if $(LATEST),latest,.venv/.ready)
 .venv/.ready: pyproject.toml requirements.lock
 	@echo "setup 1/3: a virtual environment in .venv"
 	@$(PYTHON) -m venv .venv
-	@echo "setup 2/3: the packages of requirements.lock, of which torch and CUDA take 3 GB (pip's words: .venv/pip.log)"
-	@$(BIN)/$(PIP_INSTALL) .venv/pip.log --no-deps --requirement requirements.lock
+	@echo "setup 2/3: the packages of requirements.lock, of which torch and CUDA take 3 GB (minutes)"
+	@$(BIN)/$(PIP_INSTALL) --no-deps --requirement requirements.lock
 	@echo "setup 3/3: ijepa-scale, editable"
-	@$(BIN)/$(PIP_INSTALL) .venv/pip.log --no-deps --editable .
+	@$(BIN)/$(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 latest:
-	@echo "setup: the newest versions that resolve, in .venv (pip's words: .venv/pip.log)"
+	@echo "setup: the newest versions that resolve, in .venv"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/$(PIP_INSTALL) .venv/pip.log --upgrade --upgrade-strategy eager --editable '.[dev]'
+	@$(BIN)/$(PIP_INSTALL) --upgrade --upgrade-strategy eager --editable '.[dev]'
 	@touch .venv/.ready
 
 lock: setup
-	$(BIN)/$(PIP_INSTALL) .venv/pip.log uv
+	$(BIN)/$(PIP_INSTALL) uv
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-annotate \
 		--exclude-newer '30 days' --custom-compile-command "make lock" \
 		pyproject.toml --output-file requirements.lock
@@ -64,10 +63,10 @@ TORCH_newest := 'torch>=2.11'
 .PRECIOUS: .venvs/%/.ready
 test-versions: $(VERSIONS:%=test-version-%)
 .venvs/%/.ready: pyproject.toml requirements.lock
-	@echo "setup: torch $* in .venvs/$* (pip's words: .venvs/$*/pip.log)"
+	@echo "setup: torch $* in .venvs/$*"
 	@$(PYTHON) -m venv .venvs/$*
 	@grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|numpy)' requirements.lock > .venvs/$*/constraints.txt
-	@.venvs/$*/bin/$(PIP_INSTALL) .venvs/$*/pip.log --editable '.[dev]' $(or $(TORCH_$*),'torch==$*.*') \
+	@.venvs/$*/bin/$(PIP_INSTALL) --editable '.[dev]' $(or $(TORCH_$*),'torch==$*.*') \
 		$(if $(filter newest,$*),,--constraint .venvs/$*/constraints.txt)
 	@touch $@
 test-version-%: .venvs/%/.ready

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -132,6 +133,16 @@ class _Total(torch.autograd.Function):
         return grads[0] * dist.get_world_size()
 
 
+def _quiet_warnings(rank: int) -> None:
+    """Of Python's warnings rank 0 alone speaks, and not of what libraries will have to call otherwise one day.
+
+    DeepSpeed's calls of torch are among those: with torch 2.13 and 2.14 every rank said so, at each of them.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if rank:
+        warnings.simplefilter("ignore")
+
+
 def start() -> Ranks:
     """Join the process group of the deepspeed launcher, torchrun or srun; alone where none started this process."""
     environ = os.environ
@@ -148,6 +159,7 @@ def start() -> Ranks:
             port = free.getsockname()[1]
         environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     rank, world_size, local_rank = (int(environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    _quiet_warnings(rank)
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
         raise ValueError(
