@@ -1,5 +1,6 @@
 """Which column of a table, or which file of a tar's sample, holds the images to train on, where several hold images."""
 
+import functools
 import re
 from collections.abc import Iterable
 
@@ -20,6 +21,7 @@ def preferred(names: Iterable[str]) -> str:
     return min(names, key=standing)
 
 
+@functools.lru_cache(maxsize=1024)  # the same few for every sample of a tar
 def standing(name: str) -> tuple[int, int]:
     """The lower, the more likely a column's name, or the ending of a tar's member, is that of the photographs.
 

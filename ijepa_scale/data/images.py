@@ -265,7 +265,7 @@ def is_label(name: str, feature: Any) -> bool:
     """Whether a column holds class labels, or numbers that may be."""
     import datasets
 
-    named = name in ("label", "labels", "class") and "int" in getattr(feature, "dtype", "")
+    named = name.lower() in ("label", "labels", "class") and "int" in getattr(feature, "dtype", "")
     return isinstance(feature, datasets.ClassLabel) or named
 
 

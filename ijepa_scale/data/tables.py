@@ -7,6 +7,7 @@ such a field is what it is, unless the lines make no rows so. Neither reading ma
 import contextlib
 import csv
 import functools
+import json
 import logging
 import os
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ def _listed_images(path: str, column: str, size: int, changed: int) -> ListedIma
         if path.lower().endswith((".csv", ".tsv")):
             table = _delimited(path, "\t" if path.lower().endswith(".tsv") else ",")
         else:
-            table = pa.json.read_json(path, read_options=pa.json.ReadOptions(block_size=_BLOCK))
+            table = _json_lines(path)
         names = table.column_names
     except pa.ArrowException as error:
         raise ValueError(f"{path} cannot be read as a table: {error}") from error
@@ -81,6 +82,39 @@ def _listed_images(path: str, column: str, size: int, changed: int) -> ListedIma
             "path,label"
         )
     return ListedImages(_paths(columns, path, column), _labels(columns, path))
+
+
+def _json_lines(path: str) -> pa.Table:
+    try:
+        return pa.json.read_json(path, read_options=pa.json.ReadOptions(block_size=_BLOCK))
+    except pa.ArrowInvalid:
+        if os.path.getsize(path) == 0:
+            raise
+    # Perhaps for a column of several types, such as names and NaN: here all are text.
+    columns: dict[str, list[str | None]] = {}
+    number = 0
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+        for at, line in enumerate(file, start=1):
+            if line.strip():
+                for name, value in _json_row(line, path, at).items():
+                    values = columns.setdefault(name, [])
+                    values += [None] * (number - len(values))
+                    values.append(str(value) if isinstance(value, str | int | float) else None)
+                number += 1
+    try:
+        return pa.table({name: values + [None] * (number - len(values)) for name, values in columns.items()})
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text; save the file in that encoding") from error
+
+
+def _json_row(line: str, path: str, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a table: line {number} is no JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{path} cannot be read as a table: line {number} is no object with the names of columns")
+    return row
 
 
 def _delimited(path: str, delimiter: str) -> pa.Table:

@@ -13,6 +13,7 @@ can go on from the first file of any.
 A link to another file of the tar is read there, where the tar is a local file that is not compressed.
 """
 
+import functools
 import gzip
 import hashlib
 import itertools
@@ -98,7 +99,7 @@ class TarNotes:
                 "files whose names agree up to their first dot are one sample; data.column (--column of other "
                 "commands) chooses another ending"
             )
-        said += [f"{count:,} {what}, the first {name}" for what, (count, name) in self.others.items()]
+        said += [f"{what}: {count:,}, the first {name}" for what, (count, name) in self.others.items()]
         if said:
             warn_once(f"{where}: left out: {'; '.join(said)}")
 
@@ -177,7 +178,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """Every file and link that is not hidden."""
     while (member := tar.next()) is not None:
         tar.members = []  # type: ignore[attr-defined]  # else it keeps every one
-        hidden = posixpath.basename(member.name).startswith(".")
+        hidden = member.name.startswith(".", member.name.rfind("/") + 1)
         if not hidden and (member.isfile() or member.islnk() or member.issym()):
             yield member
     assert tar.fileobj
@@ -190,9 +191,9 @@ def _key(member: tarfile.TarInfo, sample: TarSample | None) -> tuple[str, str]:
     """(name of the sample that a file belongs to, ending). sample: the one before it, which has no end yet."""
     folder, _, name = member.name.rpartition("/")
     parts = name.split(".")
-    cut = max((i + 1 for i, part in enumerate(parts[:-1]) if i and not _FIELD.fullmatch(part)), default=1)
-    if sample and not sample.name and sample.key == f"{folder}/{parts[0]}":
-        cut = 1
+    cut = 1
+    if len(parts) > 2 and not (sample and not sample.name and sample.key == f"{folder}/{parts[0]}"):
+        cut = max((i for i, part in enumerate(parts[:-1], start=1) if not _FIELD.fullmatch(part)), default=1)
     return f"{folder}/{'.'.join(parts[:cut])}", ".".join(parts[cut:]).lower()
 
 
@@ -267,6 +268,7 @@ def first_notes(file: BinaryIO, location: str, column: str, limit: int) -> TarNo
     return notes
 
 
+@functools.lru_cache(maxsize=1024)
 def is_image_field(ending: str) -> bool:
     return "." + ending.rpartition(".")[2] in image_extensions()
 

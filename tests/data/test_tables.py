@@ -208,6 +208,10 @@ def test_rows_that_are_not_whole_are_named_and_lost_ones_told(folder, caplog):
         (folder / name).write_text(header + text)
         with pytest.raises(ValueError, match=rf"{name} cannot be read as a table: line {line} has \d fields"):
             listed_images(str(folder / name))
+    for row, words in (('{"path": 1', "is no JSON"), ("[1]", "is no object with the names")):
+        (folder / "g.jsonl").write_text(f'{{"path": "pictures/0001.png"}}\n\n{row}\n')
+        with pytest.raises(ValueError, match=rf"g\.jsonl cannot be read as a table: line 3 {words}"):
+            listed_images(str(folder / "g.jsonl"))
     unclosed = [row if i != 7 else 'pictures/0001.png,1,"a' for i, row in enumerate(rows)]
     (folder / "e.csv").write_text("path,label,caption\n" + "\n".join(unclosed))
     with pytest.raises(ValueError, match=r"a quote by the end of line 10 has none that closes its field"):
@@ -218,13 +222,13 @@ def test_rows_that_are_not_whole_are_named_and_lost_ones_told(folder, caplog):
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
-@pytest.mark.parametrize("nothing", ["", None, "NaN", "nan", "null", " "])
+@pytest.mark.parametrize("nothing", ["", None, "NaN", "nan", "null", " ", float("nan")])
 def test_an_empty_cell_is_no_class(folder, ending, nothing):
     """Of names and of numbers, also where the numbers are floats as pandas writes those of a column with gaps."""
     for values, names in (["dog", "cat"], ["cat", "dog"]), (["2", "0"], None), (["2.0", "0.0"], None):
         cells = [values[0], nothing, values[1], nothing]
         if ending == "csv":
-            rows = "".join(f"pictures/0001.png,{cell or ''}\n" for cell in cells)
+            rows = "".join(f"pictures/0001.png,{'' if cell is None else cell}\n" for cell in cells)
             file = folder / "a.csv"
             file.write_text(f"path,label\n{rows}")
         else:
