@@ -145,16 +145,17 @@ def tar_samples(
     try:
         for member in itertools.chain(itertools.islice(_members(tar), limit), [None]):
             key, ending = _key(member, sample) if member else ("", "")
+            if member and not ending:
+                notes.leave_out(_NO_ENDING, member.name)
+                continue
             if sample and key != sample.key:
                 _note(notes, sample, met)
                 if sample.name:
                     yield sample
                     number += 1
                 sample, met = None, []
-            if member is None or not ending:
-                if member:
-                    notes.leave_out(_NO_ENDING, member.name)
-                continue
+            if member is None:
+                break
             sample = sample or TarSample(key, member.offset)
             if ending == "cls":
                 text = links.content(tar, member).strip()

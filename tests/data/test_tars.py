@@ -151,6 +151,7 @@ def test_a_sample_is_what_its_names_say(tmp_path, stem):
         kept = ["jpg", *rng.sample(list(files)[1:], rng.randrange(len(files)))]
         rng.shuffle(kept)
         members += [(f"{name}.{ending}", files[ending]) for ending in kept]
+        members.insert(len(members) - rng.randrange(2), (rng.choice([".hidden.jpg", "d/README"]), b""))  # of no sample
         expected.append((f"{name}.jpg", i, i % 7 if "cls" in kept else -1))
     assert every_way(write_members(tmp_path / "x.tar", members)) == expected
 
