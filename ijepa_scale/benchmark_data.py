@@ -41,9 +41,22 @@ class Pipeline:
     rates: list[float] = field(default_factory=list)
 
 
-def benchmark_data(source: str, *, size: int, rounds: int, workers: int, split: str, say: Say) -> dict[str, Any]:
-    """Time `rounds` rounds over a sample of a source; the results, ready for JSON. ValueError for a wrong source."""
-    images = open_images(source, split=split)
+def benchmark_data(
+    source: str,
+    *,
+    size: int,
+    rounds: int,
+    workers: int,
+    split: str,
+    say: Say,
+    column: str = "",
+    config: str = "",
+) -> dict[str, Any]:
+    """Time `rounds` rounds over a sample of a source; the results, ready for JSON. ValueError for a wrong source.
+
+    column, config: as of `open_images`.
+    """
+    images = open_images(source, split=split, column=column, config=config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

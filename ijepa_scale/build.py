@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -208,18 +209,24 @@ def _scenes(config: PretrainConfig) -> str:
     )
 
 
+def reading(config: PretrainConfig) -> dict[str, Any]:
+    """How sources are read, whichever and whatever for: arguments of what opens them."""
+    data = config.data
+    return {"cache_dir": data.cache_dir or None, "column": data.column, "config": data.config}
+
+
 def build_images(config: PretrainConfig) -> ImageSet | Mixture | Streams:
     """The images to train on. Raises ValueError for a source that cannot be trained on, before anything else starts."""
     data = config.data
     sources = _prepared_sources(config)
     weights = whole_weights([weight for _, weight in sources])
-    cache_dir, min_side = data.cache_dir or None, config.model.patch_size
+    min_side = config.model.patch_size
     images: ImageSet | Mixture | Streams
     parts: list[ImageSet] = []
     if data.streaming:
         images = _build_streams(config, [path for path, _ in sources], weights)
     else:
-        parts = [open_images(path, split=data.split, cache_dir=cache_dir, min_side=min_side) for path, _ in sources]
+        parts = [open_images(path, split=data.split, min_side=min_side, **reading(config)) for path, _ in sources]
         images = parts[0] if len(parts) == 1 else Mixture(tuple(parts), weights)
     if len(images) < config.optimization.global_batch_size and (parts or len(images)):  # of a stream it may be unknown
         raise ValueError(
@@ -235,8 +242,7 @@ def _build_streams(config: PretrainConfig, paths: list[str], weights: tuple[int,
     """The streams of one rank alone, not dealt yet."""
     data = config.data
     opened = [
-        open_shards(path, split=data.split, cache_dir=data.cache_dir or None, patience=_start_patience(config))
-        for path in paths
+        open_shards(path, split=data.split, patience=_start_patience(config), **reading(config)) for path in paths
     ]
     return Streams(
         sources=tuple(opened),
@@ -275,10 +281,8 @@ def build_eval_images(config: PretrainConfig) -> EvalImages:
 
 def _eval_images(config: PretrainConfig, source: str) -> EvalImages:
     data = config.data
-    sampled = data.streaming and not is_mapped(source)
-    splits = (
-        list(shard_locations(source, data.cache_dir or None)) if sampled else splits_of(source, data.cache_dir or None)
-    )
+    sampled = data.streaming and not is_mapped(source, column=data.column)
+    splits = list((shard_locations if sampled else splits_of)(source, **reading(config)))
     named = [data.eval_split] if data.eval_split else [s for s in ("validation", "val", "valid", "test") if s in splits]
     if sampled:
         report, logging = config.report, config.logging
@@ -287,8 +291,8 @@ def _eval_images(config: PretrainConfig, source: str) -> EvalImages:
         train = _sampled_images(config, source, data.split, fit if named else fit + score)
         test = _sampled_images(config, source, named[0], max(1, score)) if named else train
     else:
-        train = open_images(source, split=data.split, cache_dir=data.cache_dir or None)
-        test = open_images(source, split=named[0], cache_dir=data.cache_dir or None) if named else train
+        train = open_images(source, split=data.split, **reading(config))
+        test = open_images(source, split=named[0], **reading(config)) if named else train
         if data.streaming:
             check_images(train, min_side=config.model.patch_size)
         if config.report.train_images and test is not train:
@@ -299,8 +303,9 @@ def _eval_images(config: PretrainConfig, source: str) -> EvalImages:
 def _sampled_images(config: PretrainConfig, source: str, split: str, count: int) -> ImageSet:
     """Some images of a source that is streamed, kept in the run's folder."""
     patience = _start_patience(config)
-    shards = open_shards(source, split=split, cache_dir=config.data.cache_dir or None, patience=patience)
-    name = hashlib.blake2b(repr((source, split, count)).encode(), digest_size=6).hexdigest()
+    shards = open_shards(source, split=split, patience=patience, **reading(config))
+    chosen = [text for text in (config.data.column, config.data.config) if text]
+    name = hashlib.blake2b(repr((source, split, count, *chosen)).encode(), digest_size=6).hexdigest()
     file = Path(config.run_dir) / "samples" / f"{shards.name.rpartition(':')[2]}-{name}.arrow"
     images = open_file(str(sample_images(shards, file, count=count, patience=patience)), name=shards.name)
     check_images(images, min_side=config.model.patch_size)

@@ -22,6 +22,8 @@ class DataConfig:
     # streaming, URLs with braces; or several, mixed by weight: [{path: /data/a, weight: 3}, {path: /data/b, weight: 1}]
     source: Any = ""
     split: str = "train"
+    column: str = ""  # of the images, where several hold some; in tars their ending, as seg.png; "": the likeliest
+    config: str = ""  # of a data set that has several configurations, as its card lists them
     eval_split: str = ""  # labelled images of the report; "": validation, val or test where there is one, else `split`
     image_size: int = 224  # pixels, side of the square crop
     crop_scale: tuple[float, float] = (0.3, 1.0)  # area of the random crop / area of the image
@@ -356,7 +358,8 @@ def to_yaml(config: PretrainConfig) -> str:
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys that alter training and differ between two to_dict() results: {key: (old, new)}."""
-    before, after = _flatten(old), _flatten(new)
+    usual = _flatten(to_dict(PretrainConfig()))  # of a key that an older version of the program did not have yet
+    before, after = usual | _flatten(old), _flatten(new)
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())

@@ -76,17 +76,20 @@ def embed(
     batch_size: int = 64,
     workers: int = 2,
     cache_dir: str = "",
+    column: str = "",
+    config: str = "",
 ) -> None:
     """Average-pooled target-encoder features of every readable image of a source, to the folder `out`.
 
     embeddings.npy: (images, width) float32. images.csv: for each row the image's index in the source, its path or name,
     and its label where there is one. embeddings.json: what made them, and the images that could not be read.
+    column, config: as of `open_images`.
     """
     from rich.progress import track
 
-    encoder, config, found = load_run(run)
-    images = open_images(source, split=split, cache_dir=cache_dir or None)
-    size = config.data.image_size
+    encoder, trained, found = load_run(run)
+    images = open_images(source, split=split, cache_dir=cache_dir or None, column=column, config=config)
+    size = trained.data.image_size
     print(f"{images.name}: {len(images):,} images -> {encoder.size.width} numbers each, by {found.path}", flush=True)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +122,8 @@ def embed(
         "source": str(Path(source).absolute()) if Path(source).exists() else source,
         "split": images.split,
         "cache_dir": cache_dir,
+        "column": column,
+        "config": config,
         "image_size": size,
         "unreadable": unreadable,
     }
@@ -149,7 +154,13 @@ def neighbours(folder: str, queries: list[str], out: str, *, count: int = 8) -> 
     features = np.load(Path(folder) / EMBEDDINGS).astype(np.float32)
     with open(Path(folder) / IMAGES, encoding="utf-8", newline="") as file:
         table = list(csv.DictReader(file))
-    images = open_images(facts["source"], split=facts["split"], cache_dir=facts["cache_dir"] or None)
+    images = open_images(
+        facts["source"],
+        split=facts["split"],
+        cache_dir=facts["cache_dir"] or None,
+        column=facts.get("column", ""),  # not in older ones
+        config=facts.get("config", ""),
+    )
     mean = features.mean(axis=0)
     unit = _unit(features - mean)
     shown = []

@@ -145,12 +145,12 @@ def _count(config: PretrainConfig, path: str) -> int | None:
     data = config.data
     if path == "scenes":
         return data.num_images or build.DEFAULT_SCENES
-    kind, _ = inspect_source(path)
+    kind, _ = inspect_source(path, data.column)
     if kind == "hub" or (kind == "list" and data.streaming and is_remote(path)):
         return None
     if not data.streaming:
-        return count_images(path, split=data.split, cache_dir=data.cache_dir or None)
-    return open_shards(path, split=data.split, cache_dir=data.cache_dir or None, patience=Patience(0)).num_images
+        return count_images(path, split=data.split, **build.reading(config))
+    return open_shards(path, split=data.split, **build.reading(config), patience=Patience(0)).num_images
 
 
 def _steps_line(config: PretrainConfig, images: int, flops_an_image: float) -> str:

@@ -83,6 +83,8 @@ def prepare(
     *,
     workers: int,
     cache_dir: str = "",
+    column: str = "",
+    config: str = "",
     max_bad_fraction: float = 0.01,
     shard_images: int = SHARD_IMAGES,
 ) -> Notes:
@@ -90,18 +92,21 @@ def prepare(
 
     Images keep their order, labels and names; those whose shorter side is at most options.shorter_side keep their
     bytes. Unreadable ones are left out: ValueError once they are more than max_bad_fraction of the source, or where OUT
-    holds anything but an unfinished run with the same source and options.
+    holds anything but an unfinished run with the same source and options. column, config: as of `open_images`.
     """
     if workers < 1:
         raise ValueError(f"--workers must be 1 or more, got {workers}")
     folder = Path(out).expanduser().absolute()
     if folder.is_relative_to(Path(source).expanduser().absolute()):
         raise ValueError(f"{folder} lies in the source, which would change by it; give a folder elsewhere")
-    images = {split: open_images(source, split=split, cache_dir=cache_dir or None) for split in splits_of(source)}
+    opened: dict[str, Any] = {"cache_dir": cache_dir or None, "column": column, "config": config}
+    images = {split: open_images(source, split=split, **opened) for split in splits_of(source, **opened)}
     facts = {
         "source": str(Path(source).expanduser().absolute()) if Path(source).expanduser().exists() else source,
         "images": {split: len(part) for split, part in images.items()},
-        "files": _digest(source),
+        "files": _digest(source, column),
+        "column": column,
+        "config": config,
         **options.__dict__,
         "shard_images": shard_images,
     }
@@ -110,10 +115,10 @@ def prepare(
     return _write_missing(shards, images, options, workers=workers, max_bad_fraction=max_bad_fraction)
 
 
-def _digest(source: str) -> str:
+def _digest(source: str, column: str) -> str:
     """Changes with the files of a local source."""
     path = Path(source).expanduser()
-    kind, files = inspect_source(source)
+    kind, files = inspect_source(source, column)
     if kind == "hub":
         return ""
     root = path.parent if path.is_file() else path
@@ -135,7 +140,7 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
         _replace(file, json.dumps(facts, indent=1).encode() + b"\n")
         return
     try:
-        before = dict(json.loads(file.read_bytes()))
+        before = {"column": "", "config": "", **json.loads(file.read_bytes())}  # older ones lack these
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}; give another folder, or delete this one") from error
     changed = [key for key in facts if before.get(key) != facts[key]]

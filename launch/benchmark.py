@@ -35,6 +35,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=10, help="rounds timed, after warm-up (default 10)")
     parser.add_argument("--size", type=int, default=224, help="of --data: pixels a side of a crop (default 224)")
     parser.add_argument("--split", default="train", help="of --data (default train)")
+    parser.add_argument("--column", default="", help="of --data: as data.column")
+    parser.add_argument("--data-config", default="", metavar="NAME", help="of --data: as data.config")
     parser.add_argument(
         "--workers", type=int, metavar="N", help="of --data: loader processes (default: cores, up to 8)"
     )
@@ -119,7 +121,14 @@ def time_data(options: argparse.Namespace) -> dict[str, Any]:
         raise ValueError(f"--workers must be 0 or more, got {options.workers}")
     workers = min(8, os.cpu_count() or 1) if options.workers is None else options.workers
     return benchmark_data(
-        options.data, size=options.size, rounds=options.steps, workers=workers, split=options.split, say=_say
+        options.data,
+        size=options.size,
+        rounds=options.steps,
+        workers=workers,
+        split=options.split,
+        say=_say,
+        column=options.column,
+        config=options.data_config,
     )
 
 

@@ -22,6 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
     parser.add_argument("--cache-dir", default="", help="as data.cache_dir")
+    parser.add_argument("--column", default="", help="as data.column: of the images, where several hold some")
+    parser.add_argument("--config", default="", help="as data.config: of a data set that has several configurations")
     options = parser.parse_args(arguments)
     from ijepa_scale.embed import embed
 
@@ -34,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
             batch_size=options.batch_size,
             workers=options.workers,
             cache_dir=options.cache_dir,
+            column=options.column,
+            config=options.config,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--quality", type=int, default=90, help="1 to 100 (default 90)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--cache-dir", default="", help="as data.cache_dir")
+    parser.add_argument("--column", default="", help="as data.column: of the images, where several hold some")
+    parser.add_argument("--config", default="", help="as data.config: of a data set that has several configurations")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     from ijepa_scale.prepare import Options, prepare
@@ -38,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
             Options(shorter_side=options.shorter_side, format=options.format, quality=options.quality),
             workers=options.workers,
             cache_dir=options.cache_dir,
+            column=options.column,
+            config=options.config,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import runpy
+import sys
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from ijepa_scale import benchmark_data
 from ijepa_scale.benchmark_data import Pipeline
 from ijepa_scale.data.images import open_images
 from tests import processes
-from tests.data.sources import write_images
+from tests.data.sources import write_images, write_parquet
 from tests.processes import run_ranks
 
 
@@ -70,6 +73,23 @@ def test_the_verb_times_and_writes_everything(tmp_path):
 def test_wrong_input(tmp_path, arguments, words):
     (end,) = run_ranks(processes.benchmark, 1, tmp_path, *arguments)
     assert end.code == 2 and words in end.output
+
+
+def test_the_verbs_take_a_column_and_a_configuration(tmp_path, capsys, monkeypatch):
+    """In this process, which they leave as it is: what they do with them is asked elsewhere."""
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    for variable in ("PYTORCH_ALLOC_CONF", "KINETO_LOG_LEVEL"):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))
+    path = str(write_parquet(tmp_path / "x.parquet", range(3)))
+    for verb, arguments in (("benchmark", ["--data", path]), ("prepare", [path, "out", "--shorter-side", "8"])):
+        main = runpy.run_path(str(processes.ROOT / f"launch/{verb}.py"))["main"]
+        for chosen, words in (
+            (["--column", "mask"], "no column 'mask' (data.column); its columns are: image"),
+            (["--data-config" if verb == "benchmark" else "--config", "a"], "data.config is 'a', and"),
+        ):
+            assert main([*arguments, *chosen]) == 2
+            assert words in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")

@@ -3,6 +3,7 @@ import io
 import tarfile
 from types import SimpleNamespace
 
+import pyarrow as pa
 import pytest
 import torch
 
@@ -28,7 +29,8 @@ from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.models.attention import packed_attention_reference
 from ijepa_scale.models.attention_backends import BACKENDS, Choice
 from ijepa_scale.models.vit import VIT_SIZES, ViTSize
-from tests.data.sources import write_images, write_tar
+from ijepa_scale.plan import dry_run
+from tests.data.sources import IMAGE, encoded, number_of, write_images, write_parquet, write_tar
 
 
 def config_of(**sections):
@@ -326,3 +328,34 @@ def test_shards_whose_images_cannot_be_read_are_found_before_training(tmp_path):
             tar.addfile(info, io.BytesIO(b"wrong"))
     with pytest.raises(ValueError, match=r"x\.tar:train: 8 of 8 images sampled cannot be used"):
         build.build_eval_images(source_config(str(tmp_path / "x.tar"), tmp_path, streaming=True))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_column_and_configuration_reach_whatever_reads_the_source(tmp_path, streaming):
+    """Training, what is evaluated and the dry run; a sample of another column is no sample of this one."""
+    for name, first in (("a/train", 0), ("a/val", 20), ("b/x", 40)):
+        masks = [{"bytes": encoded(100 + i), "path": None} for i in range(first, first + 5)]
+        write_parquet(tmp_path / f"s/{name}.parquet", range(first, first + 5), mask=pa.array(masks, IMAGE))
+    splits = "[{split: train, path: a/train*}, {split: val, path: a/val*}]"
+    card = f"configs:\n- config_name: a\n  data_files: {splits}\n- {{config_name: b, data_files: b/*}}\n"
+    (tmp_path / "s/README.md").write_text(f"---\n{card}---\n")
+
+    def numbers(images):
+        if isinstance(images, Streams):
+            return sorted(number_of(image) for _, _, image in images.take(0, 5)[0])
+        return [number_of(images.read(i)) for i in range(len(images))]
+
+    for column, more in (("", 0), ("mask", 100), ("image", 0)):
+        config = source_config(str(tmp_path / "s"), tmp_path, column=column, config="a", streaming=streaming)
+        evaluation = build.build_eval_images(config)
+        assert numbers(build.build_images(config)) == list(range(more, more + 5)) == numbers(evaluation.train)
+        assert numbers(evaluation.test) == list(range(more + 20, more + 25))
+    wrong = {"no column 'masks'": {"column": "masks", "config": "a"}, "several configurations: a, b": {}}
+    for words, chosen in (*wrong.items(), ("no configuration 'c', but a, b", {"config": "c"})):
+        config = source_config(str(tmp_path / "s"), tmp_path, streaming=streaming, **chosen)
+        for refuses in (build.build_images, build.build_eval_images, dry_run):
+            with pytest.raises(ValueError, match=words):
+                refuses(config)
+    config = source_config(str(tmp_path / "s"), tmp_path, config="b", streaming=streaming)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=64))
+    assert "images         5 in" in dry_run(config)

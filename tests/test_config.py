@@ -257,9 +257,11 @@ def test_changed_keys():
     assert set(changed) == {key for key in CHANGED if key not in free} | {"engine.deepspeed.a.b"}
     assert changed["optimization.lr"] == (1e-3, 3e-4)
     assert changed["data.crop_scale"] == ([0.3, 1.0], [0.2, 0.9])
-    # A key that one of the two versions of the program did not have yet.
-    del old["loss"]["kind"]
-    assert changed_keys(old, to_dict(PretrainConfig())) == {"loss.kind": (None, "smooth_l1")}
+    # A key that the version of the program that wrote the checkpoint did not have yet means its default.
+    del old["loss"]["kind"], old["data"]["column"]
+    assert changed_keys(old, to_dict(PretrainConfig())) == {}
+    changed = changed_keys(old, to_dict(with_values({"loss.kind": "l2", "data.column": "photo"})))
+    assert changed == {"loss.kind": ("smooth_l1", "l2"), "data.column": ("", "photo")}
 
 
 def different(value):

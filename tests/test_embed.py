@@ -3,12 +3,14 @@ import json
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from ijepa_scale.embed import embed, load_run, neighbours
+from tests.data.sources import IMAGE, encoded, write_parquet
 from tests.end_to_end.runs import Runs
 
 
@@ -100,6 +102,24 @@ def test_without_a_query_some_of_the_images_are_shown(embedded, capsys, tmp_path
     neighbours(str(embedded / "out"), [], str(tmp_path / "picture.png"), count=3)
     out = capsys.readouterr().out
     assert out.count(":\n") == 6 and out.count("  0.") + out.count("  1.") + out.count("  -") == 18
+
+
+def test_another_column_of_a_configuration_is_embedded_and_shown(run, tmp_path, capsys):
+    """And by the neighbours too, also of embeddings that say nothing of either."""
+    masks = [{"bytes": encoded(40 * i), "path": f"mask-{i}.png"} for i in range(3)]
+    source = tmp_path / "set"
+    write_parquet(source / "a/train.parquet", range(3), mask=pa.array(masks, IMAGE))
+    (source / "README.md").write_text("---\nconfigs:\n- {config_name: a, data_files: a/*}\n- {config_name: b}\n---\n")
+    options = {"workers": 0, "cache_dir": str(tmp_path / "cache")}
+    embed(str(run), str(source), str(tmp_path / "out"), column="mask", config="a", **options)
+    assert [row["image"] for row in rows_of(tmp_path / "out")] == ["mask-0.png", "mask-1.png", "mask-2.png"]
+    neighbours(str(tmp_path / "out"), [], str(tmp_path / "picture.png"), count=2)
+    embed(str(run), str(source / "a"), str(tmp_path / "old"), **options)
+    facts = json.loads((tmp_path / "old/embeddings.json").read_text())
+    del facts["column"], facts["config"]
+    (tmp_path / "old/embeddings.json").write_text(json.dumps(facts))
+    neighbours(str(tmp_path / "old"), [], str(tmp_path / "picture.png"), count=2)
+    assert "mask-1.png" in capsys.readouterr().out
 
 
 def test_what_a_user_gets_wrong_is_named(run, embedded, tmp_path):

@@ -9,6 +9,7 @@ import time
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -16,7 +17,7 @@ from ijepa_scale.build import build_images
 from ijepa_scale.config import load_config
 from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.prepare import FACTS, FORMATS, Options, prepare, resized
-from tests.data.sources import write_parquet
+from tests.data.sources import IMAGE, encoded, number_of, write_parquet
 from tests.data.test_transforms import photo
 from tests.processes import ROOT, run_ranks, start_ranks
 
@@ -266,6 +267,24 @@ def verb(*arguments):
 
     sys.argv = ["prepare.py", *arguments]
     runpy.run_path(str(ROOT / "launch" / "prepare.py"), run_name="__main__")
+
+
+def test_another_column_is_prepared_and_going_on_with_it_takes_it_again(tmp_path):
+    """Also what an older version began, whose facts say nothing of columns."""
+    masks = [{"bytes": encoded(100 + i), "path": f"{i}.png"} for i in range(3)]
+    source = str(write_parquet(tmp_path / "x.parquet", range(3), mask=pa.array(masks, IMAGE)))
+    for column, more in (("mask", 100), ("", 0)):
+        out = tmp_path / f"out{column}"
+        for _ in range(2):
+            assert prepare(source, str(out), SMALL, workers=1, column=column).images == 3
+        (images,) = opened(out).values()
+        assert [number_of(images.read(i)) for i in range(3)] == [more, more + 1, more + 2]
+        with pytest.raises(ValueError, match="column changed from"):
+            prepare(source, str(out), SMALL, workers=1, column="image")
+    facts = json.loads((out / FACTS).read_text())
+    del facts["column"], facts["config"]
+    (out / FACTS).write_text(json.dumps(facts))
+    assert prepare(source, str(out), SMALL, workers=1).images == 3
 
 
 def test_the_verb(tmp_path):

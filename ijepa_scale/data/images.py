@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ijepa_scale.data.columns import preferred, say_chosen, standing
 from ijepa_scale.data.folders import printable
 from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.sources import cache_need, find_split, inspect_source, map_splits, source_builder
+from ijepa_scale.data.sources import cache_need, check_choice, find_split, inspect_source, map_splits, source_builder
 from ijepa_scale.data.tars import read_member
 from ijepa_scale.data.transforms import UprightJpeg, open_croppable, open_encoded, to_rgb
 
@@ -103,7 +104,7 @@ class ImageSet:
     def sample_id(self, index: int) -> str:
         """The path of the image where it is known, else e.g. "train[17]"."""
         value = self._value(index)
-        path = os.fsdecode(value["path"] or "") if isinstance(value, dict) else ""
+        path = os.fsdecode(value.get("path") or "") if isinstance(value, dict) else ""
         return printable(path) if path else f"{self.split}[{index}]"
 
     def label_columns(self) -> dict[str, LabelColumn]:
@@ -142,7 +143,7 @@ def _file_of(value: Any) -> bytes | str:
         return value
     if "tar" in value:
         return read_member(value["tar"], value["offset"], value["size"])
-    return os.fsdecode(value["path"] or "") if value["bytes"] is None else value["bytes"]
+    return os.fsdecode(value.get("path") or "") if value["bytes"] is None else value["bytes"]
 
 
 def _stored_size(file: bytes | str) -> tuple[int, int]:
@@ -174,19 +175,30 @@ def reason_of(error: Exception) -> str:
     return error.reason if isinstance(error, BadImageError) else f"{type(error).__name__}: {error}"
 
 
-def open_images(source: str, *, split: str = "train", cache_dir: str | None = None, min_side: int = 1) -> ImageSet:
+def open_images(
+    source: str,
+    *,
+    split: str = "train",
+    cache_dir: str | None = None,
+    min_side: int = 1,
+    column: str = "",
+    config: str = "",
+) -> ImageSet:
     """The images of one split of a source (sources.py says of which kinds). Labels are not needed.
 
     Parquet and Hub data are first copied to cache_dir (None or "": that of `datasets`), to be memory-mapped from there;
     let one process a node open them before the others do. min_side: pixels; images with a shorter side are bad.
+    column: of the images, or their ending in tars; "": the likeliest. config: of the data set, where it has several.
     """
-    splits = map_splits(source, cache_dir)
+    splits = map_splits(source, cache_dir, column=column, config=config)
     found = find_split(list(splits), split, source)
     dataset = splits[found]()
     if len(dataset) == 0:
         raise ValueError(f"split {found!r} of {source!r} has no rows; it must hold at least one image")
     name = f"{os.path.basename(os.path.abspath(source))}:{found}"
-    return ImageSet(dataset, image_column(dataset, source), name=name, split=found, min_side=min_side)
+    if inspect_source(source, column)[0] in ("tar", "table"):
+        column = ""  # the rows are those of the column by now
+    return ImageSet(dataset, image_column(dataset, source, column), name=name, split=found, min_side=min_side)
 
 
 def open_file(path: str, *, name: str) -> ImageSet:
@@ -197,20 +209,26 @@ def open_file(path: str, *, name: str) -> ImageSet:
     return ImageSet(dataset, image_column(dataset, path), name=name, split=name.rpartition(":")[2])
 
 
-def count_images(source: str, *, split: str = "train", cache_dir: str | None = None) -> int:
+def count_images(
+    source: str, *, split: str = "train", cache_dir: str | None = None, column: str = "", config: str = ""
+) -> int:
     """How many images a split of a folder has. Copies nothing: of Parquet files the footers tell."""
     import pyarrow.parquet
 
-    if inspect_source(source)[0] != "parquet":
-        return len(open_images(source, split=split, cache_dir=cache_dir))
-    files = source_builder(source, cache_dir).config.data_files
+    kind = inspect_source(source, column)[0]
+    if kind != "parquet":
+        return len(open_images(source, split=split, cache_dir=cache_dir, column=column, config=config))
+    check_choice(kind, source, column=column, config=config)
+    files = source_builder(source, cache_dir, config=config).config.data_files
     found = find_split(list(files), split, source)
+    if column:
+        image_column(first_dataset(str(files[found][0])), source, column)
     return sum(pyarrow.parquet.read_metadata(str(file)).num_rows for file in files[found])
 
 
-def splits_of(source: str, cache_dir: str | None = None) -> list[str]:
+def splits_of(source: str, cache_dir: str | None = None, *, column: str = "", config: str = "") -> list[str]:
     """Names of the splits of a source, as `open_images` takes them. Copies and decodes nothing."""
-    return list(map_splits(source, cache_dir))
+    return list(map_splits(source, cache_dir, column=column, config=config))
 
 
 def bytes_needed(source: str, cache_dir: str | None = None) -> tuple[int, int]:
@@ -247,29 +265,55 @@ def is_label(name: str, feature: Any) -> bool:
     """Whether a column holds class labels, or numbers that may be."""
     import datasets
 
-    named = name in ("label", "labels", "class") and "int" in getattr(feature, "dtype", "")
+    named = name.lower() in ("label", "labels", "class") and "int" in getattr(feature, "dtype", "")
     return isinstance(feature, datasets.ClassLabel) or named
 
 
-def image_column(dataset: datasets.Dataset, source: str) -> str:
-    """The column of images, by its type: `Image`, else bytes. Of several, "image" or the first."""
+def image_column(dataset: datasets.Dataset, source: str, column: str = "") -> str:
+    """The column of images, by its type: `Image`, else bytes. Of several the one that is likeliest by its name.
+
+    column: that the user gave. ValueError where it is not there or cannot hold images.
+    """
     import datasets
 
-    columns = [name for name, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
-    columns = columns or [name for name, feature in dataset.features.items() if _holds_images(dataset, name, feature)]
+    features = dataset.features
+    types = ", ".join(f"{name} ({feature})" for name, feature in features.items())
+    if column:
+        feature = features.get(column)
+        if feature is None:
+            raise ValueError(f"{source!r} has no column {column!r} (data.column); its columns are: {types}")
+        if not isinstance(feature, datasets.Image) and not _stores_bytes(feature):
+            raise ValueError(f"the column {column!r} of {source!r} holds no images; its columns are: {types}")
+        return column
+    columns = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    if not columns or standing(preferred(columns)) > standing("x"):  # all are masks by their names
+        columns += [name for name in features if name not in columns and _holds_images(dataset, name)]
     if not columns:
-        types = ", ".join(f"{name} ({feature})" for name, feature in dataset.features.items())
         raise ValueError(f"{source!r} has no column of images; its columns are: {types}")
-    chosen = "image" if "image" in columns else columns[0]
+    chosen = preferred(columns)
     if len(columns) > 1:
-        _log.warning("%s has several columns of images (%s); reading %r", source, ", ".join(columns), chosen)
+        say_chosen(source, columns, chosen)
     return chosen
 
 
-def _holds_images(dataset: datasets.Dataset, column: str, feature: Any) -> bool:
-    if isinstance(feature, dict):  # how `Image` is stored: what is in it may be bad here and there
-        return {"bytes", "path"} <= feature.keys()
-    if getattr(feature, "dtype", None) not in ("binary", "large_binary"):
+def first_dataset(parquet: str) -> datasets.Dataset:
+    """The columns of a Parquet file, and none of its rows."""
+    import datasets
+    import pyarrow.parquet
+
+    return datasets.Dataset(pyarrow.parquet.read_schema(parquet).empty_table(), fingerprint="columns")
+
+
+def _stores_bytes(feature: Any) -> bool:
+    stored = feature.get("bytes") if isinstance(feature, dict) else feature
+    return getattr(stored, "dtype", None) in ("binary", "large_binary")
+
+
+def _holds_images(dataset: datasets.Dataset, column: str) -> bool:
+    feature = dataset.features[column]
+    if isinstance(feature, dict) and {"bytes", "path"} <= feature.keys():
+        return True  # how `Image` is stored: what is in it may be bad here and there
+    if not _stores_bytes(feature):
         return False
     images = ImageSet(dataset, column, name="", split="")
     for index in range(0, len(images), -(-len(images) // 16)):

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ijepa_scale.data.remote import Patience, StreamError, is_remote, open_location
-from ijepa_scale.data.tars import is_image_field, open_tar, tar_members
+from ijepa_scale.data.tars import open_tar, tar_samples
 from ijepa_scale.data.transforms import image_extensions
 
 SHARD_KINDS = {  # ending of a location -> kind; anything else that Pillow knows is a shard of one image
@@ -53,7 +53,8 @@ def read_shard(
 ) -> Iterator[tuple[Mark, Encoded | None]]:
     """Every row from start on: the mark after it, and its image if the row is in the share, else None.
 
-    column: of images, in Parquet and Arrow files. share: (r, n) takes the rows whose number modulo n is r.
+    column: of images, in Parquet and Arrow files; the ending of images, in tars, or "" for the likeliest.
+    share: (r, n) takes the rows whose number modulo n is r.
     Raises StreamError where the shard cannot be opened or the network fails for good, and DAMAGED for bad content.
     """
     kind = shard_kind(location)
@@ -63,7 +64,7 @@ def read_shard(
         return
     with open_shard(location, patience) as file:
         if kind == "tar":
-            yield from _tar_rows(file, location, start, share)
+            yield from _tar_rows(file, location, column, start, share)
             return
         for first, batch in _batches(file, location, start[0], [column]):
             values = batch.column(0)
@@ -82,7 +83,7 @@ def open_shard(location: str, patience: Patience) -> BinaryIO:
 
 def _encoded(row: int, value: Any) -> Encoded:
     if isinstance(value, dict):
-        return Encoded(row, value["bytes"], os.fsdecode(value["path"] or ""))
+        return Encoded(row, value["bytes"], os.fsdecode(value.get("path") or ""))
     return Encoded(row, value, "")
 
 
@@ -143,23 +144,17 @@ def first_rows(location: str, count: int, patience: Patience) -> pa.Table:
 
 
 def _tar_rows(
-    file: BinaryIO, location: str, start: Mark, share: tuple[int, int]
+    file: BinaryIO, location: str, column: str, start: Mark, share: tuple[int, int]
 ) -> Iterator[tuple[Mark, Encoded | None]]:
-    """The first image of each sample: others are masks, depth and the like. A mark is at the image read last."""
+    """The image of each sample. A mark is at the sample read last, which is then passed over."""
     row, offset = start
-    tar = open_tar(file, location, offset)
-    last = None
-    again = row > 0
-    for sample, ending, member in tar_members(tar):
-        if not is_image_field(ending) or sample == last:
-            continue
-        last = sample
-        if again:
-            again = False
-            continue
-        image = None
-        if row % share[1] == share[0]:
-            content = tar.extractfile(member)
-            image = Encoded(row, content.read() if content else b"", member.name)
-        row += 1
-        yield (row, member.offset), image
+    first = row - 1 if row else 0
+
+    def mine(number: int) -> bool:
+        return first + number >= row and (first + number) % share[1] == share[0]
+
+    samples = tar_samples(open_tar(file, location, offset), location, column=column, contents=mine)
+    for number, sample in enumerate(samples):
+        if first + number >= row:
+            image = Encoded(first + number, sample.content, sample.name) if mine(number) else None
+            yield (first + number + 1, sample.start), image

@@ -24,7 +24,7 @@ from ijepa_scale.data.folders import (
 from ijepa_scale.data.remote import hub_access_advice, is_remote
 from ijepa_scale.data.shards import shard_kind
 from ijepa_scale.data.tables import ListedImages, is_table, listed_images, tables_at
-from ijepa_scale.data.tars import tar_index
+from ijepa_scale.data.tars import tar_ending, tar_index
 
 if TYPE_CHECKING:
     import datasets
@@ -41,10 +41,11 @@ def find_split(splits: list[str], split: str, source: str) -> str:
     return names[0]
 
 
-def inspect_source(source: str) -> tuple[str, list[str]]:
+def inspect_source(source: str, column: str = "") -> tuple[str, list[str]]:
     """The kind of a source (saved, parquet, arrow, tar, images, table, list, hub), and its files.
 
     Files are relative to the source's folder; of a list (URLs, or a path with braces) they are as given.
+    column: of the images, where the user gave one, for a table that may list them.
     """
     if not source:  # Path takes it for the folder one is in
         raise ValueError("the source is empty, as a shell variable that is not set; give a folder, a file or a Hub id")
@@ -61,7 +62,7 @@ def inspect_source(source: str) -> tuple[str, list[str]]:
         if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
             return "saved", []
         kind, files = max(list_files(str(path)).items(), key=lambda item: len(item[1]))
-        if (kind == "images" or not files) and (tables := _tables_of(path, len(files))):
+        if (kind == "images" or not files) and (tables := _tables_of(path, len(files), column)):
             return "table", tables
         if not files:
             raise ValueError(
@@ -80,17 +81,17 @@ def inspect_source(source: str) -> tuple[str, list[str]]:
     return "hub", []
 
 
-def is_mapped(source: str) -> bool:
+def is_mapped(source: str, *, column: str = "") -> bool:
     """Whether images of a source are read by index where they are, without a copy or an index of them."""
-    kind, files = inspect_source(source)
+    kind, files = inspect_source(source, column)
     if kind == "table":
         path = Path(source).expanduser()
         tables = [path] if path.is_file() else [path / file for file in files]
-        return not any(is_remote(image) for table in tables for image in listed_images(str(table)).paths)
+        return not any(is_remote(image) for table in tables for image in listed_images(str(table), column).paths)
     return kind in ("saved", "arrow", "images")
 
 
-def _tables_of(folder: Path, num_files: int) -> list[str]:
+def _tables_of(folder: Path, num_files: int, column: str) -> list[str]:
     """The tables in a folder that list its images, one a split. num_files: the images that it could be read by, too."""
     tables = tables_at(str(folder))
     if not tables or any(len(files) > 1 for files in shard_splits(tables).values()):
@@ -102,7 +103,7 @@ def _tables_of(folder: Path, num_files: int) -> list[str]:
     listed: set[str] = set()
     for table in tables:
         try:
-            listed.update(listed_images(str(folder / table)).paths)
+            listed.update(listed_images(str(folder / table), column).paths)
         except ValueError as error:
             if not num_files:
                 raise
@@ -132,11 +133,27 @@ def expand_braces(text: str) -> list[str]:
     return [text[: match.start()] + part + rest for part in parts for rest in expand_braces(text[match.end() :])]
 
 
-def map_splits(source: str, cache_dir: str | None) -> dict[str, Callable[[], datasets.Dataset]]:
-    """The splits of a source, and how to load each."""
+def check_choice(kind: str, source: str, *, column: str, config: str) -> None:
+    """ValueError for a column or a configuration of what has none."""
+    if config and (kind not in ("parquet", "hub") or Path(source).expanduser().is_file()):
+        raise ValueError(
+            f"data.config is {config!r}, and {source!r} has no configurations: a data set of the Hub has them, or a "
+            "folder of Parquet files whose README.md lists some; leave it out"
+        )
+    if column and kind == "images":
+        raise ValueError(
+            f"data.column is {column!r}, and {source!r} is a folder of image files, which has no columns; leave it out"
+        )
+
+
+def map_splits(
+    source: str, cache_dir: str | None, *, column: str = "", config: str = ""
+) -> dict[str, Callable[[], datasets.Dataset]]:
+    """The splits of a source, and how to load each. column: of the images in a table, or their ending in tars."""
     import datasets
 
-    kind, files = inspect_source(source)
+    kind, files = inspect_source(source, column)
+    check_choice(kind, source, column=column, config=config)
     path = Path(source).expanduser().absolute()
     root = str(path.parent if path.is_file() else path)
     if kind == "saved":
@@ -149,10 +166,12 @@ def map_splits(source: str, cache_dir: str | None) -> dict[str, Callable[[], dat
     if kind == "arrow":
         return {split: functools.partial(_arrow_files, root, part) for split, part in shard_splits(files).items()}
     if kind == "tar":
-        cache = cache_folder(cache_dir)
-        return {split: functools.partial(_tar_files, root, part, cache) for split, part in shard_splits(files).items()}
+        index = functools.partial(_tar_files, root, cache=cache_folder(cache_dir), column=tar_ending(column))
+        return {split: functools.partial(index, part) for split, part in shard_splits(files).items()}
     if kind == "table":
-        tables = {split: listed_images(os.path.join(root, part[0])) for split, part in shard_splits(files).items()}
+        tables = {
+            split: listed_images(os.path.join(root, part[0]), column) for split, part in shard_splits(files).items()
+        }
         names = sorted({label for table in tables.values() for label in table.labels if isinstance(label, str)})
         return {split: functools.partial(_listed_files, table, names) for split, table in tables.items()}
     if kind == "images":
@@ -160,7 +179,7 @@ def map_splits(source: str, cache_dir: str | None) -> dict[str, Callable[[], dat
         return {split: functools.partial(_image_files, str(path), part) for split, part in parts.items()}
     if kind == "list":
         raise ValueError(f"{source!r} can be streamed only: {_HOW_TO_READ_IT}")
-    builder = source_builder(source, cache_dir)
+    builder = source_builder(source, cache_dir, config=config)
     splits = builder.config.data_files or builder.info.splits or {}
     return {str(name): functools.partial(_prepare, builder, str(name), source, cache_dir) for name in splits}
 
@@ -172,10 +191,10 @@ def _arrow_files(root: str, files: list[str]) -> datasets.Dataset:
         return datasets.concatenate_datasets([datasets.Dataset.from_file(os.path.join(root, file)) for file in files])
 
 
-def _tar_files(root: str, files: list[str], cache: Path) -> datasets.Dataset:
+def _tar_files(root: str, files: list[str], cache: Path, column: str) -> datasets.Dataset:
     import datasets
 
-    index = tar_index([os.path.join(root, file) for file in files], cache)
+    index = tar_index([os.path.join(root, file) for file in files], cache, column)
     return datasets.Dataset.from_file(str(index))
 
 
@@ -208,8 +227,8 @@ def _files(paths: list[str], labels: list[int] | list[int | None], names: list[s
     return datasets.Dataset(pa.table(columns), info=info, fingerprint="folder")  # else it hashes all of the paths
 
 
-def source_builder(source: str, cache_dir: str | None) -> Any:
-    """The `datasets` builder of Parquet or Hub data."""
+def source_builder(source: str, cache_dir: str | None, *, config: str = "") -> Any:
+    """The `datasets` builder of Parquet or Hub data. config: one of its configurations; "": the only or usual one."""
     import datasets
 
     path = Path(source).expanduser().absolute()
@@ -217,7 +236,20 @@ def source_builder(source: str, cache_dir: str | None) -> Any:
     with explained(f"cannot open {source!r}{missing}", hub_id="" if path.exists() else source):
         if path.is_file():
             return datasets.load_dataset_builder("parquet", data_files=str(path), cache_dir=cache_dir or None)
-        return datasets.load_dataset_builder(str(path) if path.is_dir() else source, cache_dir=cache_dir or None)
+        where = str(path) if path.is_dir() else source
+        try:
+            return datasets.load_dataset_builder(where, name=config or None, cache_dir=cache_dir or None)
+        except ValueError:
+            names: list[str] = []
+            with contextlib.suppress(Exception):  # then it is the first error that tells
+                names = datasets.get_dataset_config_names(where)
+            if config in names or len(names) < (1 if config else 2):
+                raise
+    wrong = f"no configuration {config!r}, but" if config else "several configurations:"
+    raise ValueError(
+        f"{source!r} has {wrong} {', '.join(names)}; choose one, for example data.config={names[0]} (--config of "
+        "launch/embed.py and launch/prepare.py)"
+    )
 
 
 def _prepare(builder: Any, split: str, source: str, cache_dir: str | None) -> datasets.Dataset:

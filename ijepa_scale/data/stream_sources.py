@@ -16,21 +16,25 @@ from ijepa_scale.data.folders import image_splits, printable, shard_splits
 from ijepa_scale.data.images import image_column, is_label, reason_of
 from ijepa_scale.data.remote import DeadLinkError, Patience, is_remote, read_listed
 from ijepa_scale.data.shards import DAMAGED, first_rows, open_shard, shard_kind
-from ijepa_scale.data.sources import explained, find_split, inspect_source, source_builder
+from ijepa_scale.data.sources import check_choice, explained, find_split, inspect_source, source_builder
 from ijepa_scale.data.streams import Shards
 from ijepa_scale.data.tables import listed_images
-from ijepa_scale.data.tars import open_tar, tar_samples
+from ijepa_scale.data.tars import TarNotes, first_notes, open_tar, tar_ending, tar_samples
 
 _log = logging.getLogger(__name__)
 
 _SAMPLED_SHARDS = 16
+_LOCAL_FILES, _REMOTE_FILES = 2000, 100  # of the first tar, whose headers are looked at
 _DAMAGE = "cannot be read (%s); get it anew, or take it out of the source"
 _SCHEMA = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
 
 
-def shard_locations(source: str, cache_dir: str | None = None) -> dict[str, list[str]]:
+def shard_locations(
+    source: str, cache_dir: str | None = None, *, column: str = "", config: str = ""
+) -> dict[str, list[str]]:
     """The splits of a source as lists of shards. Reads names only, of Hub data too, and copies nothing."""
-    kind, files = inspect_source(source)
+    kind, files = inspect_source(source, column)
+    check_choice(kind, source, column=column, config=config)
     path = Path(source).expanduser().absolute()
     root = str(path.parent if path.is_file() else path)
     if kind == "saved":
@@ -41,7 +45,10 @@ def shard_locations(source: str, cache_dir: str | None = None) -> dict[str, list
     if kind in ("arrow", "tar"):
         return {split: [os.path.join(root, file) for file in part] for split, part in shard_splits(files).items()}
     if kind == "table":
-        return {split: listed_images(os.path.join(root, part[0])).paths for split, part in shard_splits(files).items()}
+        return {
+            split: listed_images(os.path.join(root, part[0]), column).paths
+            for split, part in shard_splits(files).items()
+        }
     if kind == "images":
         return {
             split: [os.path.join(root, file) for file in part.files]
@@ -52,7 +59,7 @@ def shard_locations(source: str, cache_dir: str | None = None) -> dict[str, list
         if len(names) < len(files):
             return {"train": files}
         return {split: [names[name] for name in part] for split, part in shard_splits(list(names)).items()}
-    builder = source_builder(source, cache_dir)
+    builder = source_builder(source, cache_dir, config=config)
     return {str(split): [str(file) for file in part] for split, part in (builder.config.data_files or {}).items()}
 
 
@@ -66,15 +73,26 @@ def _saved_splits(path: Path) -> dict[str, Path]:
         return {str(datasets.load_from_disk(str(path)).split or "train"): path}
 
 
-def open_shards(source: str, *, split: str = "train", cache_dir: str | None = None, patience: Patience) -> Shards:
-    """The shards of one split, and what their first rows tell. ValueError for a source that cannot be streamed."""
-    splits = shard_locations(source, cache_dir)
+def open_shards(
+    source: str,
+    *,
+    split: str = "train",
+    cache_dir: str | None = None,
+    column: str = "",
+    config: str = "",
+    patience: Patience,
+) -> Shards:
+    """The shards of one split, and what their first rows tell. ValueError for a source that cannot be streamed.
+
+    column, config: as of `open_images`.
+    """
+    splits = shard_locations(source, cache_dir, column=column, config=config)
     found = find_split(list(splits), split, source)
     locations = splits[found]
     if not locations:
         raise ValueError(f"split {found!r} of {source!r} has no files; it must hold at least one image")
     foreign = [location for location in locations if shard_kind(location) is None]
-    kind = inspect_source(source)[0]
+    kind = inspect_source(source, column)[0]
     images = kind in ("images", "table")
     if foreign and not images:
         instead = "give such files" if kind == "list" else "set data.streaming=false to copy it to the cache instead"
@@ -83,13 +101,27 @@ def open_shards(source: str, *, split: str = "train", cache_dir: str | None = No
         )
     if kind == "list" and not is_remote(source):
         _check_there(locations, source)
-    column = ""
-    if not images and shard_kind(locations[0]) in ("parquet", "arrow"):
-        with _named_damage(locations[0]):
-            rows = first_rows(locations[0], 32, patience)
-        column = image_column(_dataset(rows), source)
+    column = "" if images else _column(source, locations[0], column, patience)
     name = f"{posixpath.basename(source.rstrip('/'))}:{found}"
-    return Shards(name, locations, column, _count(source, found, locations, images, cache_dir))
+    return Shards(name, locations, column, _count(source, found, locations, images, cache_dir, config))
+
+
+def _column(source: str, location: str, column: str, patience: Patience) -> str:
+    """The column of images, or their ending in tars, as the first shard has it; says what tars leave out."""
+    kind = shard_kind(location)
+    if kind in ("parquet", "arrow"):
+        with _named_damage(location):
+            rows = first_rows(location, 32, patience)
+        return image_column(_dataset(rows), source, column)
+    if kind != "tar":
+        check_choice("images", source, column=column, config="")
+        return ""
+    ending = tar_ending(column)
+    if ending or not is_remote(location):  # of remote ones the first that are read tell the rest
+        with open_shard(location, patience) as file:
+            notes = first_notes(file, location, ending, _REMOTE_FILES if is_remote(location) else _LOCAL_FILES)
+        notes.say(f"the first files of {location}", ending)
+    return ending
 
 
 def _check_there(files: list[str], source: str) -> None:
@@ -115,13 +147,13 @@ def _dataset(table: pa.Table) -> Any:
     return datasets.Dataset(table, fingerprint="rows")
 
 
-def _count(source: str, split: str, locations: Sequence[str], images: bool, cache_dir: str | None) -> int:
+def _count(source: str, split: str, locations: Sequence[str], images: bool, cache_dir: str | None, config: str) -> int:
     """Images in all, where that can be known without reading them; else 0."""
     if images:
         return len(locations)
     if is_remote(locations[0]):
         if locations[0].startswith("hf://"):
-            told = (source_builder(source, cache_dir).info.splits or {}).get(split)
+            told = (source_builder(source, cache_dir, config=config).info.splits or {}).get(split)
             return (told.num_examples or 0) if told else 0
         return 0
     kind = shard_kind(locations[0])
@@ -198,19 +230,23 @@ def _image_row(location: str, locations: Sequence[str], patience: Patience) -> p
 
 def _first_labelled(location: str, column: str, count: int, patience: Patience) -> pa.Table:
     """The first images of a shard, with what labels it has."""
-    if column:
+    if shard_kind(location) != "tar":
         features = _dataset(first_rows(location, 0, patience)).features
         keep = [column, *(name for name, feature in features.items() if is_label(name, feature) and name != column)]
         schema = type(features)({name: features[name] for name in keep}).arrow_schema
         return first_rows(location, count, patience).select(keep).cast(schema)
     rows: list[dict[str, Any]] = []
+    notes = TarNotes()
     with open_shard(location, patience) as file:
         try:
-            for member, content, label in tar_samples(open_tar(file, location)):
-                rows.append({"image": {"bytes": content, "path": printable(member.name)}, "label": label})
+            for sample in tar_samples(open_tar(file, location), location, column=column, notes=notes):
+                image = {"bytes": sample.content, "path": printable(sample.name)}
+                rows.append({"image": image, "label": sample.label})
                 if len(rows) == count:
                     break
         except DAMAGED:
             if not rows:
                 raise
+    if is_remote(location):  # of local ones `open_shards` did
+        notes.say(f"the first images of {location}", column)
     return pa.Table.from_pylist(rows, _SCHEMA)

@@ -1,8 +1,11 @@
+import csv
 import logging
+import random
 
 import datasets
 import pytest
 
+from ijepa_scale.data import tables
 from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.data.sources import is_mapped
 from ijepa_scale.data.tables import listed_images
@@ -26,7 +29,7 @@ def test_a_csv(folder):
     assert numbers(images) == [4, 1, 2]
     assert images.sample_id(0) == str(folder / "pictures/0004.png")
     column = images.label_columns()["label"]
-    assert column.names == ["", "cat", "dog"] and column.values.tolist() == [2, 1, 0]
+    assert column.names == ["cat", "dog"] and column.values.tolist() == [1, 0, -1]
 
 
 def test_a_tsv_and_json_lines(folder):
@@ -150,3 +153,116 @@ def test_nothing_is_copied(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     open_images(str(write_jsonl(folder / "a.jsonl", [{"path": "pictures/0001.png"}])))
     assert not (tmp_path / "cache").exists()
+
+
+CAPTIONS = ["plain", '"begins', 'ends"', '"both"', 'say "hi"', '"', '""', '"a" and "b"', "it's", "", "née", '5" x 7"']
+
+
+def written(rows, writer, rng):
+    """(ending, text) of a table as one of the usual writers leaves it."""
+    if writer == "joined":
+        return "tsv", "".join("\t".join(row) + "\n" for row in rows)
+    dialect, quoting = {
+        "csv": ("excel", csv.QUOTE_MINIMAL),
+        "csv, all quoted": ("excel", csv.QUOTE_ALL),
+        "tsv": ("excel-tab", csv.QUOTE_MINIMAL),
+        "tsv, all quoted": ("excel-tab", csv.QUOTE_ALL),
+    }[writer]
+    lines = []
+    end = rng.choice(["\n", "\r\n"])
+    out = csv.writer(type("File", (), {"write": lines.append}), dialect, quoting=quoting, lineterminator=end)
+    out.writerows(rows)
+    return dialect.replace("excel-tab", "tsv").replace("excel", "csv"), "".join(lines)
+
+
+@pytest.mark.parametrize("writer", ["joined", "csv", "csv, all quoted", "tsv", "tsv, all quoted"])
+def test_every_row_is_read_whoever_wrote_the_table(folder, writer, monkeypatch):
+    """Quotes that begin fields and quotes around them; quoted newlines, delimiters; more than pyarrow takes at once."""
+    monkeypatch.setattr(tables, "_BLOCK", 1 << 14, raising=False)
+    rng = random.Random(writer)
+    spread = [] if writer == "joined" else ["two\nlines", 'a,\n"b"\n\nc', "\n", "tab\there"]
+    for number in range(30):
+        count = rng.randrange(1, 40) if number else 25_000 if writer == "csv" else 2000
+        paths = [f"pictures/{rng.randrange(6):04}.png" for _ in range(count)]
+        labels = [rng.choice(["cat", 'a "big" dog', "x" * 30]) for _ in range(count)]
+        rows = [[path, rng.choice(CAPTIONS + spread), label] for path, label in zip(paths, labels, strict=True)]
+        order = rng.sample(range(3), 3)
+        rows = [[row[i] for i in order] for row in [["path", "caption", "label"], *rows]]
+        ending, text = written(rows, writer, rng)
+        file = folder / f"{number}.{ending}"
+        file.write_text(text + rng.choice(["", "\n", "\r\n\r\n"]), encoding="utf-8", newline="")
+        found = listed_images(str(file))
+        assert found.paths == [str(folder / path) for path in paths], text
+        assert found.labels == labels
+
+
+def test_rows_that_are_not_whole_are_named_and_lost_ones_told(folder, caplog):
+    rows = [f'pictures/{i % 6:04}.png,{i},"a, {i}"' for i in range(20)]
+    for name, text, line in (
+        ("a.csv", "\n".join([*rows[:7], "pictures/0001.png,1,x,y", *rows[7:]]), 9),
+        ("b.csv", "\n".join([*rows[:7], "pictures/0001.png,1", *rows[7:]]), 9),
+        ("c.csv", "\n".join(['pictures/0001.png,1,"two\nlines"', *rows[:7], "pictures/0001.png,1"]), 11),
+        ("d.tsv", "\n".join(["p\t1\t2", 'p\t"q\t2', "p\t1"]), 4),
+    ):
+        header = "path\tlabel\tcaption\n" if name.endswith("tsv") else "path,label,caption\n"
+        (folder / name).write_text(header + text)
+        with pytest.raises(ValueError, match=rf"{name} cannot be read as a table: line {line} has \d fields"):
+            listed_images(str(folder / name))
+    for row, words in (('{"path": 1', "is no JSON"), ("[1]", "is no object with the names")):
+        (folder / "g.jsonl").write_text(f'{{"path": "pictures/0001.png"}}\n\n{row}\n')
+        with pytest.raises(ValueError, match=rf"g\.jsonl cannot be read as a table: line 3 {words}"):
+            listed_images(str(folder / "g.jsonl"))
+    unclosed = [row if i != 7 else 'pictures/0001.png,1,"a' for i, row in enumerate(rows)]
+    (folder / "e.csv").write_text("path,label,caption\n" + "\n".join(unclosed))
+    with pytest.raises(ValueError, match=r"a quote by the end of line 10 has none that closes its field"):
+        listed_images(str(folder / "e.csv"))
+    (folder / "f.csv").write_text('path,caption\npictures/0001.png,"a, b"\npictures/0002.png,"c\n')
+    assert len(listed_images(str(folder / "f.csv")).paths) == 2
+    assert "f.csv: a quote by the end of line 3 has none" in caplog.text and "may have become one" in caplog.text
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+@pytest.mark.parametrize("nothing", ["", None, "NaN", "nan", "null", " ", float("nan")])
+def test_an_empty_cell_is_no_class(folder, ending, nothing):
+    """Of names and of numbers, also where the numbers are floats as pandas writes those of a column with gaps."""
+    for values, names in (["dog", "cat"], ["cat", "dog"]), (["2", "0"], None), (["2.0", "0.0"], None):
+        cells = [values[0], nothing, values[1], nothing]
+        if ending == "csv":
+            rows = "".join(f"pictures/0001.png,{'' if cell is None else cell}\n" for cell in cells)
+            file = folder / "a.csv"
+            file.write_text(f"path,label\n{rows}")
+        else:
+            cells = [cell if names or cell == nothing else float(cell) for cell in cells]
+            if not names and nothing is not None:
+                continue  # JSON tells numbers and text apart
+            file = write_jsonl(folder / "a.jsonl", [{"path": "pictures/0001.png", "label": cell} for cell in cells])
+        column = open_images(str(file)).label_columns()["label"]
+        assert column.names == (names or ["0", "1", "2"])
+        assert column.values.tolist() == ([1, -1, 0, -1] if names else [2, -1, 0, -1])
+
+
+def test_names_of_columns(folder, caplog):
+    """In capitals; the photograph rather than what is made of it; twice; by `column`."""
+    row = "pictures/0001.png,pictures/0002.png,3"
+
+    def paths(header, column=""):
+        (folder / "a.csv").write_text(f"{header}\n{row}\n{row}\n")
+        found = listed_images(str(folder / "a.csv"), column)
+        return [int(path[-8:-4]) for path in found.paths], found.labels
+
+    assert paths("Path,Other,Label") == ([1, 1], [3, 3])
+    assert paths("OTHER, Image_Path, CLASS") == ([2, 2], [3, 3])
+    for mask in ("mask", "segMap", "depth_path", "conditioning_image", "annotations"):
+        for photo in ("photo", "image", "Picture_Path", "left"):
+            caplog.clear()
+            assert paths(f"{mask},{photo},label") == ([2, 2], [3, 3])
+            assert f"several columns of images ({photo}, {mask}); reading '{photo}'; data.column" in caplog.text
+            caplog.clear()
+            assert paths(f"{photo},{mask},label", mask) == ([2, 2], [3, 3])
+            assert not caplog.records
+    assert paths("x,path,x")[0] == [2, 2]
+    for header, name in (("path,path,label", "path"), ("path,label,label", "label")):
+        with pytest.raises(ValueError, match=rf"a\.csv has several columns called '{name}'; give each a name"):
+            paths(header)
+    with pytest.raises(ValueError, match=r"a\.csv has no column 'photo'; its columns are: path, mask, label"):
+        paths("path,mask,label", "photo")
