@@ -15,7 +15,7 @@ from PIL import Image
 
 from ijepa_scale.data.folders import printable
 from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.sources import cache_need, find_split, inspect_source, map_splits, source_builder
+from ijepa_scale.data.sources import cache_need, explained, find_split, inspect_source, map_splits, source_builder
 from ijepa_scale.data.tars import read_member
 from ijepa_scale.data.transforms import UprightJpeg, open_croppable, open_encoded, to_rgb
 
@@ -205,7 +205,8 @@ def count_images(source: str, *, split: str = "train", cache_dir: str | None = N
         return len(open_images(source, split=split, cache_dir=cache_dir))
     files = source_builder(source, cache_dir).config.data_files
     found = find_split(list(files), split, source)
-    return sum(pyarrow.parquet.read_metadata(str(file)).num_rows for file in files[found])
+    with explained(f"cannot read {source!r}"):
+        return sum(pyarrow.parquet.read_metadata(str(file)).num_rows for file in files[found])
 
 
 def splits_of(source: str, cache_dir: str | None = None) -> list[str]:

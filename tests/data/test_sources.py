@@ -93,7 +93,9 @@ def test_folder_of_images_in_any_tree(tmp_path, cache):
         odd: 6,
     }
     write_files(tmp_path / "set", files)
-    write_files(tmp_path / "set", {".hidden.png": 9, ".git/x.png": 9, "__MACOSX/x.png": 9, "notes.txt": b"", "x": 9})
+    write_files(
+        tmp_path / "set", {".hidden.png": 9, ".git/x.png": 9, "__MACOSX/x.png": 9, "notes.txt": b"", "x": b"no"}
+    )
     images = open_images(str(tmp_path / "set"))
     assert splits_of(str(tmp_path / "set")) == ["train"]
     paths = sorted(["a.png", "b/2.jpg.png", "b/deep/er/3.PNG", "c d/é.webp", odd])
