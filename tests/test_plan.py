@@ -133,7 +133,7 @@ def test_dry_run_reads_the_source(tmp_path):
     assert f"130 in {tmp_path}:train; 20,000 in scenes:train\n" in plan(
         f"data.source=[{{path: {tmp_path}}}, {{path: scenes}}]"
     )
-    with pytest.raises(ValueError, match=r"3 images are fewer than optimization\.global_batch_size 128"):
+    with pytest.raises(ValueError, match=r"3 images, fewer than optimization\.global_batch_size 128"):
         plan(f"data.source={tmp_path}", "data.split=val")
 
 
@@ -144,6 +144,8 @@ def test_dry_run_says_what_it_cannot_know(monkeypatch):
     assert f"images         someone/pictures {elsewhere}\n" in plan("data.source=someone/pictures")
     text = plan(f"data.source='{nobody}'", "data.streaming=true", "data.num_images=500", "optimization.max_steps=0")
     assert f"{elsewhere}; 500 by data.num_images\n" in text and "(8 epochs of 3)" in text
+    with pytest.raises(ValueError, match="how long the stream is cannot be known"):
+        plan(f"data.source='{nobody}'", "data.streaming=true", "optimization.max_steps=0")
     assert "images         data.source is not set, and training needs it\n" in plan()
 
 

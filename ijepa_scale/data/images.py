@@ -204,7 +204,7 @@ def count_images(source: str, *, split: str = "train", cache_dir: str | None = N
     if inspect_source(source)[0] != "parquet":
         return len(open_images(source, split=split, cache_dir=cache_dir))
     files = source_builder(source, cache_dir).config.data_files
-    found = find_split(list(files), split, source)
+    found = find_split(list(map(str, files)), split, source)
     with explained(f"cannot read {source!r}"):
         return sum(pyarrow.parquet.read_metadata(str(file)).num_rows for file in files[found])
 

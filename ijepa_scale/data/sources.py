@@ -264,21 +264,30 @@ def source_builder(source: str, cache_dir: str | None) -> Any:
 
 def _prepare(builder: Any, split: str, source: str, cache_dir: str | None) -> datasets.Dataset:
     """Copies the data to the cache unless it is there, and maps one split."""
+    if sizes := check_copy(builder, source, cache_dir):
+        _log.info("%s; copying", sizes)
+    with explained(f"cannot read {source!r}", hub_id="" if _local_files(builder) else source):
+        # clone_builder() has compared the rows, and what is not downloaded yet need not stop a run
+        builder.download_and_prepare(verification_mode="no_checks" if _local_files(builder) else "basic_checks")
+        return builder.as_dataset(split=split)
+
+
+def check_copy(builder: Any, source: str, cache_dir: str | None) -> str:
+    """What the copy to the cache takes, in words; "" where it is there already.
+
+    ValueError where there is no room for it, and where a file cannot be copied.
+    """
     import pyarrow.parquet
 
     needed, free, folder = cache_need(builder, cache_dir)
     sizes = f"{source!r} needs about {needed / 1e9:.3f} GB in the cache {folder}, which has {free / 1e9:.3f} GB free"
     if needed > free:
         raise ValueError(f"{sizes}; make room there, or set data.cache_dir to a folder on a larger disk")
-    if needed:
-        _log.info("%s; copying", sizes)
-    with explained(f"cannot read {source!r}", hub_id="" if _local_files(builder) else source):
+    with explained(f"cannot read {source!r}"):
         for file in _local_files(builder) if needed else []:
             if pyarrow.parquet.read_metadata(file).num_rows == 0:  # `datasets` fails on it, and does not say why
                 raise ValueError(f"{file} has no rows; remove it")
-        # clone_builder() has compared the rows, and what is not downloaded yet need not stop a run
-        builder.download_and_prepare(verification_mode="no_checks" if _local_files(builder) else "basic_checks")
-        return builder.as_dataset(split=split)
+    return sizes if needed else ""
 
 
 def _local_files(builder: Any) -> list[str]:

@@ -96,7 +96,7 @@ def test_a_folder_without_permission_is_left_out_and_named(monkeypatch, caplog):
         os.seteuid(65534)
         try:
             assert [len(open_images(str(source))) for source in sources] == [3, 4]
-            with pytest.raises(ValueError, match="no permission to read '.*images/lost"):
+            with pytest.raises(ValueError, match=r"no permission to read '.*images/lost"):
                 open_images(str(sources[0] / "lost+found"))
         finally:
             os.seteuid(0)
