@@ -112,6 +112,7 @@ def bytes_after_backward() -> None:
         expected = whole + cut / ranks.world_size - (4 * zero.BUCKET if zero_stage == 2 else 0)  # a GPU's
         gathered = 2 * (encoder + predictor) if zero_stage == 3 else 0  # weights at work, and small ones: at the most
         assert 0.98 * expected < found < 1.02 * expected + gathered, (zero_stage, found / 1e6, expected / 1e6)
+        del model, engine, ema  # else their memory, known before, may become the next stage's
     ranks.close()
 
 

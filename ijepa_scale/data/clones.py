@@ -11,30 +11,31 @@ from ijepa_scale.data.folders import printable, shard_splits, warn_once
 _CARD = "README.md"
 
 
-def clone_builder(root: str, files: list[str], cache_dir: str | None) -> Any:
+def clone_builder(root: str, files: list[str], cache_dir: str | None, name: str = "") -> Any:
     """The `datasets` builder of Parquet files, relative to root, in the splits that the card or their names tell.
 
-    What is not downloaded yet is told and does without: a split without files, and rows that the card tells of.
+    What is not downloaded yet is told and not waited for: splits without files, and rows that the card tells of. name:
+    of one of the card's configurations, "": the usual one.
     """
     import datasets
 
-    config, info = _card(root)
+    config, info = _card(root, name)
     inside = {os.path.realpath(os.path.join(root, file)): file for file in files}
 
     def from_files(splits: dict[str, list[str]]) -> Any:
         data_files = {split: [os.path.join(root, file) for file in part] for split, part in splits.items()}
         return datasets.load_dataset_builder("parquet", data_files=data_files, cache_dir=cache_dir)
 
-    told = _files_of_splits(root, config.get("data_files"), set(files))
+    told = _files_of_splits(root, (config or {}).get("data_files"), set(files))
     if any(told.values()) and not all(told.values()):
         builder = from_files({split: part for split, part in told.items() if part})
         absent = [split for split, part in told.items() if not part]
         warn_once(f"{printable(root)}: files of {', '.join(absent)}, which {_CARD} tells of, are not there")
     else:
         try:
-            builder = datasets.load_dataset_builder(root, cache_dir=cache_dir)
+            builder = datasets.load_dataset_builder(root, name or None, cache_dir=cache_dir)
         except Exception as error:
-            if config:
+            if name or config is None:  # one is to be chosen
                 raise
             warn_once(f"{printable(root)}: the splits are told by names alone, as `datasets` cannot open it: {error}")
             builder = from_files(shard_splits(files))
@@ -50,17 +51,24 @@ def clone_builder(root: str, files: list[str], cache_dir: str | None) -> Any:
     return builder
 
 
-def _card(root: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The configuration that is read and what is told of it (dataset_info), by the head of the card; {} without."""
+def _card(root: str, name: str) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """A configuration by the head of the card, {} without any, None where one is to be chosen; and its dataset_info."""
     import huggingface_hub
 
     path = Path(root) / _CARD
     head = (huggingface_hub.metadata_load(path) if path.is_file() else None) or {}
-    configs = _listed(head.get("configs"))
-    default = [one for one in configs if one.get("default") or one.get("config_name", "default") == "default"]
-    config = (default or configs or [{}])[0]
-    name = config.get("config_name", "default")
-    infos = [one for one in _listed(head.get("dataset_info")) if one.get("config_name", name) == name]
+    configs, infos = _listed(head.get("configs")), _listed(head.get("dataset_info"))
+    if name:
+        chosen = [one for one in configs if one.get("config_name") == name]
+    elif len(configs) == 1:
+        chosen = configs
+    else:
+        chosen = [one for one in configs if one.get("default") or one.get("config_name") == "default"]
+    if configs and not chosen:
+        return None, {}
+    config = chosen[0] if chosen else {}
+    name = name or config.get("config_name", "default")
+    infos = [one for one in infos if one.get("config_name", name) == name]
     return config, (infos or [{}])[0]
 
 

@@ -136,7 +136,7 @@ def _holds_images(path: str, size: int, changed: int) -> bool:
         rows = first_rows(path, 16, Patience(0))
     except (*DAMAGED, StreamError):
         return True
-    told = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    told = json.loads((rows.schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features") or {}
     for field in rows.schema:
         feature = told.get(field.name)
         feature_type = feature.get("_type") if isinstance(feature, dict) else None

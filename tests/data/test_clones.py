@@ -1,8 +1,10 @@
 import pytest
 import yaml
 
+from ijepa_scale.data.clones import clone_builder
 from ijepa_scale.data.images import count_images, open_images, splits_of
 from ijepa_scale.data.remote import Patience
+from ijepa_scale.data.sources import inspect_source
 from ijepa_scale.data.stream_sources import open_shards, shard_locations
 from tests.data.sources import write_parquet
 
@@ -65,3 +67,21 @@ def test_files_of_other_kinds_do_not_change_what_is_parquet(tmp_path):
     (tmp_path / "test/notes.csv").write_text("a,b\n1,2\n")
     assert set(splits_of(str(tmp_path))) == {"train", "validation"}
     assert [len(open_images(str(tmp_path), split=split)) for split in ("train", "val")] == [3, 2]
+
+
+def test_of_several_configurations_none_is_guessed(tmp_path):
+    for name in ("red", "blue"):
+        write_parquet(tmp_path / name / "x.parquet", range(3 if name == "red" else 4))
+    configs = [{"config_name": name, "data_files": f"{name}/*"} for name in ("red", "blue")]
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    with pytest.raises(ValueError, match=r"(?s)[Cc]onfig.*blue"):
+        open_images(str(tmp_path))
+    for config in configs:
+        config["data_files"] = [{"split": "train", "path": f"{config['config_name']}/*"}]
+    configs[1]["data_files"].append({"split": "test", "path": "none/*"})
+    configs[1]["default"] = True
+    (tmp_path / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+    assert len(open_images(str(tmp_path))) == 4
+    files = inspect_source(str(tmp_path))[1]
+    builder = clone_builder(str(tmp_path), files, None, "red")
+    assert [str(file) for file in builder.config.data_files["train"]] == [str(tmp_path / "red/x.parquet")]
