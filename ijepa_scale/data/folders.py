@@ -120,15 +120,16 @@ def image_splits(root: str, files: list[str]) -> dict[str, FolderSplit]:
     images above that level, fewer than those in it, have no label. root: where the files are, for warnings.
     """
     shared = _shared(files)
-    tops = {_top(file, shared) for file in files}
+    top_of = [_top(file, shared) for file in files]
+    tops = set(top_of)
     named = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
     if tops - named.keys() == {""} and set(named.values()) == {"train"}:
         named[""] = "train"
     if len(named) < len(tops) and len(set(named.values())) < 2:
         named = {}
     by_split: dict[str, list[str]] = {}
-    for file in files:
-        split = named.get(_top(file, shared)) if named else "train"
+    for file, top in zip(files, top_of, strict=True):
+        split = named.get(top) if named else "train"
         if split is not None:
             by_split.setdefault(split, []).append(file)
     ignored = sorted(printable(top) or "images at the top" for top in tops - named.keys()) if named else []
@@ -158,7 +159,7 @@ def _shared(files: list[str]) -> str:
     """The folders that all files lie in, but for a few above, with a slash at the end; up to one named as a split."""
     shared = ""
     while True:
-        below = [file for file in files if "/" in file[len(shared) :]]
+        below = [file for file in files if file.find("/", len(shared)) >= 0]
         tops = {_top(file, shared) for file in below}
         top = next(iter(tops), "")
         if len(tops) != 1 or top.lower() in SPLIT_NAMES or 2 * len(below) <= len(files):
@@ -179,8 +180,10 @@ def _warn_of_deeper_splits(root: str, shared: str, files: list[str]) -> None:
 
 def _top(file: str, shared: str) -> str:
     """The first folder below shared that holds a file; "" for a file in or above shared."""
-    inside = file[len(shared) :] if file.startswith(shared) else ""
-    return inside.partition("/")[0] if "/" in inside else ""
+    if not file.startswith(shared):
+        return ""
+    end = file.find("/", len(shared))
+    return file[len(shared) : end] if end >= 0 else ""
 
 
 def warn_once(text: str) -> None:
