@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,7 +18,6 @@ from ijepa_scale.data.sources import is_mapped
 from ijepa_scale.data.stream_sources import open_shards, sample_images, shard_locations
 from ijepa_scale.data.streams import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
-from ijepa_scale.engine import zero
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.flops import StepFlops
 from ijepa_scale.masking.grid import PatchGrid
@@ -181,27 +179,6 @@ def build_blocks(config: PretrainConfig) -> MultiBlock:
     )
     check_feasible(blocks)
     return blocks
-
-
-def check(config: PretrainConfig) -> MultiBlock:
-    """The mask sampler; raises ValueError for what can be seen from the config alone to be wrong."""
-    vit_size(config.model)
-    return build_blocks(config)
-
-
-def build_settings(config: PretrainConfig, *, ranks: int, device: torch.device) -> tuple[int, str, dict[str, Any]]:
-    """(images a rank runs at once, precision, DeepSpeed's config). ValueError where these contradict one another."""
-    micro_batch_size = build_micro_batch_size(config, ranks)
-    precision = training_precision(config, device)
-    settings = zero.deepspeed_config(
-        zero_stage=config.engine.zero_stage,
-        precision=precision,
-        micro_batch_size=micro_batch_size,
-        accumulation_steps=config.optimization.global_batch_size // (micro_batch_size * ranks),
-        clip_grad_norm=config.optimization.clip_grad_norm,
-        extra=config.engine.deepspeed,
-    )
-    return micro_batch_size, precision, settings
 
 
 def check_source_given(config: PretrainConfig) -> None:

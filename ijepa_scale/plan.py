@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ijepa_scale import build
+from ijepa_scale import build, checks
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import generator_for
@@ -57,9 +57,9 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1) -> str:
     ValueError where a run of as many ranks would be refused on a machine of the right kind: by the same checks, of what
     can be read here without a copy. A config without a source passes, and what lies elsewhere is not looked up.
     """
-    blocks = build.check(config)
+    blocks = checks.check(config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    build.build_settings(config, ranks=ranks, device=device)
+    checks.settings(config, ranks=ranks, device=device)
     if device.type == "cuda":  # else it is another machine that the kernel is for
         build.build_attention(config, device=device)
     images, said = _images(config)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale import build
+from ijepa_scale import build, checks
 from ijepa_scale.config import PretrainConfig, changed_keys, to_dict, to_yaml
 from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.images import ImageSet
@@ -54,13 +54,13 @@ class Run:
 def check(config: PretrainConfig) -> MultiBlock:
     """What can be seen from the config alone, before any process group: the same on every rank."""
     build.check_source_given(config)
-    return build.check(config)
+    return checks.check(config)
 
 
 def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: str, allow_changes: bool) -> Run:
     """Everything else that can fail for a user's reason, in the order of its cost."""
     folder = RunFolder(config.run_dir)
-    micro_batch_size, precision, settings = build.build_settings(config, ranks=ranks.world_size, device=ranks.device)
+    micro_batch_size, precision, settings = checks.settings(config, ranks=ranks.world_size, device=ranks.device)
     attention = choose_attention(config, ranks)
     ranks.together(lambda: folder.lock() if ranks.first else None)
     images = ranks.together(lambda: build.build_images(config), on="node")

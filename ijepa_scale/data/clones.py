@@ -44,7 +44,7 @@ def clone_builder(root: str, files: list[str], cache_dir: str | None, name: str 
             builder = from_files(shard_splits(files))
         elif unread := sorted(inside[path] for path in inside.keys() - read):
             warn_once(
-                f"{printable(root)}: left out: {len(unread)} Parquet files that are in no split by their names or "
+                f"{printable(root)}: left out: {len(unread)} of the Parquet files, in no split by their names or "
                 f"{_CARD}, such as {printable(unread[0])}; to read them, give them as the source"
             )
     _compare_rows(root, builder, info)

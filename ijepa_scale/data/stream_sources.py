@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from ijepa_scale.data.folders import image_splits, printable, shard_splits
 from ijepa_scale.data.images import ImageSet, image_column, is_label, open_file, open_images, reason_of
+from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
 from ijepa_scale.data.remote import DeadLinkError, Patience, is_remote, read_listed
 from ijepa_scale.data.shards import DAMAGED, first_rows, open_shard, shard_kind
 from ijepa_scale.data.sources import check_copy, explained, find_split, inspect_source, source_builder
@@ -101,6 +102,8 @@ def _check_there(files: list[str], source: str) -> None:
             f"{missing[0]} is missing, one of {len(missing)} missing among the {len(files)} files of {source!r}; bring "
             "them back, or give their folder as the source, for what is there"
         )
+    if pointers := [file for file in files if is_pointer_file(file)]:
+        raise ValueError(f"{pointers[0]}, of {source!r}, is one of the {LFS_ADVICE}")
 
 
 @contextlib.contextmanager

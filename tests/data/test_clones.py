@@ -53,7 +53,7 @@ def test_parquet_in_no_split_is_told(tmp_path, caplog):
     write_parquet(tmp_path / "train-0.parquet", range(3))
     write_parquet(tmp_path / "more.parquet", range(2))
     assert len(open_images(str(tmp_path))) == 3
-    assert "left out: 1 Parquet files that are in no split by their names or README.md, such as more" in caplog.text
+    assert "left out: 1 of the Parquet files, in no split by their names or README.md, such as more" in caplog.text
 
 
 def test_files_of_other_kinds_do_not_change_what_is_parquet(tmp_path):

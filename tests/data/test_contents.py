@@ -154,6 +154,9 @@ def test_pointers_of_git_lfs_are_told(tmp_path, ending):
         for look in (inspect_source, open_images, count_images):
             with pytest.raises(ValueError, match="git lfs pull"):
                 look(str(source).format(ending=ending))
+    if ending == "tar":
+        with pytest.raises(ValueError, match="git lfs pull"):
+            open_shards(str(tmp_path / "{0..2}.tar"), patience=Patience(0))
     write_images(tmp_path, range(9))  # one bad image among others says so of itself
     if ending == "png":
         with pytest.raises(ValueError, match="git lfs pull"):

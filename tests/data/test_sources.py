@@ -140,6 +140,12 @@ def test_split_folders(tmp_path, caplog):
     assert test.label_columns() == {}
     assert not caplog.records
 
+    write_files(tmp_path, {"train/cat/7.png": 7, "train/8.png": 8})
+    stray = open_images(source)
+    assert contents(stray) == [8, 1, 7, 2] and stray.label_columns()["label"].values.tolist() == [-1, 0, 0, 1]
+    (tmp_path / "train/8.png").unlink()
+    (tmp_path / "train/cat/7.png").unlink()
+
     write_files(tmp_path, {"extra/5.png": 5, "6.png": 6})
     assert contents(open_images(source)) == [1, 2]
     assert "left out: extra, images at the top" in caplog.text
