@@ -30,6 +30,7 @@ from ijepa_scale.models.ijepa import IJepa, initialize_weights
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize, count_recomputed, recompute
 
+Opener = Callable[..., ImageSet]  # as open_images
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
 DEFAULT_SCENES, VALIDATION_SCENES = 20_000, 4000
 START_RETRY_SECONDS = 30.0
@@ -215,8 +216,27 @@ def reading(config: PretrainConfig) -> dict[str, Any]:
     return {"cache_dir": data.cache_dir or None, "column": data.column, "config": data.config}
 
 
-def build_images(config: PretrainConfig) -> ImageSet | Mixture | Streams:
-    """The images to train on. Raises ValueError for a source that cannot be trained on, before anything else starts."""
+def build_images(config: PretrainConfig, open_images: Opener = open_images) -> ImageSet | Mixture | Streams:
+    """The images to train on. Raises ValueError for a source that cannot be trained on, before anything else starts.
+
+    open_images: what opens a source that is not streamed.
+    """
+    images = open_sources(config, open_images)
+    check_enough(config, images.name, len(images))
+    return images
+
+
+def check_enough(config: PretrainConfig, name: str, num_images: int) -> None:
+    """ValueError where they fill no global batch. num_images: 0 where that is not known, as of a stream it may be."""
+    if 0 < num_images < config.optimization.global_batch_size:
+        raise ValueError(
+            f"{name} has {num_images} images, fewer than optimization.global_batch_size "
+            f"{config.optimization.global_batch_size}; use more images or a smaller global batch"
+        )
+
+
+def open_sources(config: PretrainConfig, open_images: Opener = open_images) -> ImageSet | Mixture | Streams:
+    """The images of all sources, however few they are."""
     data = config.data
     sources = _prepared_sources(config)
     weights = whole_weights([weight for _, weight in sources])
@@ -228,11 +248,6 @@ def build_images(config: PretrainConfig) -> ImageSet | Mixture | Streams:
     else:
         parts = [open_images(path, split=data.split, min_side=min_side, **reading(config)) for path, _ in sources]
         images = parts[0] if len(parts) == 1 else Mixture(tuple(parts), weights)
-    if len(images) < config.optimization.global_batch_size and (parts or len(images)):  # of a stream it may be unknown
-        raise ValueError(
-            f"{images.name} has {len(images)} images, fewer than optimization.global_batch_size "
-            f"{config.optimization.global_batch_size}; use more images or a smaller global batch"
-        )
     for part in parts:
         check_images(part, min_side=min_side)
     return images
@@ -269,17 +284,17 @@ class EvalImages:
     held_out: bool
 
 
-def build_eval_images(config: PretrainConfig) -> EvalImages:
+def build_eval_images(config: PretrainConfig, open_images: Opener = open_images) -> EvalImages:
     """Of the first source that has labels, else of the first: its training split and, if any, validation or test."""
     found = []
     for path, _ in _prepared_sources(config):
-        found.append(_eval_images(config, path))
+        found.append(_eval_images(config, path, open_images))
         if found[-1].train.label_columns():
             return found[-1]
     return found[0]
 
 
-def _eval_images(config: PretrainConfig, source: str) -> EvalImages:
+def _eval_images(config: PretrainConfig, source: str, open_images: Opener) -> EvalImages:
     data = config.data
     sampled = data.streaming and not is_mapped(source, column=data.column)
     splits = list((shard_locations if sampled else splits_of)(source, **reading(config)))

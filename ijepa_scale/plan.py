@@ -1,15 +1,21 @@
 """What a config amounts to: parameters, tokens, FLOPs, images, steps. Nothing is trained and no GPU is needed."""
 
+import itertools
+import tempfile
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 
-from ijepa_scale import build
+from ijepa_scale import build, checks
 from ijepa_scale.config import PretrainConfig
-from ijepa_scale.data.images import count_images
+from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.remote import Patience, is_remote
+from ijepa_scale.data.remote import is_remote
 from ijepa_scale.data.sources import inspect_source
-from ijepa_scale.data.stream_sources import open_shards
+from ijepa_scale.data.stream_sources import PREVIEWED, preview_images
+from ijepa_scale.data.streams import Streams
 from ijepa_scale.engine.zero import BUCKET
 from ijepa_scale.flops import Counts
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
@@ -45,10 +51,18 @@ def count_tokens(blocks: MultiBlock, context: str) -> Counts:
     )
 
 
-def dry_run(config: PretrainConfig) -> str:
-    """The text of --dry-run. Networks are built on the meta device: any size fits."""
+def dry_run(config: PretrainConfig, *, ranks: int = 1) -> str:
+    """The text of --dry-run. Networks are built on the meta device: any size fits.
+
+    ValueError where a run of as many ranks would be refused on a machine of the right kind: by the same checks, of what
+    can be read here without a copy. A config without a source passes, and what lies elsewhere is not looked up.
+    """
+    blocks = checks.check(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checks.settings(config, ranks=ranks, device=device)
+    if device.type == "cuda":  # else it is another machine that the kernel is for
+        build.build_attention(config, device=device)
     images, said = _images(config)
-    blocks = build.build_blocks(config)
     with torch.device("meta"):
         model = build.build_model(config, initialize=False)
     parameters = {
@@ -121,36 +135,63 @@ def _kept_line(config: PretrainConfig, tokens: Counts) -> str:
 
 
 def _images(config: PretrainConfig) -> tuple[int, str]:
-    """(images of an epoch, 0 where that is unknown; what to say of them). Copies and renders nothing.
-
-    ValueError for a source that is not here, or that cannot be read as the config says.
-    """
+    """(images of an epoch, 0 where that is unknown; what to say of them). Copies and renders nothing."""
     data = config.data
-    found = [(path, _count(config, path)) for path, _ in data.mixed_sources]
-    said = [] if found else ["data.source is not set, and training needs it"]
-    for path, count in found:
-        if count is None:
+    paths = [path for path, _ in data.mixed_sources]
+    where = {path: _where(config, path) for path in paths}
+    counts = {"scenes": data.num_images or build.DEFAULT_SCENES}
+    name = "data.source"
+    if known := _with_sources(config, [path for path in paths if where[path] == "here"]):
+        look = build.build_images if set(where.values()) == {"here"} else build.open_sources
+        images = look(known, preview_images)
+        name = images.name
+        parts = images.parts if isinstance(images, Mixture) else [images]
+        sizes = [part.num_images for part in (images.sources if isinstance(images, Streams) else parts)]
+        counts |= zip((path for path, _ in known.data.mixed_sources), sizes, strict=True)
+        _check_eval_images(config, list(itertools.takewhile(lambda path: where[path] == "here", paths)))
+    said = [] if paths else ["data.source is not set, and training needs it"]
+    for path in paths:
+        if path not in counts:
             said.append(f"{path} is no file or folder here: taken for a Hub id or URL, and not looked up")
         else:
-            said.append(f"{count:,} in {path}:{data.split}" if count else f"{path} is not counted")
-    images = sum(count or 0 for _, count in found)
-    if not found or not all(count for _, count in found) or (data.streaming and data.num_images):
-        images = data.num_images
-        said += [f"{images:,} by data.num_images"] if images else []
-    return images, "; ".join(said)
+            said.append(f"{counts[path]:,} in {path}:{data.split}" if counts[path] else f"{path} is not counted")
+    sizes = [counts.get(path, 0) for path in paths]
+    images_in_all = sum(sizes) if all(sizes) else 0
+    if not images_in_all or (data.streaming and data.num_images):
+        images_in_all = data.num_images
+        said += [f"{images_in_all:,} by data.num_images"] if images_in_all else []
+    build.check_enough(config, name, images_in_all)
+    if paths and "hub" not in where.values():  # what lies there may be counted by then
+        build.build_horizon(config, images_in_all)
+    return images_in_all, "; ".join(said)
 
 
-def _count(config: PretrainConfig, path: str) -> int | None:
-    """Images of a source: 0 where nothing tells before they are read, None where that is not on this machine."""
-    data = config.data
+def _where(config: PretrainConfig, path: str) -> str:
+    """Where a source lies: "here" if it can be looked at without rendering it and without a network."""
     if path == "scenes":
-        return data.num_images or build.DEFAULT_SCENES
-    kind, _ = inspect_source(path, data.column)
-    if kind == "hub" or (kind == "list" and data.streaming and is_remote(path)):
-        return None
-    if not data.streaming:
-        return count_images(path, split=data.split, **build.reading(config))
-    return open_shards(path, split=data.split, **build.reading(config), patience=Patience(0)).num_images
+        return "scenes"
+    kind, _ = inspect_source(path, config.data.column)
+    if kind == "list" and config.data.streaming and is_remote(path):
+        return "urls"
+    return "hub" if kind == "hub" else "here"
+
+
+def _with_sources(config: PretrainConfig, paths: list[str], **changes: Any) -> PretrainConfig | None:
+    """The config with those of its sources alone; None without any."""
+    mixed = [{"path": path, "weight": weight} for path, weight in config.data.mixed_sources if path in paths]
+    return replace(config, data=replace(config.data, source=mixed), **changes) if mixed else None
+
+
+def _check_eval_images(config: PretrainConfig, paths: list[str]) -> None:
+    """The images of health checks and the report, of the sources up to the first that is not here; but a few."""
+    report, logging = config.report, config.logging
+    few = replace(
+        report, train_images=min(report.train_images, PREVIEWED), test_images=min(report.test_images, PREVIEWED)
+    )
+    with tempfile.TemporaryDirectory() as folder:  # what is kept of streams is kept there
+        fewer = replace(logging, health_images=min(logging.health_images, PREVIEWED))
+        if known := _with_sources(config, paths, report=few, logging=fewer, run_dir=folder):
+            build.build_eval_images(known, preview_images)
 
 
 def _steps_line(config: PretrainConfig, images: int, flops_an_image: float) -> str:
@@ -159,8 +200,6 @@ def _steps_line(config: PretrainConfig, images: int, flops_an_image: float) -> s
         return (
             "steps          unknown: give data.num_images=N (how many images the source has) or optimization.max_steps"
         )
-    if 0 < images < options.global_batch_size:
-        raise ValueError(f"{images} images are fewer than optimization.global_batch_size {options.global_batch_size}")
     horizon = build.build_horizon(config, images)
     run_flops = horizon.total * options.global_batch_size * flops_an_image
     epochs = f" ({options.epochs} epochs of {horizon.steps_per_epoch:,})" if not options.max_steps else ""

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale import build
+from ijepa_scale import build, checks
 from ijepa_scale.config import PretrainConfig, changed_keys, to_dict, to_yaml
 from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.images import ImageSet
@@ -54,23 +54,13 @@ class Run:
 def check(config: PretrainConfig) -> MultiBlock:
     """What can be seen from the config alone, before any process group: the same on every rank."""
     build.check_source_given(config)
-    build.vit_size(config.model)
-    return build.build_blocks(config)
+    return checks.check(config)
 
 
 def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: str, allow_changes: bool) -> Run:
     """Everything else that can fail for a user's reason, in the order of its cost."""
     folder = RunFolder(config.run_dir)
-    micro_batch_size = build.build_micro_batch_size(config, ranks.world_size)
-    precision = build.training_precision(config, ranks.device)
-    settings = zero.deepspeed_config(
-        zero_stage=config.engine.zero_stage,
-        precision=precision,
-        micro_batch_size=micro_batch_size,
-        accumulation_steps=config.optimization.global_batch_size // (micro_batch_size * ranks.world_size),
-        clip_grad_norm=config.optimization.clip_grad_norm,
-        extra=config.engine.deepspeed,
-    )
+    micro_batch_size, precision, settings = checks.settings(config, ranks=ranks.world_size, device=ranks.device)
     attention = choose_attention(config, ranks)
     ranks.together(lambda: folder.lock() if ranks.first else None)
     images = ranks.together(lambda: build.build_images(config), on="node")

@@ -47,26 +47,25 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
     from ijepa_scale.config import load_config
-
-    try:
-        config = load_config(options.config, options.overrides)
-        if options.dry_run:
-            from ijepa_scale.engine.distributed import launcher_rank
-            from ijepa_scale.plan import dry_run
-
-            text = dry_run(config)
-            if launcher_rank() == 0:
-                print(text)
-            return 0
-    except ValueError as error:
-        return fail(error, 2)
-
     from ijepa_scale.engine.distributed import launcher_rank
-    from ijepa_scale.train import InputError, RunError, pretrain
 
     log = logging.getLogger("ijepa_scale")  # not the root: to it come lines that other libraries print themselves
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            from ijepa_scale.plan import dry_run
+
+            text = dry_run(config, ranks=int(os.environ.get("WORLD_SIZE") or 1))
+            if launcher_rank() == 0:
+                print(text)
+            return 0
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+
+    from ijepa_scale.train import InputError, RunError, pretrain
+
     try:
         return pretrain(config, resume=options.resume, allow_changes=options.allow_changes)
     except InputError as error:

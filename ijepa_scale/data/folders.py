@@ -1,14 +1,13 @@
 """Files of a data folder, and the splits and classes that their names and folders tell."""
 
 import functools
-import itertools
 import logging
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ijepa_scale.data.transforms import image_extensions
+from ijepa_scale.data.transforms import begins_as_image, image_extensions
 
 _log = logging.getLogger(__name__)
 
@@ -16,6 +15,11 @@ SPLIT_NAMES = {  # as `datasets` reads them in the names of files and folders
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+# What Windows, macOS, Synology and QNAP keep beside files: what was deleted, thumbnails, snapshots. In lower case.
+SYSTEM_FOLDERS = {
+    *("$recycle.bin", "system volume information", "__macosx"),
+    *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb"),
 }
 
 
@@ -26,40 +30,77 @@ class FolderSplit:
     files: list[str]
     classes: list[str]
 
-    def labels(self) -> list[int]:
-        """Indices into classes, one for each file: the class is the name of the folder it lies in."""
+    def labels(self) -> list[int | None]:
+        """Indices into classes, one for each file: the class is the name of the folder it lies in.
+
+        Files beside the class folders have none.
+        """
         number = {name: i for i, name in enumerate(self.classes)}
-        return [number[file.split("/")[-2]] for file in self.files]
+        depth = max(file.count("/") for file in self.files)
+        return [number[file.split("/")[-2]] if file.count("/") == depth else None for file in self.files]
 
 
-def list_files(root: str) -> dict[str, list[str]]:
-    """Files below root that may be data, by kind, relative to root and sorted."""
+@dataclass(frozen=True)
+class Listing:
+    """What lies below a folder: files that may be data, by kind; the others; folders that are not looked into.
+
+    All are relative to the folder and sorted.
+    """
+
+    kinds: dict[str, list[str]]
+    others: list[str]
+    system: list[str]
+
+
+def list_files(root: str) -> Listing:
+    """The files below root by what they may be.
+
+    Files without an ending are images if they begin as such. What is hidden is passed over.
+    """
     kinds = dict.fromkeys(image_extensions(), "images") | {".parquet": "parquet", ".arrow": "arrow"}
     files: dict[str, list[str]] = {"parquet": [], "arrow": [], "tar": [], "images": []}
-    for path in _walk(root, "", ()):
+    others: list[str] = []
+    system: list[str] = []
+    for path in _walk(root, "", (), system):
         is_tar = path.lower().endswith((".tar", ".tar.gz", ".tgz"))
-        kind = "tar" if is_tar else kinds.get(os.path.splitext(path)[1].lower())
-        if kind and not (kind == "arrow" and os.path.basename(path).startswith("cache-")):  # left by `Dataset.map`
-            files[kind].append(path)
-    return {kind: sorted(paths) for kind, paths in files.items()}
+        ending = os.path.splitext(path)[1].lower()
+        kind = "tar" if is_tar else kinds.get(ending)
+        if kind is None and not ending and begins_as_image(os.path.join(root, path)):
+            kind = "images"
+        if kind == "arrow" and os.path.basename(path).startswith("cache-"):  # left by `Dataset.map`
+            continue
+        (files[kind] if kind else others).append(path)
+    return Listing({kind: sorted(paths) for kind, paths in files.items()}, sorted(others), sorted(system))
 
 
-def _walk(root: str, folder: str, ancestors: tuple[tuple[int, int], ...]) -> Iterator[str]:
-    """Relative paths of all files below root/folder that are not hidden. Follows links, except in circles."""
+def _walk(root: str, folder: str, ancestors: tuple[tuple[int, int], ...], system: list[str]) -> Iterator[str]:
+    """Relative paths of all files below root/folder that are not hidden. Follows links, except in circles.
+
+    Folders of SYSTEM_FOLDERS are added to system instead.
+    """
     here = os.path.join(root, folder)
-    stat = os.stat(here)
-    if (stat.st_dev, stat.st_ino) in ancestors:
+    try:
+        stat = os.stat(here)
+        if (stat.st_dev, stat.st_ino) in ancestors:
+            return
+        with os.scandir(here) as scanned:
+            entries = list(scanned)
+    except PermissionError:
+        if not folder:
+            raise
+        warn_once(f"{printable(here)}: no permission to read this folder, so what lies in it is left out")
         return
     ancestors += ((stat.st_dev, stat.st_ino),)
-    with os.scandir(here) as entries:
-        for entry in entries:
-            if entry.name.startswith((".", "__MACOSX")):
-                continue
-            path = os.path.join(folder, entry.name)
-            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
-                yield from _walk(root, path, ancestors)
-            else:
-                yield path
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        path = os.path.join(folder, entry.name)
+        if not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):
+            yield path
+        elif entry.name.lower() in SYSTEM_FOLDERS:
+            system.append(path)
+        else:
+            yield from _walk(root, path, ancestors, system)
 
 
 def shard_splits(files: list[str]) -> dict[str, list[str]]:
@@ -75,17 +116,20 @@ def image_splits(root: str, files: list[str]) -> dict[str, FolderSplit]:
     """Image files by split. The first folders that differ are splits if all, or two of them, are named so; else all is
     train. A folder that holds all files tells nothing, unless it is named as a split.
 
-    A split whose images all lie in one level of folders is labelled with these; numbers are the same in all splits.
-    root: where the files are, for warnings.
+    A split whose images lie in one level of folders is labelled with these; numbers are the same in all splits. Stray
+    images above that level, fewer than those in it, have no label. root: where the files are, for warnings.
     """
     shared = _shared(files)
-    tops = {_top(file[len(shared) :]) for file in files}
+    top_of = [_top(file, shared) for file in files]
+    tops = set(top_of)
     named = {top: SPLIT_NAMES[top.lower()] for top in tops if top.lower() in SPLIT_NAMES}
+    if tops - named.keys() == {""} and set(named.values()) == {"train"}:
+        named[""] = "train"
     if len(named) < len(tops) and len(set(named.values())) < 2:
         named = {}
     by_split: dict[str, list[str]] = {}
-    for file in files:
-        split = named.get(_top(file[len(shared) :])) if named else "train"
+    for file, top in zip(files, top_of, strict=True):
+        split = named.get(top) if named else "train"
         if split is not None:
             by_split.setdefault(split, []).append(file)
     ignored = sorted(printable(top) or "images at the top" for top in tops - named.keys()) if named else []
@@ -94,21 +138,37 @@ def image_splits(root: str, files: list[str]) -> dict[str, FolderSplit]:
     if not named:
         _warn_of_deeper_splits(root, shared, files)
     depth = shared.count("/") + (2 if named else 1)
-    labelled = {split for split, part in by_split.items() if all(file.count("/") == depth for file in part)}
-    classes = sorted({file.split("/")[-2] for split in labelled for file in by_split[split]})
+    labelled = {split for split, part in by_split.items() if _one_level(part, depth)}
+    classes = sorted({f.split("/")[-2] for split in labelled for f in by_split[split] if f.count("/") == depth})
     classes = classes if len(classes) > 1 else []
+    if strays := [f for split in labelled for f in by_split[split] if classes and f.count("/") < depth]:
+        warn_once(
+            f"{printable(root)}: {len(strays)} of the images, such as {printable(strays[0])}, lie outside of "
+            "the folders that are taken for classes: they are trained on, and have no label"
+        )
     return {split: FolderSplit(by_split[split], classes if split in labelled else []) for split in sorted(by_split)}
 
 
+def _one_level(files: list[str], depth: int) -> bool:
+    """Whether most files lie under depth folders, and none under more."""
+    depths = [file.count("/") for file in files]
+    return max(depths) == depth and 2 * depths.count(depth) > len(files)
+
+
 def _shared(files: list[str]) -> str:
-    """The folders that all files lie in, with a slash at the end, up to the first that is named as a split."""
-    common = os.path.commonpath([os.path.dirname(min(files)), os.path.dirname(max(files))])  # then it is all files'
-    folders = itertools.takewhile(lambda folder: folder and folder.lower() not in SPLIT_NAMES, common.split("/"))
-    return "".join(f"{folder}/" for folder in folders)
+    """The folders that all files lie in, but for a few above, with a slash at the end; up to one named as a split."""
+    shared = ""
+    while True:
+        below = [file for file in files if file.find("/", len(shared)) >= 0]
+        tops = {_top(file, shared) for file in below}
+        top = next(iter(tops), "")
+        if len(tops) != 1 or top.lower() in SPLIT_NAMES or 2 * len(below) <= len(files):
+            return shared
+        shared, files = f"{shared}{top}/", below
 
 
 def _warn_of_deeper_splits(root: str, shared: str, files: list[str]) -> None:
-    folders = {os.path.dirname(file[len(shared) :]) for file in files}
+    folders = {os.path.dirname(file[len(shared) :]) for file in files if file.startswith(shared)}
     deeper = {name for folder in folders for name in folder.split("/")[1:] if name.lower() in SPLIT_NAMES}
     if len({SPLIT_NAMES[name.lower()] for name in deeper}) > 1:
         warn_once(
@@ -118,15 +178,23 @@ def _warn_of_deeper_splits(root: str, shared: str, files: list[str]) -> None:
         )
 
 
-def _top(file: str) -> str:
-    """The folder at the top that holds a file; "" for a file at the top itself."""
-    return file.partition("/")[0] if "/" in file else ""
+def _top(file: str, shared: str) -> str:
+    """The first folder below shared that holds a file; "" for a file in or above shared."""
+    if not file.startswith(shared):
+        return ""
+    end = file.find("/", len(shared))
+    return file[len(shared) : end] if end >= 0 else ""
+
+
+def warn_once(text: str) -> None:
+    """A source is looked at several times before training starts."""
+    say_once(logging.WARNING, text)
 
 
 @functools.lru_cache(maxsize=64)
-def warn_once(text: str) -> None:
-    """A source is looked at several times before training starts."""
-    _log.warning("%s", text)
+def say_once(level: int, text: str) -> None:
+    """Log a text at its first time only."""
+    _log.log(level, "%s", text)
 
 
 def printable(path: str) -> str:

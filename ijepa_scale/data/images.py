@@ -16,7 +16,13 @@ from PIL import Image
 from ijepa_scale.data.columns import preferred, say_chosen, standing
 from ijepa_scale.data.folders import printable
 from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.sources import cache_need, check_choice, find_split, inspect_source, map_splits, source_builder
+from ijepa_scale.data.sources import (
+    cache_need,
+    find_split,
+    inspect_source,
+    map_splits,
+    source_builder,
+)
 from ijepa_scale.data.tars import read_member
 from ijepa_scale.data.transforms import UprightJpeg, open_croppable, open_encoded, to_rgb
 
@@ -207,23 +213,6 @@ def open_file(path: str, *, name: str) -> ImageSet:
 
     dataset = datasets.Dataset.from_file(path)
     return ImageSet(dataset, image_column(dataset, path), name=name, split=name.rpartition(":")[2])
-
-
-def count_images(
-    source: str, *, split: str = "train", cache_dir: str | None = None, column: str = "", config: str = ""
-) -> int:
-    """How many images a split of a folder has. Copies nothing: of Parquet files the footers tell."""
-    import pyarrow.parquet
-
-    kind = inspect_source(source, column)[0]
-    if kind != "parquet":
-        return len(open_images(source, split=split, cache_dir=cache_dir, column=column, config=config))
-    check_choice(kind, source, column=column, config=config)
-    files = source_builder(source, cache_dir, config=config).config.data_files
-    found = find_split(list(files), split, source)
-    if column:
-        image_column(first_dataset(str(files[found][0])), source, column)
-    return sum(pyarrow.parquet.read_metadata(str(file)).num_rows for file in files[found])
 
 
 def splits_of(source: str, cache_dir: str | None = None, *, column: str = "", config: str = "") -> list[str]:

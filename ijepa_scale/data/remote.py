@@ -45,8 +45,15 @@ def is_remote(location: str) -> bool:
     return location.startswith(("http://", "https://", "hf://"))
 
 
+def hub_file(location: str) -> tuple[str, str, str] | None:
+    """(id of the data set, revision, path in it) of a location on the Hub; None where it names no file there."""
+    match = re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", location)
+    match = match or re.fullmatch(r"hf://datasets/([^/@]+/[^/@]+)/()([^@]+)", location)
+    return (match[1], match[2].replace("%2F", "/") or "main", match[3]) if match else None
+
+
 def open_location(location: str, patience: Patience) -> BinaryIO:
-    """A local file, a URL or a file of the Hub (hf://datasets/ID@REVISION/PATH), to be read and sought in."""
+    """A local file, a URL or a file of the Hub (`hub_file` says in which form), to be read and sought in."""
     if not is_remote(location):
         return open(location, "rb")
     return cast(BinaryIO, io.BufferedReader(RemoteFile(location, patience), _BUFFER))
@@ -115,8 +122,8 @@ def tried_again(call: Callable[[], T], what: str, patience: Patience) -> T:
 
 
 def _advice(location: str, status: int) -> str:
-    if location.startswith("hf://") and status in (401, 403, 404):
-        return "; " + hub_access_advice(location.removeprefix("hf://datasets/").partition("@")[0])
+    if (found := hub_file(location)) and status in (401, 403, 404):
+        return "; " + hub_access_advice(found[0])
     return "; check the URL, or take it out of the source" if 400 <= status < 500 else ""
 
 
@@ -252,10 +259,10 @@ def _resolve(location: str) -> tuple[str, dict[str, str]]:
         return quote(location, safe=string.punctuation), {}  # what is quoted already stays as it is
     import huggingface_hub
 
-    match = re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", location)
-    assert match, location
-    repo, revision, path = match.groups()
-    url = huggingface_hub.hf_hub_url(repo, path, repo_type="dataset", revision=revision.replace("%2F", "/"))
+    found = hub_file(location)
+    assert found, location
+    repo, revision, path = found
+    url = huggingface_hub.hf_hub_url(repo, path, repo_type="dataset", revision=revision)
     return url, {key.title(): value for key, value in huggingface_hub.utils.build_hf_headers().items()}
 
 

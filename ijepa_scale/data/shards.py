@@ -106,13 +106,14 @@ def _batches(
                 first = end
         return
     first = 0
-    for batch in _arrow_batches(pa.memory_map(location) if not is_remote(location) else file):
+    for batch in arrow_batches(pa.memory_map(location) if not is_remote(location) else file):
         if first + batch.num_rows > row:
             yield first, batch if columns is None else batch.select(columns)
         first += batch.num_rows
 
 
-def _arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
+def arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow file, in either of its two formats."""
     try:
         yield from pa.ipc.open_stream(file)
     except pa.ArrowInvalid:  # the other of the two formats, unless something came already

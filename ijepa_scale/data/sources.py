@@ -12,16 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ijepa_scale.data.clones import clone_builder
+from ijepa_scale.data.contents import folder_contents
 from ijepa_scale.data.folders import (
     SPLIT_NAMES,
     FolderSplit,
     image_splits,
-    list_files,
     printable,
     shard_splits,
     warn_once,
 )
-from ijepa_scale.data.remote import hub_access_advice, is_remote
+from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
+from ijepa_scale.data.remote import hub_access_advice, hub_file, is_remote
 from ijepa_scale.data.shards import shard_kind
 from ijepa_scale.data.tables import ListedImages, is_table, listed_images, tables_at
 from ijepa_scale.data.tars import tar_ending, tar_index
@@ -47,11 +49,20 @@ def inspect_source(source: str, column: str = "") -> tuple[str, list[str]]:
     Files are relative to the source's folder; of a list (URLs, or a path with braces) they are as given.
     column: of the images, where the user gave one, for a table that may list them.
     """
+    try:
+        return _inspect(source, column)
+    except PermissionError as error:
+        raise ValueError(f"no permission to read {str(error.filename)!r}, of the source {source!r}") from error
+
+
+def _inspect(source: str, column: str) -> tuple[str, list[str]]:
     if not source:  # Path takes it for the folder one is in
         raise ValueError("the source is empty, as a shell variable that is not set; give a folder, a file or a Hub id")
     path = Path(source).expanduser()
     here = repr(str(path.absolute()))
     if path.is_file():
+        if is_pointer_file(str(path)):
+            raise ValueError(f"{here} is one of the {LFS_ADVICE}")
         kind = "table" if is_table(path.name) else shard_kind(path.name)
         if kind in (None, "image"):
             raise ValueError(
@@ -59,19 +70,10 @@ def inspect_source(source: str, column: str = "") -> tuple[str, list[str]]:
             )
         return str(kind), [path.name]
     if path.is_dir():
-        if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-            return "saved", []
-        kind, files = max(list_files(str(path)).items(), key=lambda item: len(item[1]))
-        if (kind == "images" or not files) and (tables := _tables_of(path, len(files), column)):
-            return "table", tables
-        if not files:
-            raise ValueError(
-                f"the folder {here} holds no Parquet, Arrow, tar or image files at any depth, and no table that lists "
-                "images"
-            )
-        return kind, files
+        return _inspect_folder(path, here, column)
+    _refuse_scheme(source)
     if is_remote(source) or "{" in source:
-        return "list", expand_braces(source if is_remote(source) else os.path.expanduser(source))
+        return "list", _listed_locations(source)
     if source == "scenes":  # which training renders before it gets here
         raise ValueError(
             f"there is no folder {here}, and only data.source=scenes of training renders scenes; give a folder"
@@ -79,6 +81,44 @@ def inspect_source(source: str, column: str = "") -> tuple[str, list[str]]:
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):  # nor has it the form of a Hub id
         raise ValueError(f"there is no folder {here}; the source (data.source of a config) must name an existing one")
     return "hub", []
+
+
+def _inspect_folder(path: Path, here: str, column: str) -> tuple[str, list[str]]:
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return "saved", []
+    found = folder_contents(str(path))
+    if found.kind in ("images", "") and (tables := _tables_of(path, len(found.files), column)):
+        return "table", tables
+    if not found.files:
+        held = f"; it holds {', '.join(found.left_out)}" if found.left_out else ""
+        raise ValueError(
+            f"the folder {here} holds no Parquet, Arrow, tar or image files at any depth, and no table that lists "
+            f"images{held}"
+        )
+    found.say(str(path))
+    return found.kind, found.files
+
+
+def _refuse_scheme(source: str) -> None:
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
+    if scheme and not is_remote(source):
+        mount = "mount it as a folder, copy it here, or give https:// URLs"
+        raise ValueError(
+            f"{source!r} cannot be read: {scheme[0]} is not among what a source may be (a local path, a Hub id, "
+            "http://, https:// or hf://datasets/OWNER/NAME/FILE); "
+            + (f"give {source[7:]}" if scheme[1] == "file" else mount)
+        )
+
+
+def _listed_locations(source: str) -> list[str]:
+    locations = expand_braces(source if is_remote(source) else os.path.expanduser(source))
+    for location in locations:
+        if location.startswith("hf://") and hub_file(location) is None:
+            raise ValueError(
+                f"{location!r} names no file on the Hub: that is hf://datasets/OWNER/NAME/FILE, or "
+                "hf://datasets/OWNER/NAME@REVISION/FILE; a whole data set is given by its id alone, OWNER/NAME"
+            )
+    return locations
 
 
 def is_mapped(source: str, *, column: str = "") -> bool:
@@ -238,6 +278,8 @@ def source_builder(source: str, cache_dir: str | None, *, config: str = "") -> A
             return datasets.load_dataset_builder("parquet", data_files=str(path), cache_dir=cache_dir or None)
         where = str(path) if path.is_dir() else source
         try:
+            if path.is_dir():
+                return clone_builder(where, inspect_source(source)[1], cache_dir or None, config)
             return datasets.load_dataset_builder(where, name=config or None, cache_dir=cache_dir or None)
         except ValueError:
             names: list[str] = []
@@ -254,20 +296,30 @@ def source_builder(source: str, cache_dir: str | None, *, config: str = "") -> A
 
 def _prepare(builder: Any, split: str, source: str, cache_dir: str | None) -> datasets.Dataset:
     """Copies the data to the cache unless it is there, and maps one split."""
+    if sizes := check_copy(builder, source, cache_dir):
+        _log.info("%s; copying", sizes)
+    with explained(f"cannot read {source!r}", hub_id="" if _local_files(builder) else source):
+        # clone_builder() has compared the rows, and what is not downloaded yet need not stop a run
+        builder.download_and_prepare(verification_mode="no_checks" if _local_files(builder) else "basic_checks")
+        return builder.as_dataset(split=split)
+
+
+def check_copy(builder: Any, source: str, cache_dir: str | None) -> str:
+    """What the copy to the cache takes, in words; "" where it is there already.
+
+    ValueError where there is no room for it, and where a file cannot be copied.
+    """
     import pyarrow.parquet
 
     needed, free, folder = cache_need(builder, cache_dir)
     sizes = f"{source!r} needs about {needed / 1e9:.3f} GB in the cache {folder}, which has {free / 1e9:.3f} GB free"
     if needed > free:
         raise ValueError(f"{sizes}; make room there, or set data.cache_dir to a folder on a larger disk")
-    if needed:
-        _log.info("%s; copying", sizes)
-    with explained(f"cannot read {source!r}", hub_id="" if _local_files(builder) else source):
+    with explained(f"cannot read {source!r}"):
         for file in _local_files(builder) if needed else []:
             if pyarrow.parquet.read_metadata(file).num_rows == 0:  # `datasets` fails on it, and does not say why
                 raise ValueError(f"{file} has no rows; remove it")
-        builder.download_and_prepare()
-        return builder.as_dataset(split=split)
+    return sizes if needed else ""
 
 
 def _local_files(builder: Any) -> list[str]:

@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import posixpath
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ijepa_scale.data.folders import image_splits, printable, shard_splits
-from ijepa_scale.data.images import image_column, is_label, reason_of
+from ijepa_scale.data.images import ImageSet, image_column, is_label, open_file, open_images, reason_of
+from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
 from ijepa_scale.data.remote import DeadLinkError, Patience, is_remote, read_listed
 from ijepa_scale.data.shards import DAMAGED, first_rows, open_shard, shard_kind
-from ijepa_scale.data.sources import check_choice, explained, find_split, inspect_source, source_builder
+from ijepa_scale.data.sources import check_choice, check_copy, explained, find_split, inspect_source, source_builder
 from ijepa_scale.data.streams import Shards
 from ijepa_scale.data.tables import listed_images
 from ijepa_scale.data.tars import TarNotes, first_notes, open_tar, tar_ending, tar_samples
@@ -25,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 _SAMPLED_SHARDS = 16
 _LOCAL_FILES, _REMOTE_FILES = 2000, 100  # of the first tar, whose headers are looked at
+PREVIEWED = 64  # images
 _DAMAGE = "cannot be read (%s); get it anew, or take it out of the source"
 _SCHEMA = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
 
@@ -131,6 +134,8 @@ def _check_there(files: list[str], source: str) -> None:
             f"{missing[0]} is missing, one of {len(missing)} missing among the {len(files)} files of {source!r}; bring "
             "them back, or give their folder as the source, for what is there"
         )
+    if pointers := [file for file in files if is_pointer_file(file)]:
+        raise ValueError(f"{pointers[0]}, of {source!r}, is one of the {LFS_ADVICE}")
 
 
 @contextlib.contextmanager
@@ -152,7 +157,7 @@ def _count(source: str, split: str, locations: Sequence[str], images: bool, cach
     if images:
         return len(locations)
     if is_remote(locations[0]):
-        if locations[0].startswith("hf://"):
+        if locations[0].startswith("hf://") and not is_remote(source):
             told = (source_builder(source, cache_dir, config=config).info.splits or {}).get(split)
             return (told.num_examples or 0) if told else 0
         return 0
@@ -203,6 +208,47 @@ def sample_images(shards: Shards, path: Path, *, count: int, patience: Patience)
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+class Preview(ImageSet):
+    """A few images of a set that stand for all of it: each for those of the indices next to its own."""
+
+    def __init__(self, held: ImageSet, num_images: int) -> None:
+        self.__dict__.update(held.__dict__)
+        self._num_held, self.num_images = len(held), num_images
+
+    def _value(self, index: int) -> Any:
+        return super()._value(index * self._num_held // self.num_images)
+
+
+def preview_images(
+    source: str,
+    *,
+    split: str = "train",
+    cache_dir: str | None = None,
+    min_side: int = 1,
+    column: str = "",
+    config: str = "",
+) -> ImageSet:
+    """As open_images, with its errors, but without a copy of Parquet: of that, the first images of some shards."""
+    chosen: dict[str, Any] = {"split": split, "cache_dir": cache_dir, "column": column, "config": config}
+    if inspect_source(source, column)[0] != "parquet":
+        return open_images(source, min_side=min_side, **chosen)
+    builder = source_builder(source, cache_dir, config=config)
+    find_split(list(map(str, builder.config.data_files)), split, source)
+    check_copy(builder, source, cache_dir)
+    shards = open_shards(source, patience=Patience(0), **chosen)
+    locations = shards.locations[:: -(-len(shards.locations) // _SAMPLED_SHARDS)]
+    each = -(-PREVIEWED // len(locations))
+    with explained(f"cannot read {source!r}"):
+        tables = [_first_labelled(location, shards.column, each, Patience(0)) for location in locations]
+    table = pa.concat_tables(tables, promote_options="default")
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "preview.arrow")
+        with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        name = f"{os.path.basename(os.path.abspath(source))}:{shards.name.rpartition(':')[2]}"
+        return Preview(open_file(path, name=name), shards.num_images)  # mapped: it lives on without its name
 
 
 def _first_tables(

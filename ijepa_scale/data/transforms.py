@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from ijepa_scale.data.jpeg import JpegHeader, decode_rows, read_header
+from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer, is_pointer_file
 
 # ImageNet has some. The pixels are good, and every loader process would say so anew.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 # EPS would run Ghostscript on the data; the others are stubs without a decoder of their own.
 _NOT_PICTURES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+_MARKED = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "JPEG2000", "AVIF")
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what undoes it (Exif 2.32, section 4.6.4)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -48,6 +50,23 @@ def image_extensions() -> set[str]:
     return {ending for ending, name in Image.registered_extensions().items() if name in _formats()}
 
 
+def begins_as_image(path: str) -> bool:
+    """Whether a file is an image by its first bytes, of a format whose files begin with a mark of their own."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+    except OSError:  # a broken link, or no permission: it is no image that can be read
+        return False
+    accepts = [Image.OPEN[name][1] for name in _formats() if name in _MARKED]
+    if not any(accept is not None and accept(start) is True for accept in accepts):
+        return False
+    try:
+        with open_encoded(path):
+            return True
+    except Exception:  # decoders raise whatever the bytes lead them to
+        return False
+
+
 def open_encoded(file: bytes | str) -> Image.Image:
     """Opens an image file, given as its content (bytes) or its path (str), as far as its header."""
     if not file:
@@ -55,6 +74,8 @@ def open_encoded(file: bytes | str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_formats())
     except UnidentifiedImageError as error:  # its message is an address in memory
+        if is_pointer(file) if isinstance(file, bytes) else is_pointer_file(file):
+            raise ValueError(f"it is one of the {LFS_ADVICE}") from error
         size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
         raise ValueError(f"{size} bytes that are no image of a known format") from error
 

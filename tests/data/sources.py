@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from ijepa_scale.data.stream_sources import preview_images
+
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
 
@@ -86,3 +88,8 @@ def write_noise_tar(path: Path, numbers: range) -> Path:
             file.seek(0)
             tar.addfile(info, file)
     return path
+
+
+def count_images(source: str, **options) -> int:
+    """As --dry-run counts them, without a copy."""
+    return preview_images(source, **options).num_images

@@ -6,12 +6,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from ijepa_scale.data.columns import preferred
-from ijepa_scale.data.folders import warn_once
-from ijepa_scale.data.images import BadImageError, count_images, open_file, open_images, splits_of
+from ijepa_scale.data.folders import say_once
+from ijepa_scale.data.images import BadImageError, open_file, open_images, splits_of
 from ijepa_scale.data.remote import Patience
 from ijepa_scale.data.stream_sources import open_shards, sample_images
 from ijepa_scale.data.streams import Streams
-from tests.data.sources import IMAGE, encoded, number_of, write_images, write_parquet, write_tar
+from tests.data.sources import IMAGE, count_images, encoded, number_of, write_images, write_parquet, write_tar
 
 PATIENCE = Patience(0.1, 0.01)
 MASKS = ["mask", "seg", "segmentation_map", "conditioning_image", "depthMap", "label", "annotation", "image_mask"]
@@ -63,7 +63,7 @@ def test_the_photographs_are_taken_and_any_other_column_can_be(tmp_path, kind, c
         assert preferred([first, second]) == photo
         if number not in (0, 9):
             continue  # the rest is the same for all
-        warn_once.cache_clear()
+        say_once.cache_clear()
         caplog.clear()
         taken = [10 * [first, second].index(photo) + i for i in range(3)]
         assert every_way(source, tmp_path / str(number) / "out") == taken

@@ -1,9 +1,15 @@
 import os
+import tempfile
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+from PIL import Image
 
 from ijepa_scale.data.folders import FolderSplit, image_splits, list_files, printable, shard_splits
+from ijepa_scale.data.images import open_images
+from tests.data.sources import write_images, write_parquet
 
 
 def write_tree(root, *names):
@@ -15,7 +21,10 @@ def write_tree(root, *names):
 def splits(*files):
     """What the tree of image files tells: split -> (its files, the class of each, if they have any)."""
     return {
-        name: (split.files, [split.classes[label] for label in split.labels()] if split.classes else None)
+        name: (
+            split.files,
+            [split.classes[i] if i is not None else "" for i in split.labels()] if split.classes else None,
+        )
         for name, split in image_splits("/set", sorted(files)).items()
     }
 
@@ -31,14 +40,21 @@ def test_files_are_listed_by_kind_and_in_order(tmp_path):
     listed = list_files(str(tmp_path / "one"))
     assert listed == list_files(str(tmp_path / "two"))
     for kind, ends in KINDS.items():
-        assert listed.pop(kind) == sorted(name for name in names if name.endswith(tuple(f".{end}" for end in ends)))
-    assert not listed
+        wanted = sorted(name for name in names if name.endswith(tuple(f".{end}" for end in ends)))
+        assert listed.kinds.pop(kind) == wanted
+        names = [name for name in names if name not in wanted]
+    assert (listed.kinds, listed.others, listed.system) == ({}, sorted(names), [])
 
 
 def test_what_is_no_data_is_not_listed(tmp_path):
     write_tree(tmp_path, ".hidden.png", ".git/x.png", "a/.cache/x.parquet", "__MACOSX/x.png", "png", "x.png.txt")
     write_tree(tmp_path, "cache-12ab.arrow", "a/cache-12ab.arrow", "cache-1.png")
-    assert list_files(str(tmp_path)) == {"parquet": [], "arrow": [], "tar": [], "images": ["cache-1.png"]}
+    system = ["#recycle", "$RECYCLE.BIN", "System Volume Information", "a/@eaDir"]
+    write_tree(tmp_path, ".Trash/1.png", "a/Thumbs.db", *(f"{folder}/x.png/thumb.jpg" for folder in system))
+    listed = list_files(str(tmp_path))
+    assert listed.kinds == {"parquet": [], "arrow": [], "tar": [], "images": ["cache-1.png"]}
+    assert listed.system == [*system[:3], "__MACOSX", "a/@eaDir"]
+    assert listed.others == ["a/Thumbs.db", "png", "x.png.txt"]
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -50,7 +66,42 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "elsewhere/back").symlink_to(tmp_path / "set")
     (tmp_path / "set/self").symlink_to(tmp_path / "set")
     expected = ["3.png", "broken.png", "linked/1.png", "linked/more/2.png", "twice/2.png", "z.png"]
-    assert list_files(str(tmp_path / "set"))["images"] == expected
+    assert list_files(str(tmp_path / "set")).kinds["images"] == expected
+
+
+def test_images_without_an_ending_are_known_by_their_content(tmp_path):
+    formats = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]
+    for name in formats:
+        Image.new("RGB", (4, 4)).save(tmp_path / name.lower(), name)
+    (tmp_path / "LICENSE").write_text("P3, BM and others")
+    (tmp_path / "half").write_bytes((tmp_path / "png").read_bytes()[:12])
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    listed = list_files(str(tmp_path))
+    assert listed.kinds["images"] == sorted(map(str.lower, formats))
+    assert listed.others == ["LICENSE", "half", "link"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without permission for a while")
+def test_a_folder_without_permission_is_left_out_and_named(monkeypatch, caplog):
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # pytest's are closed to others
+        root = Path(name)
+        sources = [write_images(root / "images", range(3)), write_parquet(root / "parquet/x.parquet", range(4)).parent]
+        for source in sources:
+            open_images(str(source))  # what is imported by this need not be readable below
+            write_images(source / "lost+found", range(5)).chmod(0o000)
+        (root / "cache").mkdir()
+        for folder in (root, root / "cache"):
+            folder.chmod(0o777)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", root / "cache")
+        os.seteuid(65534)
+        try:
+            assert [len(open_images(str(source))) for source in sources] == [3, 4]
+            with pytest.raises(ValueError, match=r"no permission to read '.*images/lost"):
+                open_images(str(sources[0] / "lost+found"))
+        finally:
+            os.seteuid(0)
+    for source in sources:
+        assert caplog.text.count(f"{source}/lost+found: no permission to read this folder, so what lies in it") == 1
 
 
 def test_class_folders_are_labels():
@@ -65,7 +116,7 @@ def test_class_folders_are_labels():
     [
         ["1.png", "2.png"],
         ["images/1.png", "images/2.png"],  # one folder tells nothing
-        ["cat/1.png", "dog/2.png", "loose.png"],
+        ["cat/1.png", "dog/2.png", "loose-1.png", "loose-2.png"],
         ["cat/1.png", "dog/deeper/2.png"],
         ["a/cat/1.png", "b/dog/2.png", "b/3.png"],
         ["cats/small/1.png", "cats/2.png"],
@@ -74,6 +125,16 @@ def test_class_folders_are_labels():
 )
 def test_other_trees_have_no_labels(files):
     assert splits(*files) == {"train": (sorted(files), None)}
+
+
+@pytest.mark.parametrize("above", ["", "images/", "ILSVRC/Data/", "train/", "a/training/"])
+@pytest.mark.parametrize("stray", ["", "readme.png", "{above}cover.png"])
+def test_stray_images_above_class_folders_have_no_label(above, stray, caplog):
+    stray = stray.format(above=above)
+    classes = [f"{above}{name}/{i}.png" for i in range(3) for name in ("cat", "dog")]
+    files = sorted({*classes, stray} - {""})
+    assert splits(*files) == {"train": (files, ["" if f == stray else f.split("/")[-2] for f in files])}
+    assert caplog.text.count(f"1 of the images, such as {stray}, lie outside of the folders") == bool(stray)
 
 
 def test_folders_that_hold_all_images_tell_nothing(caplog):

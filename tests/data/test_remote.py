@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from ijepa_scale.data import remote
-from ijepa_scale.data.remote import Patience, StreamError, is_remote, open_location
+from ijepa_scale.data.remote import Patience, StreamError, hub_file, is_remote, open_location
 from tests.data.server import serving
 
 QUICK = Patience(seconds=0.2, first_wait=0.01, longest_wait=0.04)
@@ -22,6 +22,19 @@ def server(tmp_path):
     (tmp_path / "empty.bin").write_bytes(b"")
     with serving(tmp_path) as server:
         yield server
+
+
+def test_files_of_the_hub_by_location():
+    assert hub_file("hf://datasets/me/data@refs%2Fpr%2F1/a/b.tar") == ("me/data", "refs/pr/1", "a/b.tar")
+    assert hub_file("hf://datasets/old@abc/b.tar") == ("old", "abc", "b.tar")
+    assert hub_file("hf://datasets/me/data/a/b.tar") == ("me/data", "main", "a/b.tar")
+    for other in (
+        "hf://datasets/me/data",
+        "hf://me/data/b.tar",
+        "hf://datasets/me",
+        "https://x/datasets/me/data/b.tar",
+    ):
+        assert hub_file(other) is None
 
 
 def test_what_is_remote(tmp_path):

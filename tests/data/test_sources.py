@@ -7,10 +7,10 @@ import pytest
 from ijepa_scale.data.images import (
     BadImageError,
     bytes_needed,
-    count_images,
     open_images,
     splits_of,
 )
+from tests.data.sources import count_images
 from tests.data.test_images import contents, encoded, write_files, write_parquet
 
 
@@ -93,7 +93,9 @@ def test_folder_of_images_in_any_tree(tmp_path, cache):
         odd: 6,
     }
     write_files(tmp_path / "set", files)
-    write_files(tmp_path / "set", {".hidden.png": 9, ".git/x.png": 9, "__MACOSX/x.png": 9, "notes.txt": b"", "x": 9})
+    write_files(
+        tmp_path / "set", {".hidden.png": 9, ".git/x.png": 9, "__MACOSX/x.png": 9, "notes.txt": b"", "x": b"no"}
+    )
     images = open_images(str(tmp_path / "set"))
     assert splits_of(str(tmp_path / "set")) == ["train"]
     paths = sorted(["a.png", "b/2.jpg.png", "b/deep/er/3.PNG", "c d/é.webp", odd])
@@ -137,6 +139,12 @@ def test_split_folders(tmp_path, caplog):
     assert (label.names, label.values.tolist()) == (["cat", "dog"], [1])  # numbered as in train
     assert test.label_columns() == {}
     assert not caplog.records
+
+    write_files(tmp_path, {"train/cat/7.png": 7, "train/8.png": 8})
+    stray = open_images(source)
+    assert contents(stray) == [8, 1, 7, 2] and stray.label_columns()["label"].values.tolist() == [-1, 0, 0, 1]
+    (tmp_path / "train/8.png").unlink()
+    (tmp_path / "train/cat/7.png").unlink()
 
     write_files(tmp_path, {"extra/5.png": 5, "6.png": 6})
     assert contents(open_images(source)) == [1, 2]

@@ -4,7 +4,7 @@ import tarfile
 
 import pytest
 
-from ijepa_scale.data.folders import warn_once
+from ijepa_scale.data.folders import say_once
 from ijepa_scale.data.images import BadImageError, open_file, open_images
 from ijepa_scale.data.remote import Patience
 from ijepa_scale.data.shards import read_shard
@@ -231,7 +231,7 @@ def test_what_is_left_out_is_said_each_time(tmp_path, caplog):
         path = str(write_members(tmp_path / name, members))
         for open_it in (open_images, open_images, lambda path: open_shards(path, patience=PATIENCE)):
             caplog.clear()
-            warn_once.cache_clear()
+            say_once.cache_clear()
             open_it(path)
             assert expected in caplog.text and bool(caplog.records) == bool(expected)
             others = ["samples without such an image: 2, the first notes", "names have no ending: 1, the first README"]
