@@ -1,5 +1,6 @@
 """Sections of the config -> objects, one build_* function a part. The public Python API: no launcher is needed."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -219,7 +220,10 @@ def build_images(config: PretrainConfig) -> ImageSet | Mixture | Streams:
     if data.streaming:
         images = _build_streams(config, [path for path, _ in sources], weights)
     else:
-        parts = [open_images(path, split=data.split, cache_dir=cache_dir, min_side=min_side) for path, _ in sources]
+        parts = [
+            open_images(path, split=data.split, cache_dir=cache_dir, min_side=min_side, max_pixels=data.max_pixels)
+            for path, _ in sources
+        ]
         images = parts[0] if len(parts) == 1 else Mixture(tuple(parts), weights)
     if len(images) < config.optimization.global_batch_size and (parts or len(images)):  # of a stream it may be unknown
         raise ValueError(
@@ -244,6 +248,7 @@ def _build_streams(config: PretrainConfig, paths: list[str], weights: tuple[int,
         seed=config.seed,
         shuffle_buffer=data.shuffle_buffer,
         min_side=config.model.patch_size,
+        max_pixels=data.max_pixels,
         num_images=data.num_images,
         patience=Patience(data.retry_seconds),
     )
@@ -287,8 +292,9 @@ def _eval_images(config: PretrainConfig, source: str) -> EvalImages:
         train = _sampled_images(config, source, data.split, fit if named else fit + score)
         test = _sampled_images(config, source, named[0], max(1, score)) if named else train
     else:
-        train = open_images(source, split=data.split, cache_dir=data.cache_dir or None)
-        test = open_images(source, split=named[0], cache_dir=data.cache_dir or None) if named else train
+        opened = functools.partial(open_images, source, cache_dir=data.cache_dir or None, max_pixels=data.max_pixels)
+        train = opened(split=data.split)
+        test = opened(split=named[0]) if named else train
         if data.streaming:
             check_images(train, min_side=config.model.patch_size)
         if config.report.train_images and test is not train:
@@ -302,7 +308,8 @@ def _sampled_images(config: PretrainConfig, source: str, split: str, count: int)
     shards = open_shards(source, split=split, cache_dir=config.data.cache_dir or None, patience=patience)
     name = hashlib.blake2b(repr((source, split, count)).encode(), digest_size=6).hexdigest()
     file = Path(config.run_dir) / "samples" / f"{shards.name.rpartition(':')[2]}-{name}.arrow"
-    images = open_file(str(sample_images(shards, file, count=count, patience=patience)), name=shards.name)
+    path = str(sample_images(shards, file, count=count, patience=patience))
+    images = open_file(path, name=shards.name, max_pixels=config.data.max_pixels)
     check_images(images, min_side=config.model.patch_size)
     return images
 

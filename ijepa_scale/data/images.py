@@ -17,12 +17,11 @@ from ijepa_scale.data.folders import printable
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.data.sources import cache_need, find_split, inspect_source, map_splits, source_builder
 from ijepa_scale.data.tars import read_member
-from ijepa_scale.data.transforms import UprightJpeg, open_croppable, open_encoded, to_rgb
+from ijepa_scale.data.transforms import MAX_PIXELS, UprightJpeg, open_croppable, read_rgb, with_image
 
 if TYPE_CHECKING:
     import datasets
 
-Use = Callable[[bytes | str, int], Any]  # (an image's file: its content or path, the shortest side allowed)
 _log = logging.getLogger(__name__)
 
 SUBSTITUTE_SEED = 20230119  # fixed: the substitute of an image is a property of the data set, not of the run
@@ -36,6 +35,17 @@ class BadImageError(ValueError):
     def __init__(self, message: str, reason: str = "") -> None:  # DataLoader re-raises it with the message alone
         super().__init__(message)
         self.reason = reason or message
+
+
+@dataclass(frozen=True)
+class Limits:
+    """min_side: pixels; images with a shorter side are bad. max_pixels: of an image as it is decoded; 0: any number."""
+
+    min_side: int = 1
+    max_pixels: int = MAX_PIXELS
+
+
+Use = Callable[[bytes | str, Limits], Any]  # (an image's file: its content or path; what it may be)
 
 
 @dataclass(frozen=True)
@@ -57,9 +67,11 @@ class LabelColumn:
 class ImageSet:
     """Images of one split of any map-style source, by index. Can be pickled and used in forked workers."""
 
-    def __init__(self, dataset: datasets.Dataset, column: str, *, name: str, split: str, min_side: int = 1) -> None:
+    def __init__(
+        self, dataset: datasets.Dataset, column: str, *, name: str, split: str, limits: Limits = Limits()
+    ) -> None:
         self.name, self.split, self.num_images = name, split, len(dataset)
-        self._min_side = min_side
+        self._limits = limits
         self._dataset = dataset
         self._rows = dataset.select_columns([column]).with_format("arrow")  # a row is a slice: nothing is decoded
 
@@ -68,7 +80,7 @@ class ImageSet:
 
     def read(self, index: int) -> Image.Image:
         """The image in RGB, upright. BadImageError if it cannot be decoded to the end or is smaller than min_side."""
-        return self._with_file(index, lambda file: decode(file, self._min_side))
+        return self._with_file(index, lambda file: decode(file, self._limits))
 
     def read_or_substitute(self, index: int, use: Use | None = None) -> tuple[Any, tuple[BadImage, ...]]:
         """The image at `index`, or another in its place if that is bad, and every bad one met.
@@ -83,7 +95,7 @@ class ImageSet:
         for _ in range(1 + MAX_SUBSTITUTES):
             if candidate not in bad:
                 try:
-                    return self._with_file(candidate, lambda file: use(file, self._min_side)), tuple(bad.values())
+                    return self._with_file(candidate, lambda file: use(file, self._limits)), tuple(bad.values())
                 except BadImageError as error:
                     bad[candidate] = BadImage(candidate, self.sample_id(candidate), error.reason)
             candidate = int(rng.random() * self.num_images)
@@ -98,7 +110,7 @@ class ImageSet:
 
     def size(self, index: int) -> tuple[int, int]:
         """(width, height) as stored, from the header alone."""
-        return self._with_file(index, _stored_size)
+        return self._with_file(index, lambda file: _stored_size(file, self._limits))
 
     def sample_id(self, index: int) -> str:
         """The path of the image where it is known, else e.g. "train[17]"."""
@@ -145,23 +157,21 @@ def _file_of(value: Any) -> bytes | str:
     return os.fsdecode(value["path"] or "") if value["bytes"] is None else value["bytes"]
 
 
-def _stored_size(file: bytes | str) -> tuple[int, int]:
-    with open_encoded(file) as image:
-        return image.size
+def _stored_size(file: bytes | str, limits: Limits) -> tuple[int, int]:
+    return with_image(file, lambda image: image.size, max_pixels=limits.max_pixels)
 
 
-def decode(file: bytes | str, min_side: int = 1) -> Image.Image:
-    """An encoded image, its content or its path, in RGB, upright. BadImageError if a side is under min_side pixels."""
-    with open_encoded(file) as image:
-        rgb = to_rgb(image)
-    _check_size(rgb.size, min_side)
+def decode(file: bytes | str, limits: Limits = Limits()) -> Image.Image:
+    """An encoded image, its content or its path, in RGB, upright. BadImageError if a side is under limits.min_side."""
+    rgb = read_rgb(file, max_pixels=limits.max_pixels)
+    _check_size(rgb.size, limits.min_side)
     return rgb
 
 
-def croppable(file: bytes | str, min_side: int = 1) -> Image.Image | UprightJpeg:
+def croppable(file: bytes | str, limits: Limits = Limits()) -> Image.Image | UprightJpeg:
     """The same for `random_resized_crop`: a JPEG is decoded with its crop, and as far down as that reaches."""
-    image = open_croppable(file)
-    _check_size(image.size, min_side)
+    image = open_croppable(file, max_pixels=limits.max_pixels)
+    _check_size(image.size, limits.min_side)
     return image
 
 
@@ -174,11 +184,18 @@ def reason_of(error: Exception) -> str:
     return error.reason if isinstance(error, BadImageError) else f"{type(error).__name__}: {error}"
 
 
-def open_images(source: str, *, split: str = "train", cache_dir: str | None = None, min_side: int = 1) -> ImageSet:
+def open_images(
+    source: str,
+    *,
+    split: str = "train",
+    cache_dir: str | None = None,
+    min_side: int = 1,
+    max_pixels: int = MAX_PIXELS,
+) -> ImageSet:
     """The images of one split of a source (sources.py says of which kinds). Labels are not needed.
 
     Parquet and Hub data are first copied to cache_dir (None or "": that of `datasets`), to be memory-mapped from there;
-    let one process a node open them before the others do. min_side: pixels; images with a shorter side are bad.
+    let one process a node open them before the others do. min_side, max_pixels: as of Limits.
     """
     splits = map_splits(source, cache_dir)
     found = find_split(list(splits), split, source)
@@ -186,15 +203,17 @@ def open_images(source: str, *, split: str = "train", cache_dir: str | None = No
     if len(dataset) == 0:
         raise ValueError(f"split {found!r} of {source!r} has no rows; it must hold at least one image")
     name = f"{os.path.basename(os.path.abspath(source))}:{found}"
-    return ImageSet(dataset, image_column(dataset, source), name=name, split=found, min_side=min_side)
+    limits = Limits(min_side, max_pixels)
+    return ImageSet(dataset, image_column(dataset, source), name=name, split=found, limits=limits)
 
 
-def open_file(path: str, *, name: str) -> ImageSet:
+def open_file(path: str, *, name: str, max_pixels: int = MAX_PIXELS) -> ImageSet:
     """The images of one Arrow file. name: of what they are a part of, as "source:split"."""
     import datasets
 
     dataset = datasets.Dataset.from_file(path)
-    return ImageSet(dataset, image_column(dataset, path), name=name, split=name.rpartition(":")[2])
+    limits = Limits(max_pixels=max_pixels)
+    return ImageSet(dataset, image_column(dataset, path), name=name, split=name.rpartition(":")[2], limits=limits)
 
 
 def count_images(source: str, *, split: str = "train", cache_dir: str | None = None) -> int:
