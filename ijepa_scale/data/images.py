@@ -125,15 +125,17 @@ class ImageSet:
         the values number the classes, so that splits agree. A column without a single label is left out.
         """
         import datasets
+        import pyarrow.compute as pc
 
         columns = {}
         for name, feature in self._dataset.features.items():
-            is_class = isinstance(feature, datasets.ClassLabel)
             if is_label(name, feature):
                 column = self._dataset.select_columns([name]).with_format("arrow")[:].column(0)
-                values = np.maximum(column.cast("int64").fill_null(-1).to_numpy(), -1)
-                names = feature.names if is_class else [str(i) for i in range(min(values.max() + 1, _MAX_CLASSES))]
-                if 0 <= values.max() < len(names):
+                largest = pc.max(column).as_py()  # of any integers: not all fit into int64
+                known = (feature.names or []) if isinstance(feature, datasets.ClassLabel) else range(_MAX_CLASSES)
+                if largest is not None and 0 <= largest < len(known):
+                    names = known if isinstance(known, list) else [str(i) for i in range(largest + 1)]
+                    values = np.maximum(column.cast("int64").fill_null(-1).to_numpy(), -1)
                     columns[name] = LabelColumn(name, list(names), values)
         return columns
 
@@ -265,9 +267,10 @@ def check_images(images: ImageSet, *, min_side: int, sample: int = 64) -> None:
 def is_label(name: str, feature: Any) -> bool:
     """Whether a column holds class labels, or numbers that may be."""
     import datasets
+    import pyarrow as pa
 
-    named = name in ("label", "labels", "class") and "int" in getattr(feature, "dtype", "")
-    return isinstance(feature, datasets.ClassLabel) or named
+    number = isinstance(feature, datasets.Value) and pa.types.is_integer(feature.pa_type)
+    return isinstance(feature, datasets.ClassLabel) or (number and name in ("label", "labels", "class"))
 
 
 def image_column(dataset: datasets.Dataset, source: str) -> str:
