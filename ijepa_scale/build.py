@@ -28,6 +28,7 @@ from ijepa_scale.models.attention_backends import Choice, choose_attention
 from ijepa_scale.models.attention_self_test import self_test
 from ijepa_scale.models.ijepa import IJepa, initialize_weights
 from ijepa_scale.models.predictor import Predictor
+from ijepa_scale.models.regularization import of_one_rank
 from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize, count_recomputed, recompute
 
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
@@ -113,7 +114,7 @@ def build_model(
     *,
     initialize: bool = True,
     attend: Attend | None = None,
-    total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    total: Callable[[torch.Tensor], torch.Tensor] = of_one_rank,
 ) -> IJepa:
     """Context encoder, predictor and target encoder, whose forward computes the loss.
 
