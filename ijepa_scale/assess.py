@@ -15,7 +15,7 @@ from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.evals.features import pooled_features
 from ijepa_scale.evals.knn import knn_top1
-from ijepa_scale.evals.probes import Features, probe_scores
+from ijepa_scale.evals.probes import Features, probe_scores, unfit
 from ijepa_scale.masking.packing import Packed
 from ijepa_scale.metrics import drift, feature_std, health_verdict, rankme, read_records
 from ijepa_scale.models.ijepa import initialize_weights
@@ -95,13 +95,17 @@ def measure_health(
         "drift": drift(target, context),
         "loss": loss,
     }
-    for name, column in list(images.label_columns().items())[:1]:
-        labels = torch.from_numpy(column.values[indices])
-        labelled = (labels >= 0).nonzero()[:, 0]
-        fit, held = labelled.tensor_split([len(labelled) * 3 // 4])
-        if len(fit) and bool(torch.isfinite(target).all()):
-            record["knn"] = knn_top1(target[fit], labels[fit], target[held], labels[held])
+    for name, column in images.label_columns().items():
+        labels = column.values[indices]
+        labelled = np.flatnonzero(labels >= 0)
+        fit, held = np.split(labelled, [len(labelled) * 3 // 4])
+        if unfit(labels[fit], labels[held], at_least=1):
+            continue  # with the next
+        if bool(torch.isfinite(target).all()):
+            y = torch.from_numpy(labels)
+            record["knn"] = knn_top1(target[fit], y[fit], target[held], y[held])
             record["knn_label"] = name
+        break
     history.append(record)
     log(record)
     say(f"health at step {step}: {health_verdict(history)}")
@@ -138,11 +142,11 @@ def report(run: Run) -> None:
         if records:
             draw_loss_curve(folder.path / "loss_curve.png", records)
     train_images, test_images = run.evaluation.train, run.evaluation.test
-    labels = {
-        name: column for name, column in test_images.label_columns().items() if name in train_images.label_columns()
-    }
+    of_train, of_test = train_images.label_columns(), test_images.label_columns()
     found, _ = checkpoints.newest_good(folder.checkpoints, ranks)
     fit, held = report_indices(run)
+    labels = {name: (of_train[name].values, of_test[name].values) for name in of_test if name in of_train}
+    reasons = {name: unfit(train[fit], test[held]) for name, (train, test) in labels.items()}
     why = ""
     if not labels:
         why = "the source has no labels to probe with"
@@ -150,10 +154,10 @@ def report(run: Run) -> None:
         why = f"{len(fit)} images to fit on and {len(held)} to score on; see report.train_images and report.test_images"
     elif not found:
         why = "there is no checkpoint of the target encoder"
+    elif all(reasons.values()):
+        why = joined(reasons)
     if why or not found:
-        if ranks.first:
-            write_report(folder.path / "report.json", [], step=run.horizon.stop, note=why)
-            print(f"no probes: {why}; curves are in {folder.path / 'loss_curve.png'}")
+        report_without_probes(run, why)
         return
     if ranks.first:
         print("probing the target encoder and the same encoder at initialisation ...", flush=True)
@@ -168,25 +172,40 @@ def report(run: Run) -> None:
         (test_features,), scored = features_of(run, [encoder], test_images, held)
         features[which] = Features(train_features, test_features)
     if ranks.first:
-        train_labels = train_images.label_columns()
-        both = {name: (train_labels[name].values[fitted], labels[name].values[scored]) for name in labels}
-        scores = probe_scores(both, **features)
+        both = {name: (train[fitted], test[scored]) for name, (train, test) in labels.items()}
+        scores, reasons = probe_scores(both, **features)
+        if not scores:
+            report_without_probes(run, joined(reasons))
+    if ranks.first and scores:
         facts = {
             "step": found.step,
             "checkpoint": found.path.name,
             "seed": config.seed,
             "train_images": len(fitted),
             "held_out": run.evaluation.held_out,
+            "not_probed": reasons,
         }
         write_report(folder.path / "report.json", scores, **facts)
         draw_scores(folder.path / "scores.png", scores)
         Console(emoji=False).print(report_table(scores))
+        for name, reason in reasons.items():
+            print(f"no probes of {name}: {reason}")
         if unread := len(fit) + len(held) - len(fitted) - len(scored):
             print(f"{unread} of {len(fit) + len(held)} images cannot be read and were left out of the probes")
         if not run.evaluation.held_out:
             print("the source has no validation split: the probes' test images were among the training images")
         print(f"report: {folder.path}/report.json, loss_curve.png, scores.png, masks.png")
     ranks.barrier()
+
+
+def report_without_probes(run: Run, why: str) -> None:
+    if run.ranks.first:
+        write_report(run.folder.path / "report.json", [], step=run.horizon.stop, note=why)
+        print(f"no probes: {why}; curves are in {run.folder.path / 'loss_curve.png'}")
+
+
+def joined(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def report_indices(run: Run) -> tuple[list[int], list[int]]:

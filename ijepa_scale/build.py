@@ -1,5 +1,6 @@
 """Sections of the config -> objects, one build_* function a part. The public Python API: no launcher is needed."""
 
+import functools
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from ijepa_scale.models.attention_backends import Choice, choose_attention
 from ijepa_scale.models.attention_self_test import self_test
 from ijepa_scale.models.ijepa import IJepa, initialize_weights
 from ijepa_scale.models.predictor import Predictor
+from ijepa_scale.models.regularization import of_one_rank
 from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize, count_recomputed, recompute
 
 Opener = Callable[..., ImageSet]  # as open_images
@@ -114,7 +116,7 @@ def build_model(
     *,
     initialize: bool = True,
     attend: Attend | None = None,
-    total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+    total: Callable[[torch.Tensor], torch.Tensor] = of_one_rank,
 ) -> IJepa:
     """Context encoder, predictor and target encoder, whose forward computes the loss.
 
@@ -246,7 +248,8 @@ def open_sources(config: PretrainConfig, open_images: Opener = open_images) -> I
     if data.streaming:
         images = _build_streams(config, [path for path, _ in sources], weights)
     else:
-        parts = [open_images(path, split=data.split, min_side=min_side, **reading(config)) for path, _ in sources]
+        options = {"min_side": min_side, "max_pixels": data.max_pixels, **reading(config)}
+        parts = [open_images(path, split=data.split, **options) for path, _ in sources]
         images = parts[0] if len(parts) == 1 else Mixture(tuple(parts), weights)
     for part in parts:
         check_images(part, min_side=min_side)
@@ -265,6 +268,7 @@ def _build_streams(config: PretrainConfig, paths: list[str], weights: tuple[int,
         seed=config.seed,
         shuffle_buffer=data.shuffle_buffer,
         min_side=config.model.patch_size,
+        max_pixels=data.max_pixels,
         num_images=data.num_images,
         patience=Patience(data.retry_seconds),
     )
@@ -306,8 +310,9 @@ def _eval_images(config: PretrainConfig, source: str, open_images: Opener) -> Ev
         train = _sampled_images(config, source, data.split, fit if named else fit + score)
         test = _sampled_images(config, source, named[0], max(1, score)) if named else train
     else:
-        train = open_images(source, split=data.split, **reading(config))
-        test = open_images(source, split=named[0], **reading(config)) if named else train
+        opened = functools.partial(open_images, source, max_pixels=data.max_pixels, **reading(config))
+        train = opened(split=data.split)
+        test = opened(split=named[0]) if named else train
         if data.streaming:
             check_images(train, min_side=config.model.patch_size)
         if config.report.train_images and test is not train:
@@ -322,7 +327,8 @@ def _sampled_images(config: PretrainConfig, source: str, split: str, count: int)
     chosen = [text for text in (config.data.column, config.data.config) if text]
     name = hashlib.blake2b(repr((source, split, count, *chosen)).encode(), digest_size=6).hexdigest()
     file = Path(config.run_dir) / "samples" / f"{shards.name.rpartition(':')[2]}-{name}.arrow"
-    images = open_file(str(sample_images(shards, file, count=count, patience=patience)), name=shards.name)
+    path = str(sample_images(shards, file, count=count, patience=patience))
+    images = open_file(path, name=shards.name, max_pixels=config.data.max_pixels)
     check_images(images, min_side=config.model.patch_size)
     return images
 

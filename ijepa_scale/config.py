@@ -34,6 +34,9 @@ class DataConfig:
     retry_seconds: float = 300.0  # how long a stream waits for a network that fails, before the run ends
     num_images: int = 0  # scenes: how many to render; streams, --dry-run: images of an epoch, where that is not known
     cache_dir: str = ""  # where rendered scenes and the copies made by `datasets` go; "": their default folders
+    # Of an image as it is decoded; 0: any number. JPEG and JPEG 2000 are decoded at a half of their sides or less from
+    # 179 million on; a pixel takes 4 bytes or more in a loader process
+    max_pixels: int = 500_000_000
     max_bad_fraction: float = 0.01  # of the source's images that may be unreadable before the run stops
 
     def __post_init__(self) -> None:
@@ -43,6 +46,7 @@ class DataConfig:
         _require(self.workers >= 0, f"data.workers must be 0 or more, got {self.workers}")
         _require(self.num_images >= 0, f"data.num_images must be 0 or more, got {self.num_images}")
         _require(self.shuffle_buffer >= 1, f"data.shuffle_buffer must be 1 or more, got {self.shuffle_buffer}")
+        _require(self.max_pixels >= 0, f"data.max_pixels must be 0 (any number) or more, got {self.max_pixels}")
         _require(self.retry_seconds >= 0, f"data.retry_seconds must be 0 or more, got {self.retry_seconds}")
         _require(
             isinstance(self.source, str | int | list) and self.source != [],
@@ -293,6 +297,7 @@ FREE_KEYS = (
     "data.cache_dir",
     "data.eval_split",
     "data.max_bad_fraction",
+    "data.max_pixels",  # to be raised where it stops a run; which images are left out is told
     "model.attention",  # beyond rounding
     "optimization.micro_batch_size",
     "optimization.stop_at_step",

@@ -1,7 +1,9 @@
 """A trained run + images -> embeddings on disk, and the nearest neighbours among them."""
 
 import csv
+import itertools
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig, from_dict
-from ijepa_scale.data.images import BadImageError, ImageSet, open_images
-from ijepa_scale.data.transforms import center_crop, open_encoded, to_rgb
+from ijepa_scale.data.folders import printable
+from ijepa_scale.data.images import BadImageError, ImageSet, decode, open_images, reason_of
+from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.distributed import Ranks
@@ -166,14 +169,28 @@ def neighbours(folder: str, queries: list[str], out: str, *, count: int = 8) -> 
     shown = []
     for name, picture, own, query in _queries(queries, facts, features, images, table):
         similarity = unit @ _unit(query - mean)
-        order = [row for row in np.argsort(-similarity, kind="stable").tolist() if row != own][:count]
-        print(f"{name}:")
+        itself = _file_at(os.path.abspath(name) if queries else name)
+        others = (
+            row
+            for row in np.argsort(-similarity, kind="stable").tolist()
+            if row != own and (itself is None or _file_at(table[row]["image"]) != itself)
+        )
+        order = list(itertools.islice(others, max(0, count)))
+        print(f"{printable(name)}:")
         for row in order:
             print(f"  {similarity[row]:.3f}  {table[row]['image']}")
         nearest = [(_picture(images, table[row], facts["image_size"]), f"{similarity[row]:.2f}") for row in order]
-        shown.append((picture, Path(name).name, nearest))
+        shown.append((picture, printable(Path(name).name), nearest))
     draw_neighbours(out, shown)
     print(f"picture: {out}")
+
+
+def _file_at(path: str) -> tuple[int, int] | None:
+    """The same for all paths to a file, by links of any kind; None for what is no path, as a name in a tar."""
+    if not os.path.isabs(path) or not os.path.exists(path):
+        return None
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
@@ -200,13 +217,17 @@ def _queries(
         for row in np.unique(np.linspace(0, len(table) - 1, 6).round().astype(int)).tolist():
             yield table[row]["image"], _picture(images, table[row], size), row, features[row]
         return
+    if not Path(facts["checkpoint"]).exists():
+        raise ValueError(
+            f"the checkpoint that the embeddings were made with is gone: {facts['checkpoint']}; run launch/embed.py "
+            "again (a run keeps its newest ones and those of checkpoint.keep_every), or leave out --query"
+        )
     encoder, _, _ = load_run(facts["checkpoint"])
     rows = {row["image"]: number for number, row in enumerate(table)}
     for path in paths:
         try:
-            with open_encoded(path) as image:
-                crop = center_crop(to_rgb(image), size)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"cannot read the query {path}: {error}") from error
+            crop = center_crop(decode(path), size)
+        except Exception as error:  # decoders raise whatever the bytes lead them to
+            raise ValueError(f"cannot read the query {printable(path)}: {reason_of(error)}") from error
         vector = pooled_features(encoder, [torch.from_numpy(crop)[None]]).numpy()[0]
-        yield path, crop, rows.get(str(Path(path).absolute()), -1), vector
+        yield path, crop, rows.get(printable(str(Path(path).absolute())), -1), vector

@@ -143,8 +143,7 @@ def show_data(found: dict[str, Any]) -> None:
         f"{found['source']}: {found['images']} images of {found['mean_bytes'] / 1e3:.0f} kB, "
         f"{width:.0f} x {height:.0f} pixels -> {size} x {size}\n"
         f"{machine['cpu']}, {machine['cores']} cores; one thread, CPU time, median (quartiles) of {found['rounds']} "
-        "rounds in turns",
-        markup=False,
+        "rounds in turns"
     )
     table = Table()
     table.add_column("pipeline")
@@ -258,7 +257,7 @@ def show_profile(found: dict[str, Any]) -> None:
 def _console() -> Any:
     from rich.console import Console
 
-    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False)
+    return Console(width=None if sys.stdout.isatty() else 160, highlight=False, emoji=False, markup=False)
 
 
 def _say(text: str) -> None:

@@ -10,7 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ijepa_scale.embed import embed, load_run, neighbours
+from launch.neighbours import main
 from tests.data.sources import IMAGE, encoded, write_parquet
+from tests.data.test_images import one_bit
 from tests.end_to_end.runs import Runs
 
 
@@ -120,6 +122,67 @@ def test_another_column_of_a_configuration_is_embedded_and_shown(run, tmp_path, 
     (tmp_path / "old/embeddings.json").write_text(json.dumps(facts))
     neighbours(str(tmp_path / "old"), [], str(tmp_path / "picture.png"), count=2)
     assert "mask-1.png" in capsys.readouterr().out
+
+
+def test_a_file_is_no_neighbour_of_itself_by_whatever_path(run, image_folder, tmp_path, capsys, monkeypatch):
+    """A copy is. Names are drawn as they are, though they look like formulas."""
+    pictures, out = tmp_path / "pictures", str(tmp_path / "out")
+    pictures.mkdir()
+    for name, source in (("$1_$2.png", "000"), ("copy.png", "000"), ("b.png", "001"), ("[red]c$.png", "002")):
+        shutil.copy(next(image_folder.rglob(f"{source}.png")), pictures / name)
+    (pictures / "link.png").symlink_to(pictures / "$1_$2.png")
+    (pictures / "hard.png").hardlink_to(pictures / "$1_$2.png")
+    (tmp_path / "also").symlink_to(pictures)
+    embed(str(run), str(pictures), out, workers=0)
+    monkeypatch.chdir(tmp_path)
+    same = ["$1_$2.png", "link.png", "hard.png"]
+    queries = (
+        [f"also/{name}" for name in same] + [str(pictures / name) for name in same] + ["pictures/../also/hard.png"]
+    )
+    for asked in (queries, []):
+        capsys.readouterr()
+        neighbours(out, asked, str(tmp_path / "picture.png"), count=5)
+        printed = capsys.readouterr().out.split("picture: ")[0]
+        found = {}
+        for line in printed.splitlines():
+            if line.startswith("  "):
+                found[name].append(line.split()[1].rpartition("/")[2])
+            else:
+                name = line.removesuffix(":")
+                found[name] = []
+        assert len(found) == (len(queries) if asked else 6)
+        for name, listed in found.items():
+            if name.rpartition("/")[2] in same:
+                assert listed[0] == "copy.png" and sorted(listed) == ["[red]c$.png", "b.png", "copy.png"]
+            else:
+                assert len(listed) == 5 and set(same) <= set(listed)
+
+
+def test_a_query_that_cannot_be_read_is_one_line(embedded, tmp_path, capsys):
+    huge = one_bit(30_000, 20_000)
+    broken = {
+        "no.jpg": b"no image",
+        "huge.png": huge,
+        "cut.png": huge[:60],
+        "none.png": b"",
+        "bad.png": huge[:29] + b"bad!",
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*broken, "missing.png", "."):
+        assert main([str(embedded / "out"), "--query", str(tmp_path / name), "--out", str(tmp_path / "a.png")]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: cannot read the query ") and error.count("\n") == 1 and len(error) > 60
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_checkpoint_that_is_gone_is_said(embedded, tmp_path):
+    shutil.copytree(embedded / "out", tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "embeddings.json").read_text())
+    (tmp_path / "out" / "embeddings.json").write_text(json.dumps(facts | {"checkpoint": str(tmp_path / "step-1")}))
+    with pytest.raises(ValueError, match=r"is gone: .*step-1; run launch/embed\.py again"):
+        neighbours(str(tmp_path / "out"), [rows_of(tmp_path / "out")[0]["image"]], str(tmp_path / "a.png"))
+    neighbours(str(tmp_path / "out"), [], str(tmp_path / "a.png"))
 
 
 def test_what_a_user_gets_wrong_is_named(run, embedded, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ijepa_scale.data.images import BadImage, ImageSet, Use, croppable
+from ijepa_scale.data.images import BadImage, ImageSet, Limits, Use, croppable
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import generator_for, image_at
 from ijepa_scale.data.streams import StreamMark, Streams
@@ -111,9 +111,9 @@ class MicroBatches(Dataset):
     def _cropping(self, step: int, position: int) -> Use:
         """The crop of whichever image comes to stand at a position of a step."""
 
-        def crop(file: bytes | str, min_side: int) -> np.ndarray:
+        def crop(file: bytes | str, limits: Limits) -> np.ndarray:
             rng = generator_for(self.seed, CROP, step, position)
-            image = croppable(file, min_side)
+            image = croppable(file, limits)
             return random_resized_crop(image, rng, self.image_size, scale=self.crop_scale, flip=self.horizontal_flip)
 
         return crop

@@ -24,12 +24,11 @@ from ijepa_scale.data.sources import (
     source_builder,
 )
 from ijepa_scale.data.tars import read_member
-from ijepa_scale.data.transforms import UprightJpeg, open_croppable, open_encoded, to_rgb
+from ijepa_scale.data.transforms import MAX_PIXELS, UprightJpeg, open_croppable, read_rgb, with_image
 
 if TYPE_CHECKING:
     import datasets
 
-Use = Callable[[bytes | str, int], Any]  # (an image's file: its content or path, the shortest side allowed)
 _log = logging.getLogger(__name__)
 
 SUBSTITUTE_SEED = 20230119  # fixed: the substitute of an image is a property of the data set, not of the run
@@ -43,6 +42,17 @@ class BadImageError(ValueError):
     def __init__(self, message: str, reason: str = "") -> None:  # DataLoader re-raises it with the message alone
         super().__init__(message)
         self.reason = reason or message
+
+
+@dataclass(frozen=True)
+class Limits:
+    """min_side: pixels; images with a shorter side are bad. max_pixels: of an image as it is decoded; 0: any number."""
+
+    min_side: int = 1
+    max_pixels: int = MAX_PIXELS
+
+
+Use = Callable[[bytes | str, Limits], Any]  # (an image's file: its content or path; what it may be)
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,11 @@ class LabelColumn:
 class ImageSet:
     """Images of one split of any map-style source, by index. Can be pickled and used in forked workers."""
 
-    def __init__(self, dataset: datasets.Dataset, column: str, *, name: str, split: str, min_side: int = 1) -> None:
+    def __init__(
+        self, dataset: datasets.Dataset, column: str, *, name: str, split: str, limits: Limits = Limits()
+    ) -> None:
         self.name, self.split, self.num_images = name, split, len(dataset)
-        self._min_side = min_side
+        self._limits = limits
         self._dataset = dataset
         self._rows = dataset.select_columns([column]).with_format("arrow")  # a row is a slice: nothing is decoded
 
@@ -75,7 +87,7 @@ class ImageSet:
 
     def read(self, index: int) -> Image.Image:
         """The image in RGB, upright. BadImageError if it cannot be decoded to the end or is smaller than min_side."""
-        return self._with_file(index, lambda file: decode(file, self._min_side))
+        return self._with_file(index, lambda file: decode(file, self._limits))
 
     def read_or_substitute(self, index: int, use: Use | None = None) -> tuple[Any, tuple[BadImage, ...]]:
         """The image at `index`, or another in its place if that is bad, and every bad one met.
@@ -90,7 +102,7 @@ class ImageSet:
         for _ in range(1 + MAX_SUBSTITUTES):
             if candidate not in bad:
                 try:
-                    return self._with_file(candidate, lambda file: use(file, self._min_side)), tuple(bad.values())
+                    return self._with_file(candidate, lambda file: use(file, self._limits)), tuple(bad.values())
                 except BadImageError as error:
                     bad[candidate] = BadImage(candidate, self.sample_id(candidate), error.reason)
             candidate = int(rng.random() * self.num_images)
@@ -105,7 +117,7 @@ class ImageSet:
 
     def size(self, index: int) -> tuple[int, int]:
         """(width, height) as stored, from the header alone."""
-        return self._with_file(index, _stored_size)
+        return self._with_file(index, lambda file: _stored_size(file, self._limits))
 
     def sample_id(self, index: int) -> str:
         """The path of the image where it is known, else e.g. "train[17]"."""
@@ -120,15 +132,17 @@ class ImageSet:
         the values number the classes, so that splits agree. A column without a single label is left out.
         """
         import datasets
+        import pyarrow.compute as pc
 
         columns = {}
         for name, feature in self._dataset.features.items():
-            is_class = isinstance(feature, datasets.ClassLabel)
             if is_label(name, feature):
                 column = self._dataset.select_columns([name]).with_format("arrow")[:].column(0)
-                values = np.maximum(column.cast("int64").fill_null(-1).to_numpy(), -1)
-                names = feature.names if is_class else [str(i) for i in range(min(values.max() + 1, _MAX_CLASSES))]
-                if 0 <= values.max() < len(names):
+                largest = pc.max(column).as_py()  # of any integers: not all fit into int64
+                known = (feature.names or []) if isinstance(feature, datasets.ClassLabel) else range(_MAX_CLASSES)
+                if largest is not None and 0 <= largest < len(known):
+                    names = known if isinstance(known, list) else [str(i) for i in range(largest + 1)]
+                    values = np.maximum(column.cast("int64").fill_null(-1).to_numpy(), -1)
                     columns[name] = LabelColumn(name, list(names), values)
         return columns
 
@@ -152,23 +166,21 @@ def _file_of(value: Any) -> bytes | str:
     return os.fsdecode(value.get("path") or "") if value["bytes"] is None else value["bytes"]
 
 
-def _stored_size(file: bytes | str) -> tuple[int, int]:
-    with open_encoded(file) as image:
-        return image.size
+def _stored_size(file: bytes | str, limits: Limits) -> tuple[int, int]:
+    return with_image(file, lambda image: image.size, max_pixels=limits.max_pixels)
 
 
-def decode(file: bytes | str, min_side: int = 1) -> Image.Image:
-    """An encoded image, its content or its path, in RGB, upright. BadImageError if a side is under min_side pixels."""
-    with open_encoded(file) as image:
-        rgb = to_rgb(image)
-    _check_size(rgb.size, min_side)
+def decode(file: bytes | str, limits: Limits = Limits()) -> Image.Image:
+    """An encoded image, its content or its path, in RGB, upright. BadImageError if a side is under limits.min_side."""
+    rgb = read_rgb(file, max_pixels=limits.max_pixels)
+    _check_size(rgb.size, limits.min_side)
     return rgb
 
 
-def croppable(file: bytes | str, min_side: int = 1) -> Image.Image | UprightJpeg:
+def croppable(file: bytes | str, limits: Limits = Limits()) -> Image.Image | UprightJpeg:
     """The same for `random_resized_crop`: a JPEG is decoded with its crop, and as far down as that reaches."""
-    image = open_croppable(file)
-    _check_size(image.size, min_side)
+    image = open_croppable(file, max_pixels=limits.max_pixels)
+    _check_size(image.size, limits.min_side)
     return image
 
 
@@ -187,14 +199,15 @@ def open_images(
     split: str = "train",
     cache_dir: str | None = None,
     min_side: int = 1,
+    max_pixels: int = MAX_PIXELS,
     column: str = "",
     config: str = "",
 ) -> ImageSet:
     """The images of one split of a source (sources.py says of which kinds). Labels are not needed.
 
     Parquet and Hub data are first copied to cache_dir (None or "": that of `datasets`), to be memory-mapped from there;
-    let one process a node open them before the others do. min_side: pixels; images with a shorter side are bad.
-    column: of the images, or their ending in tars; "": the likeliest. config: of the data set, where it has several.
+    let one process a node open them before the others do. min_side, max_pixels: as of Limits. column: of the images, or
+    their ending in tars; "": the likeliest. config: of the data set, where it has several.
     """
     splits = map_splits(source, cache_dir, column=column, config=config)
     found = find_split(list(splits), split, source)
@@ -204,15 +217,17 @@ def open_images(
     name = f"{os.path.basename(os.path.abspath(source))}:{found}"
     if inspect_source(source, column)[0] in ("tar", "table"):
         column = ""  # the rows are those of the column by now
-    return ImageSet(dataset, image_column(dataset, source, column), name=name, split=found, min_side=min_side)
+    limits = Limits(min_side, max_pixels)
+    return ImageSet(dataset, image_column(dataset, source, column), name=name, split=found, limits=limits)
 
 
-def open_file(path: str, *, name: str) -> ImageSet:
+def open_file(path: str, *, name: str, max_pixels: int = MAX_PIXELS) -> ImageSet:
     """The images of one Arrow file. name: of what they are a part of, as "source:split"."""
     import datasets
 
     dataset = datasets.Dataset.from_file(path)
-    return ImageSet(dataset, image_column(dataset, path), name=name, split=name.rpartition(":")[2])
+    limits = Limits(max_pixels=max_pixels)
+    return ImageSet(dataset, image_column(dataset, path), name=name, split=name.rpartition(":")[2], limits=limits)
 
 
 def splits_of(source: str, cache_dir: str | None = None, *, column: str = "", config: str = "") -> list[str]:
@@ -253,9 +268,10 @@ def check_images(images: ImageSet, *, min_side: int, sample: int = 64) -> None:
 def is_label(name: str, feature: Any) -> bool:
     """Whether a column holds class labels, or numbers that may be."""
     import datasets
+    import pyarrow as pa
 
-    named = name.lower() in ("label", "labels", "class") and "int" in getattr(feature, "dtype", "")
-    return isinstance(feature, datasets.ClassLabel) or named
+    number = isinstance(feature, datasets.Value) and pa.types.is_integer(feature.pa_type)
+    return isinstance(feature, datasets.ClassLabel) or (number and name.lower() in ("label", "labels", "class"))
 
 
 def image_column(dataset: datasets.Dataset, source: str, column: str = "") -> str:

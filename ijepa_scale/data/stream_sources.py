@@ -22,6 +22,7 @@ from ijepa_scale.data.sources import check_choice, check_copy, explained, find_s
 from ijepa_scale.data.streams import Shards
 from ijepa_scale.data.tables import listed_images
 from ijepa_scale.data.tars import TarNotes, first_notes, open_tar, tar_ending, tar_samples
+from ijepa_scale.data.transforms import MAX_PIXELS
 
 _log = logging.getLogger(__name__)
 
@@ -227,13 +228,14 @@ def preview_images(
     split: str = "train",
     cache_dir: str | None = None,
     min_side: int = 1,
+    max_pixels: int = MAX_PIXELS,
     column: str = "",
     config: str = "",
 ) -> ImageSet:
     """As open_images, with its errors, but without a copy of Parquet: of that, the first images of some shards."""
     chosen: dict[str, Any] = {"split": split, "cache_dir": cache_dir, "column": column, "config": config}
     if inspect_source(source, column)[0] != "parquet":
-        return open_images(source, min_side=min_side, **chosen)
+        return open_images(source, min_side=min_side, max_pixels=max_pixels, **chosen)
     builder = source_builder(source, cache_dir, config=config)
     find_split(list(map(str, builder.config.data_files)), split, source)
     check_copy(builder, source, cache_dir)
@@ -248,7 +250,9 @@ def preview_images(
         with pa.OSFile(path, "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table)
         name = f"{os.path.basename(os.path.abspath(source))}:{shards.name.rpartition(':')[2]}"
-        return Preview(open_file(path, name=name), shards.num_images)  # mapped: it lives on without its name
+        return Preview(
+            open_file(path, name=name, max_pixels=max_pixels), shards.num_images
+        )  # mapped: it lives on without its name
 
 
 def _first_tables(

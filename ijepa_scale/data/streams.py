@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from ijepa_scale.data.folders import printable
-from ijepa_scale.data.images import MAX_SUBSTITUTES, BadImage, BadImageError, Use, decode, reason_of
+from ijepa_scale.data.images import MAX_SUBSTITUTES, BadImage, BadImageError, Limits, Use, decode, reason_of
 from ijepa_scale.data.order import generator_for, mixture_place, permuted_index, source_seed
 from ijepa_scale.data.remote import DeadLinkError, Patience, StreamError, is_remote, read_listed
 from ijepa_scale.data.shards import DAMAGED, START, Encoded, Mark, read_shard
+from ijepa_scale.data.transforms import MAX_PIXELS
 
 State = dict[str, Any]  # as JSON holds it
 
@@ -202,7 +203,7 @@ class Streams:
     """The streams of one rank, over one or several sources mixed by weight. Can be pickled, and used in forked workers.
 
     Not dealt to ranks yet, as it comes from build.py, it is the only rank's, in one stream.
-    states: of each stream, to go on from; None: from its start. min_side: pixels; images with a shorter side are bad.
+    states: of each stream, to go on from; None: from its start. min_side, max_pixels: as of Limits.
     num_images: of an epoch, where the user says so; 0: what the sources know.
     """
 
@@ -211,6 +212,7 @@ class Streams:
     seed: int
     shuffle_buffer: int
     min_side: int = 1
+    max_pixels: int = MAX_PIXELS
     num_images: int = 0
     patience: Patience = field(default_factory=Patience)
     rank: int = 0
@@ -317,7 +319,7 @@ class Streams:
             file = read.file
             if isinstance(file, str) and is_remote(file):
                 file = read_listed(file, locations, self.patience)
-            return use(file, self.min_side)
+            return use(file, Limits(self.min_side, self.max_pixels))
         except StreamError:
             raise
         except DeadLinkError as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
 import os
-import struct
 import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,9 +19,17 @@ from PIL import Image, UnidentifiedImageError
 
 from ijepa_scale.data.jpeg import JpegHeader, decode_rows, read_header
 from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer, is_pointer_file
+from ijepa_scale.data.metadata import without_metadata
 
-# ImageNet has some. The pixels are good, and every loader process would say so anew.
-warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
+T = TypeVar("T")
+
+# Of metadata, and of many pixels. The image is good, and every loader process would say so anew.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+MAX_PIXELS = 500_000_000  # of an image as it is decoded, where nobody says another number; Pillow takes 4 bytes for one
+WHOLE_PIXELS = 178_956_970  # formats that can be decoded at a half, a quarter, ... are so above: Pillow's own limit
+_REDUCIBLE = ("JPEG", "JPEG2000")
+_REREAD_BYTES = 1 << 30  # larger files are not read into memory for a second try
 
 # EPS would run Ghostscript on the data; the others are stubs without a decoder of their own.
 _NOT_PICTURES = {"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -35,6 +45,7 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it (Exif 2.32, section 4.6.4)
     8: Image.Transpose.ROTATE_90,
 }
 _MAX_TRIES = 10
+_DEEP_PIXELS = 1 << 22  # converted at a time
 
 
 @functools.cache
@@ -67,17 +78,134 @@ def begins_as_image(path: str) -> bool:
         return False
 
 
-def open_encoded(file: bytes | str) -> Image.Image:
-    """Opens an image file, given as its content (bytes) or its path (str), as far as its header."""
+class TooManyPixelsError(ValueError):
+    """An image would take more memory than it may."""
+
+
+@contextlib.contextmanager
+def _limited(max_pixels: int) -> Iterator[None]:
+    """Our limit is Pillow's within, which is one for the process, and which it refuses to pass twofold."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = -(-max_pixels // 2) or None
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise TooManyPixelsError(_too_many(str(error).partition(" exceeds")[0], max_pixels)) from error
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _too_many(what: str, max_pixels: int) -> str:
+    return (
+        f"{what}: more than the {max_pixels:,} of data.max_pixels; raise it (0: any number; one takes 4 bytes or more "
+        "when decoded), or store the image smaller"
+    )
+
+
+def open_encoded(file: bytes | str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens an image file, given as its content (bytes) or its path (str), as far as its header.
+
+    TooManyPixelsError for one of more than max_pixels (0: any), unless its format can be decoded at a part of its size.
+    """
     if not file:
         raise ValueError("there are no bytes")
     try:
-        return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_formats())
+        with _limited(max_pixels):
+            return _open(file, _formats())
     except UnidentifiedImageError as error:  # its message is an address in memory
         if is_pointer(file) if isinstance(file, bytes) else is_pointer_file(file):
             raise ValueError(f"it is one of the {LFS_ADVICE}") from error
         size = len(file) if isinstance(file, bytes) else os.path.getsize(file)
-        raise ValueError(f"{size} bytes that are no image of a known format") from error
+        raise ValueError(f"{size} bytes that are no image of a known format{_complaint(file)}") from error
+    except TooManyPixelsError:
+        with contextlib.suppress(UnidentifiedImageError), _limited(0):
+            return _open(file, _REDUCIBLE)
+        raise
+
+
+def _open(file: bytes | str, formats: tuple[str, ...]) -> Image.Image:
+    return Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=formats)
+
+
+def _complaint(file: bytes | str) -> str:
+    """What Pillow's reader of the file's format has against it; Image.open() keeps that to itself."""
+    with io.BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as opened:
+        prefix = opened.read(16)
+        for name in _formats():
+            factory, accept = Image.OPEN[name]
+            accepted: bool | str = False
+            try:
+                accepted = accept(prefix) if accept else False
+                if accepted and not isinstance(accepted, str):
+                    opened.seek(0)
+                    factory(opened, "")
+            except Exception as error:  # readers raise whatever the bytes lead them to
+                accepted = accepted and f"as {name}: {error}"
+            if isinstance(accepted, str):
+                return f" ({accepted})"
+    return ""
+
+
+def with_image(file: bytes | str, use: Callable[[Image.Image], T], *, max_pixels: int = MAX_PIXELS) -> T:
+    """use() of the opened image; where that fails, once more of the file without its metadata.
+
+    An error is then of the pixels. max_pixels: as of open_encoded(), for the decoding, too.
+    """
+    try:
+        with _limited(max_pixels), open_encoded(file, max_pixels=max_pixels) as image:
+            return use(image)
+    except (TooManyPixelsError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise whatever the bytes lead them to
+        failure = error
+    try:
+        for lighter in without_metadata(_content(file) or b""):
+            try:
+                with _limited(max_pixels), open_encoded(lighter, max_pixels=max_pixels) as image:
+                    return use(image)
+            except Exception as error:
+                failure = error
+        raise failure
+    finally:
+        del failure  # it would hold this frame, and the file's content
+
+
+def _content(file: bytes | str) -> bytes:
+    if not isinstance(file, str):
+        return file
+    if not os.path.isfile(file) or os.path.getsize(file) > _REREAD_BYTES:
+        return b""
+    with open(file, "rb") as opened:
+        return opened.read()
+
+
+def read_rgb(file: bytes | str, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An encoded image as to_rgb() gives it, whatever its metadata. Of a huge JPEG or JPEG 2000 a smaller version.
+
+    That is a half (JPEG 2000) or a half, a quarter or an eighth (JPEG) of its sides, so that it takes no more memory
+    than WHOLE_PIXELS do. TooManyPixelsError where more than max_pixels are left (0: any).
+    """
+
+    def decoded(image: Image.Image) -> Image.Image:
+        _reduce(image, max_pixels)
+        return to_rgb(image)
+
+    return with_image(file, decoded, max_pixels=max_pixels)
+
+
+def _reduce(image: Any, max_pixels: int) -> None:
+    width, height = image.size
+    most = min(WHOLE_PIXELS, max_pixels or WHOLE_PIXELS)
+    factors = {"JPEG": (1, 2, 4, 8), "MPO": (1, 2, 4, 8), "JPEG2000": (1, 2)}.get(image.format, (1,))
+    factor = next((factor for factor in factors if width * height <= most * factor**2), factors[-1])
+    # libjpeg holds all of a progressive image's coefficients, which take about as much as its pixels.
+    held = width * height // (1 if image.info.get("progressive") else factor**2)
+    if max_pixels and held > max_pixels:
+        raise TooManyPixelsError(_too_many(f"{width} x {height} pixels", max_pixels))
+    if factor > 1 and image.format == "JPEG2000":
+        image.reduce = 1  # by halving once. Twice fails for some sizes: Pillow 11 to 13 rounds them as libjpeg does not
+    elif factor > 1:
+        image.draft(None, (width // factor, height // factor))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -102,18 +230,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except (SyntaxError, ValueError, struct.error):  # PIL's for EXIF bytes that are not EXIF: the pixels are still good
+    except Exception:  # whatever the bytes lead PIL to: the pixels are still good
         return 1
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
+    stored = np.asarray(image)
+    parts = np.array_split(stored, max(1, stored.size // _DEEP_PIXELS))  # of rows: a float64 takes 8 bytes
+    if image.mode == "F" and not all(np.isfinite(part).all() for part in parts):
         raise ValueError("the image holds values that are not finite")
     candidates = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    white = next((white for white in candidates if values.max() <= white), values.max())
-    gray = np.rint(np.clip(values, 0.0, None) * (255.0 / white)).astype(np.uint8)
-    return Image.fromarray(gray).convert("RGB")
+    largest = float(stored.max())
+    white = next((white for white in candidates if largest <= white), largest)
+    gray = [np.rint(np.clip(part.astype(np.float64), 0.0, None) * (255.0 / white)).astype(np.uint8) for part in parts]
+    return Image.fromarray(np.concatenate(gray)).convert("RGB")
 
 
 @dataclass(frozen=True)
@@ -132,13 +262,12 @@ class UprightJpeg:
         left, top, right, bottom = box
         pixels = decode_rows(self.content, self.header, bottom)
         if pixels is None:
-            with open_encoded(self.content) as image:
-                return np.array(to_rgb(image).crop(box))
+            return np.array(read_rgb(self.content).crop(box))
         return pixels[top:bottom, left:right]
 
 
-def open_croppable(file: bytes | str) -> Image.Image | UprightJpeg:
-    """An encoded image, its content or its path, for `random_resized_crop`: to_rgb() of it, or a JPEG that is as that.
+def open_croppable(file: bytes | str, *, max_pixels: int = MAX_PIXELS) -> Image.Image | UprightJpeg:
+    """An encoded image, its content or its path, for `random_resized_crop`: read_rgb() of it, or a JPEG like that.
 
     An error in a JPEG's pixels comes when it is cropped.
     """
@@ -147,15 +276,15 @@ def open_croppable(file: bytes | str) -> Image.Image | UprightJpeg:
         with open(file, "rb") as opened:
             content = opened.read()
     header = read_header(content) if isinstance(content, bytes) else None
+    if header and max_pixels and math.prod(header.size) > max_pixels:
+        header = None
     if header and isinstance(content, bytes) and not (header.metadata and _is_turned(content)):
         return UprightJpeg(content, header)
-    with open_encoded(content) as image:
-        return to_rgb(image)
+    return read_rgb(content, max_pixels=max_pixels)
 
 
 def _is_turned(file: bytes) -> bool:
-    with open_encoded(file) as image:
-        return _orientation(image) in _UPRIGHT
+    return with_image(file, lambda image: _orientation(image) in _UPRIGHT)
 
 
 def random_resized_crop(

@@ -86,24 +86,34 @@ def _packed(indices: list[np.ndarray], offsets: list[int]) -> Packed:
     )
 
 
+def _patches(name: str, part: Any, num_patches: int) -> np.ndarray:
+    """Patch indices as they were given, any integers, (n,) int64."""
+    kind = part.dtype if isinstance(part, torch.Tensor) else None
+    if kind is None or not (kind.is_floating_point or kind.is_complex or kind == torch.bool):
+        part = np.asarray(part.cpu() if isinstance(part, torch.Tensor) else part).reshape(-1)
+        if part.size == 0:
+            raise ValueError(f"{name} holds an empty list of patches; every one needs at least one patch")
+        kind = part.dtype
+        if part.dtype.kind in "iu":
+            if part.min() < 0 or part.max() >= num_patches:
+                raise ValueError(f"{name} holds patch {part.min()}..{part.max()}; the image has 0..{num_patches - 1}")
+            return part.astype(np.int64)
+    raise ValueError(f"{name} holds {kind}; wants integers, the numbers of patches: of a mask, numpy.flatnonzero(mask)")
+
+
 def pack_masks(context: Sequence[np.ndarray], target_blocks: Sequence[Sequence[np.ndarray]], num_patches: int) -> Masks:
     """Pack explicit patch indices.
 
-    context[b]: (n_b,) patch indices of image b, n_b >= 1. target_blocks[b][m]: (K,) patch indices of its block m;
-    K is the same for all. Raises ValueError on an index outside 0..num_patches - 1, an empty list or unequal blocks.
+    context[b]: (n_b,) patch indices of image b, integers of any type, n_b >= 1. target_blocks[b][m]: (K,) patch indices
+    of its block m; K is the same for all. Raises ValueError on what is no integer, an index outside 0..num_patches - 1,
+    an empty list or unequal blocks.
     """
     if not len(context) or len(context) != len(target_blocks):
         raise ValueError(
             f"need context and target blocks for the same images, got {len(context)}, {len(target_blocks)}"
         )
-    contexts = [np.asarray(part).reshape(-1) for part in context]
-    blocks = [[np.asarray(block).reshape(-1) for block in image] for image in target_blocks]
-    for name, parts in (("context", contexts), ("target_blocks", [block for image in blocks for block in image])):
-        for part in parts:
-            if part.size == 0:
-                raise ValueError(f"{name} holds an empty list of patches; every one needs at least one patch")
-            if part.min() < 0 or part.max() >= num_patches:
-                raise ValueError(f"{name} holds patch {part.min()}..{part.max()}; the image has 0..{num_patches - 1}")
+    contexts = [_patches("context", part, num_patches) for part in context]
+    blocks = [[_patches("target_blocks", block, num_patches) for block in image] for image in target_blocks]
     if len({block.size for image in blocks for block in image}) != 1 or len({len(image) for image in blocks}) != 1:
         raise ValueError("every image needs as many target blocks, all of one size, so that the loss is one plain mean")
 

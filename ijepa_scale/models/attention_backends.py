@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ijepa_scale.models.attention import Attend, Sequences
 
@@ -26,68 +28,70 @@ def _first(result: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     return result[0] if isinstance(result, tuple) else result
 
 
+# Kernels are called by functions with names, and bound to them by partial(): a model that holds one can be pickled.
+
+
 def _load_fa2() -> Attend:
     # Of the function itself: flash-attn-4 alone leaves a package flash_attn that holds nothing but `cute`.
     from flash_attn import flash_attn_varlen_qkvpacked_func as kernel
 
-    def attend(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        return kernel(qkv_T3HE, sequences.cu_seqlens, sequences.max_seqlen, **_deterministic())
+    return partial(_attend_fa2, kernel)
 
-    return attend
+
+def _attend_fa2(kernel: Callable, qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    return kernel(qkv_T3HE, sequences.cu_seqlens, sequences.max_seqlen, **_deterministic())
 
 
 def _load_fa3() -> Attend:
     from flash_attn_interface import flash_attn_varlen_func as kernel
 
-    def attend(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        bounds, longest = sequences.cu_seqlens, sequences.max_seqlen
-        return _first(kernel(*qkv_T3HE.unbind(1), bounds, bounds, longest, longest, **_deterministic()))
+    return partial(_attend_fa3, kernel)
 
-    return attend
+
+def _attend_fa3(kernel: Callable, qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    bounds, longest = sequences.cu_seqlens, sequences.max_seqlen
+    return _first(kernel(*qkv_T3HE.unbind(1), bounds, bounds, longest, longest, **_deterministic()))
 
 
 def _load_fa4() -> Attend:
     from flash_attn.cute import flash_attn_varlen_func as kernel
 
-    def attend(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        q, k, v = qkv_T3HE.unbind(1)
-        result = kernel(  # by keyword: its fourth argument is not what those of the older versions is
-            q=q,
-            k=k,
-            v=v,
-            cu_seqlens_q=sequences.cu_seqlens,
-            cu_seqlens_k=sequences.cu_seqlens,
-            max_seqlen_q=sequences.max_seqlen,
-            max_seqlen_k=sequences.max_seqlen,
-            **_deterministic(),
-        )
-        return _first(result)
+    return partial(_attend_fa4, kernel)
 
-    return attend
+
+def _attend_fa4(kernel: Callable, qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    q, k, v = qkv_T3HE.unbind(1)
+    result = kernel(  # by keyword: its fourth argument is not what those of the older versions is
+        q=q,
+        k=k,
+        v=v,
+        cu_seqlens_q=sequences.cu_seqlens,
+        cu_seqlens_k=sequences.cu_seqlens,
+        max_seqlen_q=sequences.max_seqlen,
+        max_seqlen_k=sequences.max_seqlen,
+        **_deterministic(),
+    )
+    return _first(result)
 
 
 def _load_torch_varlen() -> Attend:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.attention.varlen import varlen_attn
 
     if not torch.backends.cuda.is_flash_attention_available():
         raise ImportError("this build of torch has no flash attention")
+    return partial(_attend_torch_varlen, varlen_attn)
 
-    def attend(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        if torch.backends.cuda.cudnn_sdp_enabled():
-            # torch 2.15 would take cuDNN, which plans each new shape anew (55-70 ms, flashinfer-ai/flashinfer#5245) and
-            # whose backward wrote out of bounds (pytorch/pytorch#186142). A run has it off (engine/distributed.py)
-            # and does not come here: this changes the state of the process, in 9 to 18 us.
-            with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-                return varlen(qkv_T3HE, sequences)
-        return varlen(qkv_T3HE, sequences)
 
-    def varlen(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-        bounds, longest = sequences.cu_seqlens, sequences.max_seqlen
-        q, k, v = qkv_T3HE.unbind(1)
-        return _first(varlen_attn(q, k, v, bounds, bounds, longest, longest))
-
-    return attend
+def _attend_torch_varlen(kernel: Callable, qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    bounds, longest = sequences.cu_seqlens, sequences.max_seqlen
+    q, k, v = qkv_T3HE.unbind(1)
+    if torch.backends.cuda.cudnn_sdp_enabled():
+        # torch 2.15 would take cuDNN, which plans each new shape anew (55-70 ms, flashinfer-ai/flashinfer#5245) and
+        # whose backward wrote out of bounds (pytorch/pytorch#186142). A run has it off (engine/distributed.py)
+        # and does not come here: this changes the state of the process, in 9 to 18 us.
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return _first(kernel(q, k, v, bounds, bounds, longest, longest))
+    return _first(kernel(q, k, v, bounds, bounds, longest, longest))
 
 
 NEWEST = 99

@@ -10,7 +10,7 @@ from ijepa_kernels.ema import ema_update
 from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.regularization import variance_covariance
+from ijepa_scale.models.regularization import of_one_rank, variance_covariance
 from ijepa_scale.models.vit import VisionTransformer
 
 
@@ -26,7 +26,7 @@ class IJepa(nn.Module):
         loss_kind: str = "smooth_l1",
         variance: float = 0.0,
         covariance: float = 0.0,
-        total: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
+        total: Callable[[torch.Tensor], torch.Tensor] = of_one_rank,  # a function by name: models are pickled
     ):
         """variance, covariance: weights of the terms against collapse, taken over the images of one forward.
 

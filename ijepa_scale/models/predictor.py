@@ -34,7 +34,7 @@ class Predictor(nn.Module):
         """context_TD: (T_c, D), the context encoder's output -> (T_t, D), predictions in the order of target_blocks."""
         packed = masks.prediction
         tokens_TP = assemble(
-            self.predictor_embed(context_TD),
+            self.predictor_embed(context_TD).to(self.mask_token.dtype),  # which autocast lowers: what is added to stays
             self.mask_token.view(-1),
             self.predictor_pos_embed[0],
             source_R=masks.prediction_source_T,

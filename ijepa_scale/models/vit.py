@@ -74,7 +74,9 @@ def _residual_linear(
     Where no gradient is kept the sum takes the residual's place in memory, unless it awaits one (it is a block's input
     that will be computed again).
     """
-    if torch.compiler.is_compiling():  # which fuses the sum with what follows; a product onto it would copy it first
+    # torch.compile fuses the sum with what follows; a product onto it would copy it first. Under autocast the product
+    # is of a lower precision than what it is added to.
+    if torch.compiler.is_compiling() or not x_TK.dtype == weight_DK.dtype == residual_TD.dtype:
         return F.linear(x_TK, weight_DK, bias_D) + residual_TD
     kept = torch.is_grad_enabled() or residual_TD.requires_grad
     return (residual_TD + bias_D if kept else residual_TD.add_(bias_D)).addmm_(x_TK, weight_DK.t())

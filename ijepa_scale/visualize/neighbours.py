@@ -22,7 +22,8 @@ def draw_neighbours(path: str | Path, rows: Sequence[tuple[np.ndarray, str, Sequ
             axis.set_axis_off()
         for axis, (image, caption) in zip(row, [(query, name), *nearest], strict=False):
             axis.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-            axis.set_title(caption if len(caption) <= 20 else caption[:8] + "..." + caption[-9:], fontsize=7)
+            short = caption if len(caption) <= 20 else caption[:8] + "..." + caption[-9:]
+            axis.set_title(short, fontsize=7, parse_math=False)
         row[0].add_patch(_frame(query))
     figure.savefig(path, format="png")
 

@@ -25,6 +25,7 @@ def report_table(scores: Sequence[Score]) -> "Table":
     """The scores as a table for the terminal: print it with rich.print or Console.print."""
     from rich import box
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(
         title="Top-1 accuracy (%) of frozen features, ± one standard error",
@@ -43,7 +44,7 @@ def report_table(scores: Sequence[Score]) -> "Table":
     styles = {"better": "green", "worse": "red"}
     for score in scores:
         table.add_row(
-            score.probe,
+            Text(score.probe),  # with the name of a column, in which brackets are no markup
             f"{score.chance:.1f}",
             f"{score.initial:.1f} ±{score.initial_error:.1f}",
             f"{score.trained:.1f} ±{score.trained_error:.1f}",
@@ -89,7 +90,7 @@ def draw_scores(path: str | Path, scores: Sequence[Score]) -> None:
             )
     chances = [score.chance for score in scores]
     axis.hlines(chances, places - 0.45, places + 0.45, colors="black", linestyles="dashed", linewidth=1, label="chance")
-    axis.set_xticks(places, [f"{score.probe}\n{score.verdict}" for score in scores], fontsize=8)
+    axis.set_xticks(places, [f"{score.probe}\n{score.verdict}" for score in scores], fontsize=8, parse_math=False)
     axis.set_ylabel("top-1 accuracy (%)")
     axis.set_ylim(0, 1.12 * max([1.0, *chances, *(max(score.initial, score.trained) for score in scores)]))
     axis.set_title("Frozen features, probed (error bars: ± one standard error)", fontsize=10)

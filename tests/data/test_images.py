@@ -158,23 +158,36 @@ def test_bad_images_are_named(tmp_path, name):
     assert np.array_equal(np.asarray(images.read_or_substitute(index)[0]), pixels(1))
 
 
-def test_decompression_bomb(tmp_path):
-    write_files(tmp_path, {"bomb.png": bomb(), "good.png": 1})
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_an_image_may_be_large_up_to_a_limit(tmp_path):
+    """Pillow's own is 179 million pixels."""
+    write_files(tmp_path, {"bomb.png": one_bit(30_000, 20_000), "good.png": 1})
     images = open_images(str(tmp_path))
-    with pytest.raises(BadImageError, match=r"bomb\.png: DecompressionBombError"):
-        images.read(0)
+    for use in (images.read, images.size):
+        with pytest.raises(
+            BadImageError, match=r"bomb\.png: .*600000000 pixels\): more than the 500,000,000 of data\.max_pi"
+        ):
+            use(0)
     assert [bad.sample_id for bad in images.read_or_substitute(0)[1]] == [str(tmp_path / "bomb.png")]
+    for max_pixels in (600_000_000, 0):
+        assert open_images(str(tmp_path), max_pixels=max_pixels).size(0) == (30_000, 20_000)
+    with pytest.raises(BadImageError, match=r"10 x 8 pixels.*more than the 79 of"):
+        open_images(str(tmp_path), max_pixels=79).read(1)
+    assert open_images(str(tmp_path), max_pixels=80).read(1).size == (10, 8)
 
 
-def bomb():
-    """A one-bit PNG of 400 million pixels in 50 kB."""
+def one_bit(width, height):
+    """A PNG of a bit a pixel, which takes hardly any bytes."""
     import struct
     import zlib
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header, rows = struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0), zlib.compress(bytes(2501 * 20_000))
+    header, rows = (
+        struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0),
+        zlib.compress(bytes((width // 8 + 1) * height)),
+    )
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 

@@ -106,6 +106,42 @@ def test_errors(context, targets, message):
         pack_masks(context, targets, 4)
 
 
+def test_integers_of_any_type_are_indices_and_nothing_else_is():
+    context, targets = random_lists(0, 3, 2, 4, 200)  # with the image's offset past what int8 and uint8 hold
+    expected = pack_masks(context, targets, 200)
+    integers = [getattr(np, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
+    tensors = [torch.uint8, torch.int16, torch.int32, torch.int64]
+    changes = [lambda part, to=to: part.astype(to) for to in integers if to is not np.int8]
+    changes += [lambda part, to=to: torch.from_numpy(part).to(to) for to in tensors]
+    changes += [lambda part: part.tolist(), lambda part: [np.int32(index) for index in part]]
+    for change in changes:
+        masks = pack_masks([change(c) for c in context], [[change(b) for b in image] for image in targets], 200)
+        assert torch.equal(masks.prediction.indices_T, expected.prediction.indices_T)
+        assert masks.prediction.indices_T.dtype == torch.int32
+    small = [(c % 128).astype(np.int8) for c in context]
+    assert torch.equal(
+        pack_masks(small, targets, 200).context.indices_T % 200, torch.tensor(np.concatenate(small).tolist())
+    )
+    seen = np.arange(200) < 3
+    for wrong in (
+        *(seen, seen.tolist(), torch.from_numpy(seen), [True], np.array([1.0, 2.0]), [0.5], [1.0], [float("nan")]),
+        *(
+            torch.ones(2),
+            torch.ones(2, dtype=torch.bfloat16),
+            np.float32([1]),
+            [1 + 0j],
+            ["1"],
+            [None],
+            np.array([1], object),
+        ),
+    ):
+        for parts in (([wrong, *context[1:]], targets), (context, [[wrong, wrong], *targets[1:]])):
+            with pytest.raises(
+                ValueError, match=r"^(context|target_blocks) holds \S+; wants integers, the numbers of pa"
+            ):
+                pack_masks(*parts, 200)
+
+
 def ragged_context():
     rng = np.random.default_rng(1)
     return [np.sort(rng.choice(40, n, replace=False)) for n in (12, 7, 30, 19)]

@@ -1,12 +1,20 @@
+import copy
+import pickle
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 from ijepa_scale.masking.packing import pack_masks
+from ijepa_scale.models.attention import packed_attention_reference
+from ijepa_scale.models.attention_backends import BACKENDS
 from ijepa_scale.models.ijepa import IJepa, initial_weight, initialize_weights
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import VisionTransformer, ViTSize
+from ijepa_scale.models.regularization import of_one_rank, variance_covariance
+from ijepa_scale.models.vit import VisionTransformer, ViTSize, recompute
+from tests.reference.dense_jepa import DenseJepa, DenseMasks
 
 IMAGE, PATCH, PATCHES = 16, 4, 16
 ENCODER = ViTSize(width=24, depth=2, heads=3, mlp_width=40)
@@ -115,6 +123,75 @@ def test_loss_and_every_gradient_match_one_image_at_a_time(kind, images, blocks,
     expected_grads = torch.autograd.grad(expected, list(trained.values()))
     for name, ours, theirs in zip(trained, grads, expected_grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def autocast_outcome(model, masks, pixels, **how):
+    """The loss, every gradient, and what the target encoder gives without them."""
+    with torch.autocast("cpu", **how):
+        loss = model(pixels, masks)
+        loss = loss["loss"] if isinstance(loss, dict) else loss
+        with torch.no_grad():
+            again = model(pixels, masks)
+    loss.backward()
+    assert (again["loss"] if isinstance(again, dict) else again).item() == pytest.approx(loss.item(), rel=2e-2)
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
+    return loss.detach(), gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("recomputed", [0, 1])
+def test_under_autocast_it_is_as_exact_as_plain_modules(dtype, recomputed):
+    """Which use no operation in place: the dense baseline, also beside itself in fp32."""
+    model, pixels = tiny_model(dtype=torch.float32), images_of(6)
+    context, targets = random_masks(1, 6, 4, 4)
+    shortest = min(part.size for part in context)  # the baseline is dense
+    masks = pack_masks([part[:shortest] for part in context], targets, PATCHES)
+    dense = DenseJepa(model)
+    exact_loss, exact = autocast_outcome(DenseJepa(model), DenseMasks.of(masks), pixels, enabled=False)
+    dense_loss, plain = autocast_outcome(dense, DenseMasks.of(masks), pixels, dtype=dtype)
+    recompute(model.context_encoder.blocks, recomputed)
+    recompute(model.predictor.predictor_blocks, recomputed)
+    loss, ours = autocast_outcome(model.train(), masks, pixels, dtype=dtype)
+    assert loss.dtype == torch.float32 and ours.keys() == plain.keys() == exact.keys()
+    unit = torch.finfo(dtype).eps
+    assert abs(loss - exact_loss) <= 2 * abs(dense_loss - exact_loss) + unit * exact_loss
+    error = sum((ours[name] - exact[name]).square().sum() for name in exact).sqrt()
+    allowed = sum((plain[name] - exact[name]).square().sum() for name in exact).sqrt()
+    size = sum(exact[name].square().sum() for name in exact).sqrt()
+    assert 0 < error <= 1.5 * allowed < 20 * unit * size
+    whole = model.target_encoder.eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=dtype):
+        parts = whole(pixels)
+    torch.testing.assert_close(parts, whole(pixels).detach(), rtol=20 * unit, atol=20 * unit)
+
+
+def test_terms_against_collapse_are_not_lowered_by_autocast():
+    tokens, patches = torch.randn(40, 24), torch.arange(40) % 8
+    expected = variance_covariance(tokens, patches, 8, of_one_rank)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert variance_covariance(tokens, patches, 8, of_one_rank) == expected
+
+
+def test_a_model_can_be_copied_pickled_and_saved(tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    try:
+        model.context_encoder.attend = BACKENDS["torch_varlen"].load()
+        pickle.loads(pickle.dumps(model))
+    except ImportError:
+        assert not torch.backends.cuda.is_flash_attention_available()
+    model.context_encoder.attend = partial(packed_attention_by, packed_attention_reference)
+    masks, pixels = pack_masks(*random_masks(0, 3, 2, 4), PATCHES), images_of(3)
+    expected = model(pixels, masks)["loss"]
+    torch.save(model, tmp_path / "model.pt")
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    copies.append(torch.load(tmp_path / "model.pt", weights_only=False))
+    for other in copies:
+        assert torch.equal(other(pixels, masks)["loss"], expected)
+
+
+def packed_attention_by(definition, qkv, sequences):
+    return definition(qkv, sequences)
 
 
 def test_the_target_encoder_gets_no_gradient():

@@ -57,6 +57,15 @@ def test_table_fits_a_log_file_and_says_all():
     assert max(map(len, lines)) <= 80 and "…" not in stream.getvalue()
 
 
+def test_names_of_labels_are_no_markup_and_no_formulas(tmp_path):
+    names = ["[red]x", "[/]", "$1_$2", "$"]
+    odd = [Score(probe=f"k-NN {name}", initial=1.0, trained=2.0, chance=1.0, num_test=9) for name in names]
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(report_table(odd))
+    assert all(f"k-NN {name} " in stream.getvalue() for name in names)
+    draw_scores(tmp_path / "scores.png", odd)
+
+
 def test_report_file_holds_the_scores_and_the_facts(tmp_path):
     path = tmp_path / "new folder" / "report.json"
     write_report(path, scores(), step=300, seed=0)
