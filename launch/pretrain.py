@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
 def fail(error: Exception, code: int) -> int:
     from ijepa_scale.engine.distributed import launcher_rank
 
-    if launcher_rank() == 0 or getattr(error, "local", False):
+    if launcher_rank() == 0 or any(getattr(one, "local", False) for one in (error, error.__cause__)):
         place = f" (rank {launcher_rank()})" if launcher_rank() else ""
         print(f"error{place}: {error}", file=sys.stderr, flush=True)
     else:
