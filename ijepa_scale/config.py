@@ -18,7 +18,10 @@ def _require(condition: bool, message: str) -> None:
 def _expand_user(section: Any, key: str, name: str) -> None:
     """Put the home folder in the place of ~ in a section's path, as the shell does where it sees one."""
     path = os.path.expanduser(getattr(section, key))
-    _require(not path.startswith("~"), f"{name}: there is no user {path.split('/')[0][1:]!r}; a folder: ./{path}")
+    _require(
+        not path.startswith("~"),
+        _require(path.split("/")[0] != "~", f"{name}: no home folder is known for {path}; give another"),
+    )
     object.__setattr__(section, key, path)  # as the dataclass itself sets a frozen field
 
 
@@ -319,7 +322,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Pretrai
     names the key, for a missing file, an unknown key (with the nearest valid one), a key given twice, a wrong type, or
     values that do not fit together.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         near = ", ".join(sorted(str(other) for other in Path("configs").glob("*.yaml")))
         raise ValueError(f"no config file {path}" + (f"; there are {near}" if near else ""))

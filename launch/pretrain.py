@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         metavar="auto|never|PATH",
         help="auto (default): from the run folder's newest whole checkpoint, if any; never: refuse where there are "
-        "checkpoints; PATH: start from that checkpoint",
+        "checkpoints; PATH: start from that checkpoint, or from the newest whole one of that run folder",
     )
     parser.add_argument(
         "--allow-changes", action="store_true", help="resume although settings that alter training differ"

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from ijepa_scale.data.cache import make_cache
 from ijepa_scale.data.folders import printable
 from ijepa_scale.data.transforms import image_extensions
 
@@ -112,7 +113,7 @@ def tar_index(paths: list[str], cache_dir: Path) -> Path:
         return index
     size = sum(stat.st_size for stat in stats)
     _log.info("indexing %d tars of %.3f GB in all, once; the index is %s", len(paths), size / 1e9, index)
-    index.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(index.parent)
     partial = index.with_name(f".{index.name}.{os.getpid()}")
     try:
         with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, INDEX_SCHEMA) as writer:
