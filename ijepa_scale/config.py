@@ -18,10 +18,7 @@ def _require(condition: bool, message: str) -> None:
 def _expand_user(section: Any, key: str, name: str) -> None:
     """Put the home folder in the place of ~ in a section's path, as the shell does where it sees one."""
     path = os.path.expanduser(getattr(section, key))
-    _require(
-        not path.startswith("~"),
-        _require(path.split("/")[0] != "~", f"{name}: no home folder is known for {path}; give another"),
-    )
+    _require(path.split("/")[0] != "~", f"{name}: no home folder is known for {path}; give another")
     object.__setattr__(section, key, path)  # as the dataclass itself sets a frozen field
 
 
