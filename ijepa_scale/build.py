@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ijepa_scale.config import MaskConfig, ModelConfig, PretrainConfig
+from ijepa_scale.data.cache import cache_path
 from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.images import ImageSet, check_images, open_file, open_images, splits_of
 from ijepa_scale.data.mixture import Mixture
@@ -200,7 +201,7 @@ def _prepared_sources(config: PretrainConfig) -> list[tuple[str, float]]:
 
 def _scenes(config: PretrainConfig) -> str:
     data = config.data
-    folder = Path(data.cache_dir or "~/.cache/ijepa-scale").expanduser() / "scenes"
+    folder = cache_path(data.cache_dir or "~/.cache/ijepa-scale") / "scenes"
     return str(
         prepare_scenes(
             folder,

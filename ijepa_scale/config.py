@@ -1,19 +1,25 @@
 """Frozen dataclasses, one per YAML section, and load_config(): YAML file + key=value overrides -> PretrainConfig."""
 
-import difflib
 import json
-import typing
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+import os
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from ijepa_scale import config_reading
+from ijepa_scale.config_reading import NUMBERS_TOO
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _expand_user(section: Any, key: str, name: str) -> None:
+    """Put the home folder in the place of ~ in a section's path, as the shell does where it sees one."""
+    path = os.path.expanduser(getattr(section, key))
+    _require(path.split("/")[0] != "~", f"{name}: no home folder is known for {path}; give another")
+    object.__setattr__(section, key, path)  # as the dataclass itself sets a frozen field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +55,10 @@ class DataConfig:
         _require(self.max_pixels >= 0, f"data.max_pixels must be 0 (any number) or more, got {self.max_pixels}")
         _require(self.retry_seconds >= 0, f"data.retry_seconds must be 0 or more, got {self.retry_seconds}")
         _require(
-            isinstance(self.source, str | int | list) and self.source != [],
+            isinstance(self.source, str | list) and self.source != [],
             f"config key data.source: wants text, or a list of several sources, got {self.source!r}",
         )
+        _expand_user(self, "cache_dir", "data.cache_dir")
         _ = self.mixed_sources  # checks each of a list
         _require(
             0.0 <= self.max_bad_fraction <= 1.0,
@@ -62,7 +69,7 @@ class DataConfig:
     def mixed_sources(self) -> list[tuple[str, float]]:
         """(path, weight) of each source; of one alone the weight says nothing."""
         if not isinstance(self.source, list):
-            return [(str(self.source), 1.0)] if self.source else []
+            return [(self.source, 1.0)] if self.source else []
         for part in self.source:
             fits = isinstance(part, dict) and {"path"} <= part.keys() <= {"path", "weight"}
             weight = part.get("weight", 1) if fits else None
@@ -117,7 +124,7 @@ class MaskConfig:
     target_aspect_ratio: tuple[float, float] = (0.75, 1.5)  # height / width
     context_scale: tuple[float, float] = (0.85, 1.0)  # area of the context block / area of the patch grid
     min_keep: int = 10  # patches; every target block and every context keeps at least as many
-    context: str = "all"  # all | batch_min | patches an image
+    context: str = field(default="all", metadata=NUMBERS_TOO)  # all | batch_min | patches an image
     reference_compat: bool = False  # restores the reference's off-by-one: no block reaches the last row or column
 
     def __post_init__(self) -> None:
@@ -282,7 +289,8 @@ class PretrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, f"seed must be 0 or more, got {self.seed}")
+        _require(0 <= self.seed < 2**63, f"seed must be 0 or more and less than 2**63, got {self.seed}")
+        _expand_user(self, "run_dir", "run_dir")
         _require(
             self.data.image_size % self.model.patch_size == 0,
             f"data.image_size {self.data.image_size} is not a multiple of model.patch_size {self.model.patch_size}",
@@ -314,42 +322,23 @@ FREE_KEYS = (
 def load_config(path: str | Path, overrides: list[str] | None = None) -> PretrainConfig:
     """Read a YAML file, then key.sub=value overrides, over the defaults.
 
-    Raises ValueError, in one line that names the key, for a missing file, an unknown key (with the nearest valid one),
-    a wrong type, or values that do not fit together.
+    Overrides of text keys are taken as they are typed, all others are read as YAML. Raises ValueError, in one line that
+    names the key, for a missing file, an unknown key (with the nearest valid one), a key given twice, a wrong type, or
+    values that do not fit together.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     if not path.is_file():
         near = ", ".join(sorted(str(other) for other in Path("configs").glob("*.yaml")))
         raise ValueError(f"no config file {path}" + (f"; there are {near}" if near else ""))
-    for override in overrides or []:
-        if "=" not in override:
-            raise ValueError(f"override {override!r} is not of the form key.sub=value")
-    try:
-        user: Any = OmegaConf.load(path)
-        if isinstance(user, DictConfig):
-            user = OmegaConf.merge(user, OmegaConf.from_dotlist(overrides or []))
-    except (OmegaConfBaseException, OSError, TypeError) as error:
-        raise ValueError(f"{path}: {_first_line(error)}") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise ValueError(f"{path} or an override is not valid YAML: {' '.join(str(error).split())}") from error
-        raise
-    if not isinstance(user, DictConfig):
-        raise ValueError(f"{path} must hold sections of keys, got a {type(user).__name__}")
-    config = from_dict(typing.cast(dict, OmegaConf.to_container(user)))
+    config = config_reading.read(PretrainConfig, path, overrides or [])
     return config if config.run_dir else replace(config, run_dir=f"runs/{path.stem}")
 
 
 def from_dict(values: dict[str, Any]) -> PretrainConfig:
     """The inverse of to_dict(); raises ValueError as load_config does."""
-    _check_keys(values, PretrainConfig, "")
-    try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PretrainConfig), OmegaConf.create(values)))
-    except (OmegaConfBaseException, TypeError) as error:
-        key = getattr(error, "full_key", None) or _key_of_failure(values)
-        raise ValueError(f"config key {key}: {_first_line(error)}") from error
-    assert isinstance(config, PretrainConfig)
-    return config
+    if isinstance(values.get("data"), dict) and isinstance(values["data"].get("source"), int):
+        values = values | {"data": values["data"] | {"source": str(values["data"]["source"])}}  # of earlier versions
+    return config_reading.from_literal(PretrainConfig, values)
 
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:
@@ -358,69 +347,24 @@ def to_dict(config: PretrainConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: PretrainConfig) -> str:
-    return OmegaConf.to_yaml(OmegaConf.create(to_dict(config)))
+    """What load_config() reads as this config."""
+    return config_reading.to_yaml(to_dict(config))
+
+
+def valid_keys() -> list[str]:
+    """All full names of config keys, sections left out."""
+    return [name for name, _ in config_reading.leaves(PretrainConfig)]
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Keys that alter training and differ between two to_dict() results: {key: (old, new)}."""
-    usual = _flatten(to_dict(PretrainConfig()))  # of a key that an older version of the program did not have yet
-    before, after = usual | _flatten(old), _flatten(new)
+    usual = config_reading.flat(to_dict(PretrainConfig()))  # of a key that an older version did not have yet
+    before, after = usual | config_reading.flat(old), config_reading.flat(new)
+    if isinstance(before.get("data.source"), int):
+        before["data.source"] = str(before["data.source"])  # earlier versions kept a folder's number as one
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
         and not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
     }
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(_flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
-
-
-def valid_keys(section: type = PretrainConfig, prefix: str = "") -> list[str]:
-    """All full names of config keys, sections left out."""
-    hints = typing.get_type_hints(section)
-    return [
-        key
-        for item in fields(section)
-        for key in (
-            valid_keys(hints[item.name], f"{prefix}{item.name}.")
-            if is_dataclass(hints[item.name])
-            else [prefix + item.name]
-        )
-    ]
-
-
-def _check_keys(values: Any, section: type, prefix: str) -> None:
-    if not isinstance(values, dict):
-        raise ValueError(f"config key {prefix.rstrip('.')} is a section and takes keys, got {values!r}")
-    hints = typing.get_type_hints(section)
-    for key, value in values.items():
-        if key not in hints:
-            keys = valid_keys()
-            leaves = {full.rsplit(".", 1)[-1]: full for full in keys}
-            sections = [] if prefix else list(hints)
-            near = difflib.get_close_matches(f"{prefix}{key}", keys + sections, n=1, cutoff=0.6)
-            near = near or [leaves[leaf] for leaf in difflib.get_close_matches(str(key), leaves, n=1, cutoff=0.6)]
-            hint = f"; did you mean {near[0]}?" if near else f"; valid here: {', '.join(hints)}"
-            raise ValueError(f"unknown config key {prefix}{key}{hint}")
-        if is_dataclass(hints[key]):
-            _check_keys(value, typing.cast(type, hints[key]), f"{prefix}{key}.")
-
-
-def _key_of_failure(values: dict[str, Any]) -> str:
-    """OmegaConf leaves the key out of some errors: find it by merging one key at a time."""
-    for key, value in _flatten(values).items():
-        try:
-            OmegaConf.update(OmegaConf.structured(PretrainConfig), key, value)
-        except (OmegaConfBaseException, TypeError):
-            return key
-    return "?"
-
-
-def _first_line(error: Exception) -> str:
-    # OmegaConf 2.4.0 leaves the placeholders unfilled for a tuple's element.
-    return str(error).splitlines()[0].replace("Value '$VALUE' of type '$VALUE_TYPE'", "a value in it")

@@ -121,6 +121,7 @@ def embed(
     facts = {
         "run": str(Path(run).absolute()),
         "checkpoint": str(found.path.absolute()),
+        "checkpoint_sha256": found.manifest["sha256"],
         "step": found.step,
         "source": str(Path(source).absolute()) if Path(source).exists() else source,
         "split": images.split,
@@ -193,6 +194,20 @@ def _file_at(path: str) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
+def _encoder_of(facts: dict[str, Any]) -> VisionTransformer:
+    """The encoder that made the embeddings: another one's features are no neighbours of theirs."""
+    path = Path(facts["checkpoint"])
+    advice = (
+        f"a query needs it: embed {facts['source']} again with launch/embed.py {facts['run']}, or leave out --query"
+    )
+    if not (path / checkpoints.MANIFEST).is_file():
+        raise ValueError(f"the checkpoint of these embeddings, {path}, is no longer there: a run keeps few; {advice}")
+    encoder, _, found = load_run(path)
+    if facts.get("checkpoint_sha256", found.manifest["sha256"]) != found.manifest["sha256"]:
+        raise ValueError(f"the checkpoint of these embeddings, {path}, has been replaced by another one; {advice}")
+    return encoder
+
+
 def _unit(features: np.ndarray) -> np.ndarray:
     return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
@@ -217,12 +232,7 @@ def _queries(
         for row in np.unique(np.linspace(0, len(table) - 1, 6).round().astype(int)).tolist():
             yield table[row]["image"], _picture(images, table[row], size), row, features[row]
         return
-    if not Path(facts["checkpoint"]).exists():
-        raise ValueError(
-            f"the checkpoint that the embeddings were made with is gone: {facts['checkpoint']}; run launch/embed.py "
-            "again (a run keeps its newest ones and those of checkpoint.keep_every), or leave out --query"
-        )
-    encoder, _, _ = load_run(facts["checkpoint"])
+    encoder = _encoder_of(facts)
     rows = {row["image"]: number for number, row in enumerate(table)}
     for path in paths:
         try:

@@ -1,5 +1,6 @@
 """What a run is made of, and everything that happens before its first step."""
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,9 @@ def find_checkpoint(
                 "or delete that folder, to go on leave --resume at auto"
             )
         return None, notes
-    path = Path(resume)
+    path = Path(os.path.expanduser(resume))
+    if path.resolve() in (folder.path.resolve(), folder.checkpoints.resolve()):
+        resume = "auto"  # from this run itself
     inside = path.parent.resolve() == folder.checkpoints.resolve()
     if resume != "auto" and own and not inside:
         notes.append(f"going on from this run's own checkpoints: {resume} is where it started")
@@ -188,9 +191,12 @@ def find_checkpoint(
         found, skipped = checkpoints.newest_good(folder.checkpoints, ranks)
         notes += [f"warning: skipped a checkpoint that is not whole: {complaint}" for complaint in skipped]
     else:
-        found, complaint = checkpoints.verify(path, ranks)
+        found, complaint = given_checkpoint(path, ranks, notes)
         if found is None:
-            raise ValueError(f"--resume {resume} cannot be used: {complaint}")
+            raise ValueError(
+                f"--resume {resume} cannot be used: {complaint}; give a run folder, or one of its checkpoints as "
+                "RUN/checkpoints/step-00001000"
+            )
         if found.step >= stop and not inside:
             raise ValueError(f"--resume {resume} is at step {found.step} and this run ends at step {stop}")
     if found is None:
@@ -202,6 +208,16 @@ def find_checkpoint(
         notes.append(f"set aside as abandoned-step-...: {', '.join(other.name for other in reversed(later))}")
     notes.append(f"resumed from {found.path}, step {found.step}")
     return found, notes
+
+
+def given_checkpoint(path: Path, ranks: Ranks, notes: list[str]) -> tuple[Checkpoint | None, str]:
+    """A checkpoint that verify() finds whole, or the newest such one of a run folder; else None, and why."""
+    for folder in (path / "checkpoints", path):
+        if ranks.from_first(checkpoints.candidates(folder)):
+            found, skipped = checkpoints.newest_good(folder, ranks)
+            notes += [f"warning: skipped a checkpoint that is not whole: {complaint}" for complaint in skipped]
+            return found, ""
+    return checkpoints.verify(path, ranks)
 
 
 def refuse_misfit(config: PretrainConfig, found: Checkpoint, facts: dict[str, Any], *, allow: bool) -> None:

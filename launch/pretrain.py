@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         metavar="auto|never|PATH",
         help="auto (default): from the run folder's newest whole checkpoint, if any; never: refuse where there are "
-        "checkpoints; PATH: start from that checkpoint",
+        "checkpoints; PATH: start from that checkpoint, or from the newest whole one of that run folder",
     )
     parser.add_argument(
         "--allow-changes", action="store_true", help="resume although settings that alter training differ"
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 def fail(error: Exception, code: int) -> int:
     from ijepa_scale.engine.distributed import launcher_rank
 
-    if launcher_rank() == 0 or getattr(error, "local", False):
+    if launcher_rank() == 0 or any(getattr(one, "local", False) for one in (error, error.__cause__)):
         place = f" (rank {launcher_rank()})" if launcher_rank() else ""
         print(f"error{place}: {error}", file=sys.stderr, flush=True)
     else:

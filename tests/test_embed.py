@@ -176,15 +176,6 @@ def test_a_query_that_cannot_be_read_is_one_line(embedded, tmp_path, capsys):
     assert not (tmp_path / "a.png").exists()
 
 
-def test_a_checkpoint_that_is_gone_is_said(embedded, tmp_path):
-    shutil.copytree(embedded / "out", tmp_path / "out")
-    facts = json.loads((tmp_path / "out" / "embeddings.json").read_text())
-    (tmp_path / "out" / "embeddings.json").write_text(json.dumps(facts | {"checkpoint": str(tmp_path / "step-1")}))
-    with pytest.raises(ValueError, match=r"is gone: .*step-1; run launch/embed\.py again"):
-        neighbours(str(tmp_path / "out"), [rows_of(tmp_path / "out")[0]["image"]], str(tmp_path / "a.png"))
-    neighbours(str(tmp_path / "out"), [], str(tmp_path / "a.png"))
-
-
 def test_what_a_user_gets_wrong_is_named(run, embedded, tmp_path):
     with pytest.raises(ValueError, match="there is no checkpoint in"):
         load_run(tmp_path)
@@ -232,3 +223,24 @@ def test_a_damaged_checkpoint_is_skipped_aloud(run, tmp_path, capsys):
     (tmp_path / "checkpoints" / "step-00000008" / "rank-00000.safetensors").write_bytes(b"")
     assert load_run(tmp_path)[2].step == 4
     assert "warning: skipped a checkpoint that is not whole" in capsys.readouterr().out
+
+
+def test_a_query_wants_the_checkpoint_that_made_the_embeddings(run, embedded, tmp_path):
+    """Of a run that trained on, or was trained again. The embeddings' own images need none."""
+    shutil.copytree(run, tmp_path / "run")
+    shutil.copytree(embedded / "out", tmp_path / "out")
+    facts = json.loads((tmp_path / "out" / "embeddings.json").read_text())
+    newest, older = (tmp_path / "run" / "checkpoints" / name for name in ("step-00000008", "step-00000004"))
+    (tmp_path / "out" / "embeddings.json").write_text(json.dumps({**facts, "checkpoint": str(newest)}))
+    query = rows_of(tmp_path / "out")[3]["image"]
+    neighbours(str(tmp_path / "out"), [query], str(tmp_path / "a.png"), count=2)
+    shutil.rmtree(newest)
+    for what in ("is no longer there", "has been replaced by another one"):
+        with pytest.raises(ValueError, match=rf"step-00000008, {what}.*launch/embed\.py {facts['run']}, or leave out"):
+            neighbours(str(tmp_path / "out"), [query], str(tmp_path / "a.png"), count=2)
+        neighbours(str(tmp_path / "out"), [], str(tmp_path / "a.png"), count=2)
+        if not newest.exists():
+            older.rename(newest)
+    del facts["checkpoint_sha256"]  # as earlier versions wrote it
+    (tmp_path / "out" / "embeddings.json").write_text(json.dumps({**facts, "checkpoint": str(newest)}))
+    neighbours(str(tmp_path / "out"), [query], str(tmp_path / "a.png"), count=2)

@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ijepa_scale.data.cache import make_cache
 from ijepa_scale.data.raycast import HALF_VIEW, Layout, Look, pixel_rays, render, trace
 
 COUNTS = range(3, 11)
@@ -200,7 +201,7 @@ def prepare_scenes(
     complete, partial = Path(folder) / name, Path(folder) / f".{name}.partial"
     if complete.is_dir():
         return complete
-    complete.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(complete.parent)
     with open(complete.parent / f".{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when its holder dies
         if complete.is_dir():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ijepa_scale.data.cache import cache_path, make_cache
 from ijepa_scale.data.clones import clone_builder
 from ijepa_scale.data.contents import folder_contents
 from ijepa_scale.data.folders import (
@@ -272,15 +273,16 @@ def source_builder(source: str, cache_dir: str | None, *, config: str = "") -> A
     import datasets
 
     path = Path(source).expanduser().absolute()
+    cache = str(make_cache(cache_folder(cache_dir)))
     missing = "" if path.exists() else f" on the Hub, and there is no folder {str(path)!r} either"
     with explained(f"cannot open {source!r}{missing}", hub_id="" if path.exists() else source):
         if path.is_file():
-            return datasets.load_dataset_builder("parquet", data_files=str(path), cache_dir=cache_dir or None)
+            return datasets.load_dataset_builder("parquet", data_files=str(path), cache_dir=cache)
         where = str(path) if path.is_dir() else source
         try:
             if path.is_dir():
-                return clone_builder(where, inspect_source(source)[1], cache_dir or None, config)
-            return datasets.load_dataset_builder(where, name=config or None, cache_dir=cache_dir or None)
+                return clone_builder(where, inspect_source(source)[1], cache, config)
+            return datasets.load_dataset_builder(where, name=config or None, cache_dir=cache)
         except ValueError:
             names: list[str] = []
             with contextlib.suppress(Exception):  # then it is the first error that tells
@@ -340,7 +342,7 @@ def cache_need(builder: Any, cache_dir: str | None) -> tuple[int, int, str]:
 def cache_folder(cache_dir: str | None) -> Path:
     import datasets
 
-    return Path(cache_dir or str(datasets.config.HF_DATASETS_CACHE)).expanduser().absolute()
+    return cache_path(cache_dir or str(datasets.config.HF_DATASETS_CACHE))
 
 
 @contextlib.contextmanager

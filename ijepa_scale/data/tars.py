@@ -31,6 +31,7 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
+from ijepa_scale.data.cache import make_cache
 from ijepa_scale.data.columns import standing
 from ijepa_scale.data.folders import printable, warn_once
 from ijepa_scale.data.remote import is_remote
@@ -302,7 +303,7 @@ def tar_index(paths: list[str], cache_dir: Path, column: str = "") -> Path:
         return index
     size = sum(stat.st_size for stat in stats)
     _log.info("indexing %d tars of %.3f GB in all, once; the index is %s", len(paths), size / 1e9, index)
-    index.parent.mkdir(parents=True, exist_ok=True)
+    make_cache(index.parent)
     partial = index.with_name(f".{index.name}.{os.getpid()}")
     notes = TarNotes()
     try:

@@ -106,8 +106,11 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
 
     def write() -> dict[str, Any]:
         path = partial / f"rank-{ranks.rank:05d}.safetensors"
+        path.touch()
+        mode = path.stat().st_mode  # as the umask says; safetensors' own files are their owner's alone
         try:
             save_file(pieces, path)
+            path.chmod(mode)
             _fsync(path)
             with safe_open(path, framework="pt") as file:
                 for key, values in pieces.items():

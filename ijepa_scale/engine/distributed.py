@@ -1,4 +1,4 @@
-"""Rank, world size and device; the one reader of the launchers' environment variables; agreement between ranks."""
+"""Joining the process group; this process's device; agreement between ranks."""
 
 import contextlib
 import ctypes
@@ -9,23 +9,21 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from ijepa_scale.engine import launchers
+from ijepa_scale.engine.launchers import launcher_rank as launcher_rank  # as launch/ asks for it
+
 T = TypeVar("T")
 
 # Agreements (who prepares data, which checkpoint, stop or go on) may wait for a rank that copies a large source.
 CONTROL_TIMEOUT = timedelta(hours=24)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-
-
-def launcher_rank() -> int:
-    """This process's rank as its launcher says, before any process group exists; 0 without a launcher."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
 @contextlib.contextmanager
@@ -144,21 +142,19 @@ def _quiet_warnings(rank: int) -> None:
 
 
 def start() -> Ranks:
-    """Join the process group of the deepspeed launcher, torchrun or srun; alone where none started this process."""
-    environ = os.environ
-    # SLURM_NTASKS is set in a batch script, too; the step's own number only by srun.
-    if "RANK" not in environ and int(environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        for ours, slurm in (("RANK", "PROCID"), ("WORLD_SIZE", "NTASKS"), ("LOCAL_RANK", "LOCALID")):
-            environ[ours] = environ[f"SLURM_{slurm}"]
-        if "MASTER_ADDR" not in environ:
-            raise ValueError("srun started several tasks without MASTER_ADDR; export it as launch/slurm.sbatch does")
-        environ.setdefault("MASTER_PORT", "29500")
-    if "RANK" not in environ:
+    """Join the process group of deepspeed's launcher, torchrun, srun or mpirun; alone where none started this process.
+
+    Raises ValueError for what the launcher's variables lack, a port that is taken, and processes that do not come.
+    """
+    here = launchers.place()
+    if not here.address:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    rank, world_size, local_rank = (int(environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+            here = replace(here, address="127.0.0.1", port=free.getsockname()[1])
+    os.environ.update(MASTER_ADDR=here.address, MASTER_PORT=str(here.port))
+    store = launchers.host_store(here)  # kept until DeepSpeed's is there: both are one
+    rank, world_size, local_rank = here.rank, here.world_size, launchers.roll_call(here, store)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     _quiet_warnings(rank)
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
@@ -181,6 +177,7 @@ def start() -> Ranks:
         # an attribute, is torch itself.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
         deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+    del store
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     return Ranks(rank, world_size, local_rank, device, control)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -287,3 +288,13 @@ def test_what_a_checkpoint_lacks_is_named(tmp_path):
         checkpoint.read_weights(found, {"context_encoder.x": standin.SHAPES["context_encoder.c"]}, "ema")
     with pytest.raises(ValueError, match=r"holds 0 of the 11 elements of predictor\.d"):
         checkpoint.read_weights(found, {"predictor.d": standin.SHAPES["predictor.d"]}, "ema")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_may_be_read_by_whom_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        files = [path for path in save(tmp_path, 1).iterdir()] + [tmp_path / "latest"]
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}

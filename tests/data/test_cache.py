@@ -1,0 +1,28 @@
+import pytest
+
+from ijepa_scale.data.cache import cache_path
+from ijepa_scale.data.images import open_images
+from ijepa_scale.data.scenes import prepare_scenes
+from tests.data.sources import write_parquet, write_tar
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_what_to_set(tmp_path):
+    (tmp_path / "file").touch()
+    cache = tmp_path / "file" / "cache"
+    write_tar(tmp_path / "a.tar", range(2))
+    write_parquet(tmp_path / "a.parquet", range(2))
+    ways = [
+        lambda: open_images(str(tmp_path / "a.tar"), cache_dir=str(cache)),
+        lambda: open_images(str(tmp_path / "a.parquet"), cache_dir=str(cache)),
+        lambda: prepare_scenes(cache, num_train=1, num_validation=1, image_size=8, seed=0),
+    ]
+    for way in ways:
+        with pytest.raises(ValueError, match=rf"the cache folder {cache}.* cannot be written: .*; set data\.cache_dir"):
+            way()
+
+
+def test_a_home_folder_that_is_not_known_is_no_traceback(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_path("~/x") == tmp_path / "x"
+    with pytest.raises(ValueError, match=r"no home folder for the cache ~nobody-here/x; set data\.cache_dir"):
+        cache_path("~nobody-here/x")
