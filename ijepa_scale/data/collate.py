@@ -230,15 +230,15 @@ def check_batches_fit(*, batch_bytes: int, workers: int, ranks: int, free: int) 
 
     batch_bytes: of a micro-batch's images. workers: loader processes of a rank. ranks: that share the memory.
     """
-    each = batch_bytes * PREFETCH * ranks
-    if each * workers <= free:
+    need = batch_bytes * (PREFETCH * workers + 1) * ranks  # and one that the rank is about to copy
+    if need <= free:
         return
-    most, whole = free // each, f" x {ranks} ranks" if ranks > 1 else ""
+    most = max(0, free // (batch_bytes * ranks) - 1) // PREFETCH
     raise ValueError(
-        f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and loader processes need {each * workers / 2**20:,.0f} "
-        f"MiB of it: {batch_bytes / 2**20:,.1f} MiB a micro-batch x {PREFETCH} made ahead x data.workers {workers}"
-        f"{whole}; start the container with --shm-size={-(-each * workers * 2 // 2**30)}g (or --ipc=host), or set "
-        f"data.workers={most}" + (" (the training process then loads)" if not most else "")
+        f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and loader processes need {need / 2**20:,.0f} MiB of it: "
+        f"{batch_bytes / 2**20:,.1f} MiB a micro-batch x ({PREFETCH} made ahead x data.workers {workers} + 1)"
+        f"{f' x {ranks} ranks' * (ranks > 1)}; start the container with --shm-size={-(-need * 2 // 2**30)}g (or "
+        f"--ipc=host), or set data.workers={most}" + (" (the training process then loads)" if not most else "")
     )
 
 
@@ -277,4 +277,6 @@ def _send_the_error(queue: Any, error: BaseException, item: tuple[int, Any]) -> 
 
     A queue's thread would only print it, and the rank wait for the batch for ever.
     """
-    queue.put((item[0], ExceptionWrapper((type(error), error, error.__traceback__), where="in a loader process")))
+    instead = ExceptionWrapper((type(error), error, error.__traceback__), where="in a loader process")
+    with contextlib.suppress(ValueError):  # of a queue that is closed: nobody waits any more
+        queue.put((item[0], instead))

@@ -47,7 +47,7 @@ class StopRequest:
         self.training = False
         self.raised = False  # Stopped
         self.leaving = False  # the process ends by itself
-        self._first = 0.0
+        self._first, self._told = 0.0, ""
         self._outside_since = time.monotonic()
         self._launcher = _launcher()
         self._orphan = any(name in os.environ for name in LAUNCHED) and _orphan(self._launcher)
@@ -129,7 +129,8 @@ class StopRequest:
                 self.reason = self.reason or DEATH
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
                 asked = asked or now
-            asked = asked or (now if numbers else 0.0)
+            if numbers and not asked:
+                asked, self._told = now, signal.Signals(numbers[0]).name
             late = asked and now - max(asked, self._outside_since) > GRACE_SECONDS
             if late and not self.training and not self.leaving:
                 _exit(self.words(), STOP_EXIT_CODE)
@@ -138,7 +139,7 @@ class StopRequest:
         """That the process was stopped outside of training; "" where another rank says it."""
         if os.environ.get("RANK", "") not in ("", "0"):
             return ""
-        return f"stopped by {self.reason or 'a signal'} during {self.doing}; the same command goes on from there"
+        return f"stopped by {self.reason or self._told} during {self.doing}; the same command goes on from there"
 
 
 def run_process(main: Callable[[StopRequest], int]) -> NoReturn:
