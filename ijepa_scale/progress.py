@@ -80,11 +80,14 @@ class Progress:
 
     def message(self, text: str) -> None:
         """Print a line; on a terminal above the live one."""
+        lost = self.lost
         with self._noticing_a_loss():
             if self._live is not None:
                 self._live.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
             else:
                 self._write(text)
+        if self.lost != lost:
+            self.message(text)
 
     def _write(self, line: str) -> None:
         self._stream.write(line + "\n")
@@ -98,7 +101,10 @@ class Progress:
             if self.lost:  # standard error is, too
                 return
             self.lost = f"output that cannot be written ({error.strerror})"
-            self._live = None
+            if self._live is not None:
+                live, self._live = self._live, None
+                with contextlib.suppress(OSError):
+                    live.stop()  # gives standard output and error, which it had taken over, back
             if self._stream is sys.stdout:  # what is left in its buffer would fail again when the process ends
                 with open(os.devnull, "w") as nowhere:
                     os.dup2(nowhere.fileno(), sys.stdout.fileno())

@@ -105,6 +105,16 @@ def test_a_fresh_run_starts_a_fresh_file_and_resume_needs_none(tmp_path):
 OFFLINE_RUN = """
 import socket, sys
 reached = []
+def test_a_full_disk_is_an_error_that_names_the_file_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with JsonlWriter(path, None) as writer:
+        writer.write(step(0))
+        writer._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - the writer closes it
+        with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+            writer.write(step(1))
+    assert read_records(path) == [step(0)]  # and closing it raised nothing
+
+
 def no_network(*arguments, **options):
     reached.append(arguments)
     raise OSError("no network in this test")

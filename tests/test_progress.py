@@ -1,3 +1,4 @@
+import contextlib
 import io
 import math
 import os
@@ -122,3 +123,36 @@ def test_a_dumb_terminal_gets_plain_lines(monkeypatch):
 
     text = on_terminal(work)
     assert text.startswith("step 1/2") and "\x1b" not in text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_output_that_nobody_reads_any_more_is_noticed_and_raises_nothing(terminal, monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    clock = Clock(monkeypatch)
+    reader, writer = pty.openpty() if terminal else os.pipe()
+    with open(writer, "w", encoding="utf-8", closefd=not terminal) as stream:
+        with Progress(9, stream=stream) as progress:
+            progress.update(1, RECORD)
+            assert not progress.lost
+            os.close(reader)
+            for number in range(2, 5):
+                clock.now += 60.0
+                progress.update(number, RECORD)
+            progress.message("lost")  # at the latest: of a terminal that is gone Rich takes no notice
+            words = "Input/output error" if terminal else "Broken pipe"
+            assert progress.lost == f"output that cannot be written ({words})"
+            progress.message("stopped")
+        assert capsys.readouterr().err == "lost\nstopped\n"
+        monkeypatch.setattr(progress, "_stream", open("/dev/full", "w", buffering=1))  # noqa: SIM115 - stderr is lost, too
+        progress.message("nobody reads this")
+        with contextlib.suppress(OSError):
+            progress._stream.close()
+        with contextlib.suppress(OSError):
+            stream.close()
+
+
+def test_a_process_without_standard_output_is_silent(monkeypatch):
+    monkeypatch.setattr(progress_line.sys, "stdout", None)
+    with Progress(2) as progress:
+        progress.update(1, RECORD)
+    assert not progress.lost

@@ -36,7 +36,7 @@ MIN_VISIBLE_AREA = 0.003  # of the image: 12 pixels at 64 x 64
 VALIDATION_START = 1 << 40  # index of the first validation scene: the same scenes for any num_train
 VERSION = 1  # part of the folder's name: raise it whenever a rendered pixel or a label changes
 VISIBILITY_SIZE = 64  # layouts are judged at one resolution, so that a scene is the same scene at any image size
-SCENES_PER_SHARD, SCENES_PER_TASK = 1000, 50
+SCENES_PER_SHARD, SCENES_PER_TASK = 1000, 10
 
 
 Row = tuple[bytes, int, float]  # PNG, count, distance

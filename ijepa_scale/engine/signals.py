@@ -160,7 +160,8 @@ def run_process(main: Callable[[StopRequest], int]) -> NoReturn:
         _exit(stop.words(), STOP_EXIT_CODE)
     if code == 1:
         _exit("", code)
-    faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
+    if sys.stderr:
+        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
     sys.exit(code)
 
 
@@ -183,7 +184,7 @@ def _explained(error: BaseException, stop: StopRequest) -> tuple[int, str]:
 def _lost_peer(error: BaseException) -> bool:
     """Whether a collective failed as a process at the other end is gone (gloo and NCCL say it in these words)."""
     text = str(error)
-    gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited", "Connection refused")
+    gone = ("closed by peer", "reset by peer", "Broken pipe", "remote process exited")
     return (
         isinstance(error, RuntimeError)
         and any(name in text for name in ("gloo", "NCCL", "nccl"))
@@ -199,10 +200,9 @@ def _output_closed() -> bool:
 
 
 def _exit(words: str, code: int) -> NoReturn:
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or never open
-        sys.stdout.flush()
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # closed, never open, or somebody else's
+            stream.flush()
     with contextlib.suppress(OSError):
         os.write(2, f"{words.rstrip()}\n".encode(errors="replace") if words else b"")
     os._exit(code)

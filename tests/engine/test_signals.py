@@ -39,7 +39,7 @@ DEAF_CHILD = """
 import multiprocessing, signal
 def deaf():
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    os.close(2)
+    os.closerange(1, 3)
     time.sleep(7)
 multiprocessing.get_context("fork").Process(target=deaf, daemon=True).start()
 time.sleep(0.2)
@@ -128,6 +128,19 @@ def test_a_second_ctrl_c_in_training_ends_at_once(rank):
         process.send_signal(signal.SIGINT)
     assert process.stderr.read().startswith("error: interrupted by a second Ctrl-C; the same command goes on from the ")
     assert process.wait(20) == 1
+
+
+def test_while_it_trains_a_process_is_told_of_every_signal_and_goes_on(rank):
+    work = """
+for number in (1, 2, 10, 15):
+    stop.reason = ""
+    with stop.between_steps():
+        os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        print(stop.pending())
+"""
+    said, errors = rank(work).communicate(timeout=20)
+    assert said.split()[2:] == ["SIGHUP", "SIGINT", "SIGUSR1", "SIGTERM"] and not errors
 
 
 def test_nohup_is_heeded(rank):
