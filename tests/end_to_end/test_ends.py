@@ -82,7 +82,8 @@ def test_a_run_whose_output_is_closed_saves_and_ends(runs, tmp_path):
 
 def test_set_up_is_left_at_once_whatever_it_does(runs, tmp_path):
     processes = runs.start(tmp_path / "run", *ENDLESS, "data.workers=1", target=worker_faults.endless_set_up)
-    while "preparing" not in processes.logs[0].read_text():
+    log = processes.logs[0]
+    while not log.exists() or "preparing" not in log.read_text():
         assert processes.running()
         time.sleep(0.05)
     time.sleep(0.5)
