@@ -5,6 +5,9 @@ BIN := .venv/bin
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
 RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
 ARGS ?=
+# Of make benchmark: images in a micro-batch of ViT-S. Of make gpu-step-...: whether blocks are compiled.
+IMAGES ?= 32
+COMPILE ?= true
 GPU_PYTHON := $(if $(filter file default,$(origin PYTHON)),$(BIN)/python,$(PYTHON))
 GPU_PATH := PYTHONPATH=.:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -47,7 +50,7 @@ pretrain: setup
 
 benchmark: setup
 	python launch/benchmark.py --config configs/tiny.yaml --steps 40 --keep $(ARGS)
-	python launch/benchmark.py --config configs/vits16.yaml optimization.micro_batch_size=32 --steps 14 --keep $(ARGS)
+	python launch/benchmark.py --config configs/vits16.yaml optimization.micro_batch_size=$(IMAGES) --steps 14 --keep $(ARGS)
 	python kernels/benchmarks/tables.py
 
 test: setup
@@ -84,7 +87,7 @@ gpu-benchmarks: $(GPU_SETUP)
 	$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py
 gpu-steps: $(GPU_STEPS:%=gpu-step-%)
 gpu-step-%: $(GPU_SETUP)
-	$(GPU_PATH) $(GPU_PYTHON) launch/benchmark.py --config configs/$*.yaml --steps 6 --keep engine.compile=true $(ARGS)
+	$(GPU_PATH) $(GPU_PYTHON) launch/benchmark.py --config configs/$*.yaml --steps 6 --keep engine.compile=$(COMPILE) $(ARGS)
 	$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py
 
 lint: setup

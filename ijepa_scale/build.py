@@ -243,18 +243,13 @@ def open_sources(config: PretrainConfig, open_images: Opener = open_images) -> I
     data = config.data
     sources = _prepared_sources(config)
     weights = whole_weights([weight for _, weight in sources])
-    min_side = config.model.patch_size
-    images: ImageSet | Mixture | Streams
-    parts: list[ImageSet] = []
     if data.streaming:
-        images = _build_streams(config, [path for path, _ in sources], weights)
-    else:
-        options = {"min_side": min_side, "max_pixels": data.max_pixels, **reading(config)}
-        parts = [open_images(path, split=data.split, **options) for path, _ in sources]
-        images = parts[0] if len(parts) == 1 else Mixture(tuple(parts), weights)
+        return _build_streams(config, [path for path, _ in sources], weights)
+    options = {"min_side": config.model.patch_size, "max_pixels": data.max_pixels, **reading(config)}
+    parts = [open_images(path, split=data.split, **options) for path, _ in sources]
     for part in parts:
-        check_images(part, min_side=min_side)
-    return images
+        check_images(part, min_side=config.model.patch_size)
+    return parts[0] if len(parts) == 1 else Mixture(tuple(parts), weights)
 
 
 def _build_streams(config: PretrainConfig, paths: list[str], weights: tuple[int, ...]) -> Streams:

@@ -1,12 +1,13 @@
 """What can befall a step, told to the user: unreadable images, ends of shards, skipped steps, memory that runs out."""
 
 import contextlib
+import errno
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from ijepa_scale.data.collate import Batch
+from ijepa_scale.data.collate import SHARED_MEMORY, Batch
 from ijepa_scale.data.streams import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.run import Run
@@ -40,6 +41,30 @@ def explained_memory_errors(run: Run) -> Iterator[None]:
             f"are accumulated), set engine.activation_checkpointing=predictor or full, raise engine.zero_stage, or use "
             f"more ranks\n{error}",
             local=True,
+        ) from error
+
+
+@contextlib.contextmanager
+def explained_loader_errors(run: Run) -> Iterator[None]:
+    """One line of what keeps loader processes from starting or from handing over their batches."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        said, workers = str(error), run.config.data.workers
+        last = said.strip().splitlines()[-1] if said.strip() else ""
+        # A library says no more than this: torch of its loaders, in words that have not changed since torch 1.0.
+        if "unable to allocate shared memory" in said or "unable to resize file" in said:
+            what = f"{SHARED_MEMORY} is full; start the container with a larger --shm-size"
+        elif "DataLoader worker" in said and ("killed by signal" in said or "exited unexpectedly" in said):
+            what = "a loader process was killed, perhaps as the machine's memory ran out"
+        elif "Too many open files" in said or "received 0 items of ancdata" in said:
+            what = "too many files are open; raise the limit (ulimit -n)"
+        elif isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):
+            what = "no more processes can be started"
+        else:
+            raise
+        raise RunError(
+            f"{what}, or lower data.workers (now {workers}; with 0 the training process loads): {last}", local=True
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What rank 0 says about a run: metrics.jsonl, wandb, the health of the features, memory, and the progress line.
+"""What rank 0 records of a run: metrics.jsonl, wandb, the health of the features, memory.
 
 A step record has kind "step" and the keys step, epoch, loss, lr, weight_decay, ema_momentum, grad_norm, context_tokens,
 target_tokens, images_per_second, data_wait_seconds, step_seconds, memory_bytes, model_flops,
@@ -11,18 +11,12 @@ import math
 import os
 import resource
 import sys
-import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self, TextIO, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 import torch.nn.functional as F
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 # Health: below these the words change. Each is far from what a run that learns has shown, so that a warning means it.
 CONSTANT_STD = 0.01  # features vary by 1% of their size: no probe reads more from them than from rounding
@@ -92,12 +86,21 @@ class JsonlWriter:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by close()
+        # Without a buffer, which would hold what could not be written and fail once more when it is closed.
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record; it must have a "step". NaN and infinity, which JSON lacks, are written as null."""
+        """Append a record; it must have a "step". NaN and infinity, which JSON lacks, are written as null.
+
+        Raises OSError, which names the file, where the disk is full or fails.
+        """
         assert "step" in record, record
-        self._file.write(_json_line(record))
+        line = memoryview(_json_line(record).encode())
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def close(self) -> None:
         self._file.close()
@@ -240,7 +243,7 @@ def health_verdict(history: list[dict[str, Any]]) -> str:
         return "no health record yet"
     last = history[-1]
     std, rank = last["feature_std"], last["rankme"]
-    if not (_is_number(std) and _is_number(rank)):
+    if not (is_number(std) and is_number(rank)):
         return "collapsed: features are not finite: resume an older checkpoint with a lower optimization.lr"
     if std < CONSTANT_STD:
         return f"collapsed: features constant over the images (std {std:.4f}): {COLLAPSE_HELP}"
@@ -264,12 +267,12 @@ def health_verdict(history: list[dict[str, Any]]) -> str:
     return f"healthy: {said}"
 
 
-def _is_number(value: float | None) -> TypeGuard[float]:
+def is_number(value: float | None) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 
 def _known(history: list[dict[str, Any]], key: str) -> list[float]:
-    return [record[key] for record in history if _is_number(record.get(key))]
+    return [record[key] for record in history if is_number(record.get(key))]
 
 
 def memory_bytes() -> int:
@@ -285,112 +288,3 @@ def memory_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
-
-
-class Progress:
-    """How far the run is: a live line on a terminal, else a plain line now and then. A context manager, for rank 0.
-
-    stream: where to (default: standard output). Without a terminal a line is written for the first and last step and
-    every seconds_between_lines in between, with no control characters: fit for a log file.
-    """
-
-    def __init__(
-        self,
-        total_steps: int,
-        start_step: int = 0,
-        *,
-        stream: TextIO | None = None,
-        seconds_between_lines: float = 10.0,
-    ) -> None:
-        self.total_steps = total_steps
-        self._stream = stream if stream is not None else sys.stdout
-        self._seconds_between = seconds_between_lines
-        self._recent = deque([(time.monotonic(), start_step)], maxlen=50)  # the steps that the speed is taken over
-        self._loss: float | None = None
-        self._next_show = 0.0
-        self._live: Any = None
-        if self._stream.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            console = Console(file=self._stream, emoji=False)  # a name may hold ":train:"
-            if not console.is_dumb_terminal:  # one that cannot redraw a line
-                # No refresh thread: data workers may be forked at any time, and would inherit its locks.
-                self._live = Live(console=console, auto_refresh=False)
-                self._seconds_between = 0.1
-
-    def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def update(self, step: int, record: dict[str, Any]) -> None:
-        """Show that `step` steps are done; record is the step record of the last one (a key it lacks is not shown)."""
-        now = time.monotonic()
-        self._recent.append((now, step))
-        loss = record.get("loss")
-        if _is_number(loss):
-            self._loss = loss if self._loss is None else 0.9 * self._loss + 0.1 * loss
-        if now < self._next_show and step < self.total_steps:
-            return
-        self._next_show = now + self._seconds_between
-        words = self._words(step, record)
-        if self._live is not None:
-            self._live.update(self._bar(step, words), refresh=True)
-        else:
-            self._stream.write(" | ".join(words) + "\n")
-            self._stream.flush()
-
-    def message(self, text: str) -> None:
-        """Print a line; on a terminal above the live one."""
-        if self._live is not None:
-            self._live.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
-        else:
-            self._stream.write(text + "\n")
-            self._stream.flush()
-
-    def _words(self, step: int, record: dict[str, Any]) -> list[str]:
-        words = [f"step {step}/{self.total_steps} ({100 * step / self.total_steps:.1f}%)", f"ETA {self._eta(step)}"]
-        if self._loss is not None:
-            words.append(f"loss {self._loss:.4f}")
-        if _is_number(record.get("lr")):
-            words.append(f"lr {record['lr']:.2e}")
-        if _is_number(record.get("images_per_second")):
-            words.append(f"{record['images_per_second']:.1f} images/s")
-        if _is_number(record.get("mfu")):
-            words.append(f"MFU {100 * record['mfu']:.1f}%")
-        if _is_number(record.get("data_wait_seconds")) and record.get("step_seconds"):
-            words.append(f"data wait {100 * record['data_wait_seconds'] / record['step_seconds']:.0f}%")
-        if _is_number(record.get("memory_bytes")):
-            words.append(f"{record['memory_bytes'] / 2**30:.1f} GiB")
-        return words
-
-    def _eta(self, step: int) -> str:
-        (first_time, first_step), (last_time, last_step) = self._recent[0], self._recent[-1]
-        if last_step <= first_step:
-            return "?"
-        seconds = round((self.total_steps - step) * (last_time - first_time) / (last_step - first_step))
-        days, rest = divmod(seconds, 86400)
-        return (f"{days}d " if days else "") + f"{rest // 3600}:{rest // 60 % 60:02}:{rest % 60:02}"
-
-    def _bar(self, step: int, words: list[str]) -> "Table":
-        """The bar and as many of the words as fit beside it."""
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-
-        width, shown = self._live.console.width - 1, list(words)
-        while len(shown) > 2 and len("  ".join(shown)) + 12 > width:
-            shown.pop()
-        text = "  ".join(shown)
-        bar = ProgressBar(total=self.total_steps, completed=step, width=max(4, min(40, width - len(text) - 2)))
-        line = Table.grid(padding=(0, 2, 0, 0))
-        line.add_column()
-        line.add_column(no_wrap=True)
-        line.add_row(bar, text)
-        return line

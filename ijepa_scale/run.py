@@ -1,18 +1,19 @@
 """What a run is made of, and everything that happens before its first step."""
 
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ijepa_scale import build, checks
 from ijepa_scale.config import PretrainConfig, changed_keys, to_dict, to_yaml
-from ijepa_scale.data.collate import MicroBatches
+from ijepa_scale.data.collate import MicroBatches, check_batches_fit, loader_processes, shared_memory
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.streams import State, Streams, anew
 from ijepa_scale.engine import checkpoint as checkpoints
-from ijepa_scale.engine import zero
+from ijepa_scale.engine import launchers, zero
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
@@ -81,6 +82,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         images = images.deal(rank=ranks.rank, ranks=ranks.world_size, workers=config.data.workers)
         facts["streams"] = images.layout()
         dealt = images.dealing(config.data.workers)
+    ranks.together(lambda: check_shared_memory(config, images, ranks))
     found, notes = find_checkpoint(config, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
     notes += [f"attention: {attention.name} ({attention.why})", *dealt]
     if found and isinstance(images, Streams):
@@ -129,6 +131,26 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
             source=images.name,
         )
     return run
+
+
+def check_shared_memory(
+    config: PretrainConfig, images: ImageSet | Mixture | Streams | None = None, ranks: Ranks | None = None
+) -> None:
+    """ValueError where what loader processes make ahead does not fit into shared memory.
+
+    All ranks call it; without them it is of as many as the launcher has started, by its variables.
+    """
+    found = shared_memory()
+    if ranks:
+        world_size = ranks.world_size
+        sharing = Counter(ranks.gather(found and found[0]))[found and found[0]]
+    else:
+        world_size, sharing = launchers.place().world_size, launchers.ranks_here()
+    workers = loader_processes(images, config.data.workers) if images else config.data.workers
+    if found and workers:
+        image_bytes = 3 * config.data.image_size**2
+        batch_bytes = image_bytes * build.build_micro_batch_size(config, world_size)
+        check_batches_fit(batch_bytes=batch_bytes, workers=workers, ranks=sharing, free=found[1])
 
 
 def choose_attention(config: PretrainConfig, ranks: Ranks) -> Choice:

@@ -13,71 +13,106 @@ import torch
 from ijepa_kernels.dispatch import chosen
 from ijepa_scale.assess import measure_health, preview_masks, report
 from ijepa_scale.config import PretrainConfig, to_dict
-from ijepa_scale.data.collate import Batch, micro_batch_stream
+from ijepa_scale.data.collate import Batch, MicroBatchStream, micro_batch_stream
 from ijepa_scale.data.images import BadImageError
 from ijepa_scale.data.remote import StreamError
 from ijepa_scale.data_wait import DataWait, usable_cores
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.feed import Feed, HostCopy, collecting_by_hand
-from ijepa_scale.engine.signals import STOP_EXIT_CODE, StopRequest
+from ijepa_scale.engine.signals import EXIT_SECONDS, STOP_EXIT_CODE, Stopped, StopRequest
 from ijepa_scale.flops import Counts, rates
 from ijepa_scale.incidents import (
     STRIKES,
     Log,
     RunError,
     Say,
+    explained_loader_errors,
     explained_memory_errors,
     report_bad_images,
     report_passes,
     report_skip,
 )
-from ijepa_scale.metrics import JsonlWriter, Progress, WandbWriter, memory_bytes, read_records
+from ijepa_scale.masking.multiblock import MultiBlock
+from ijepa_scale.metrics import JsonlWriter, WandbWriter, memory_bytes, read_records
 from ijepa_scale.optim import set_schedules
+from ijepa_scale.progress import Progress
 from ijepa_scale.run import InputError, Run, check, set_up
 from ijepa_scale.schedules import cosine, ema_momentum, learning_rate
 
 RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/performance.md
 
 
-def pretrain(config: PretrainConfig, *, resume: str = "auto", allow_changes: bool = False) -> int:
+def pretrain(
+    config: PretrainConfig,
+    *,
+    resume: str = "auto",
+    allow_changes: bool = False,
+    stop_request: StopRequest | None = None,
+) -> int:
     """Train; the exit code: 0 done, 75 stopped on request with a checkpoint.
 
     resume: "auto" (the newest good checkpoint of the run folder, or a fresh start where there is none), "never", or a
-    checkpoint's path. Raises InputError, before training, for what the user can mend, and RunError during it.
+    checkpoint's path. stop_request: the process's, where it has one since its start.
+    Raises InputError, before training, for what the user can mend, RunError during it, and Stopped where it is asked to
+    stop outside of training.
     """
-    try:
-        blocks = check(config)
-        ranks = distributed.start()
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    stop_request = StopRequest()
+    stop_request, own = stop_request or StopRequest(), stop_request is None
     try:
         try:
-            run = set_up(config, blocks, ranks, resume=resume, allow_changes=allow_changes)
-        except (ValueError, OSError) as error:
+            blocks = check(config)
+            ranks = distributed.start()
+        except ValueError as error:
             raise InputError(str(error)) from error
         try:
-            if run.start_step < run.horizon.stop:
-                reason = train(run, stop_request)
-                if reason:
-                    return STOP_EXIT_CODE
-            elif ranks.first:
-                print("\n".join(run.notes))
-                print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
-            del run.engine, run.ema  # their memory is free for the probes
-            report(run)
-        except BadImageError as error:  # of the health check or the report, on all ranks
-            raise RunError(str(error)) from error
-        return 0
-    finally:
+            code = run_on(ranks, config, blocks, stop_request, resume=resume, allow_changes=allow_changes)
+        except BaseException:
+            if ranks.world_size == 1:  # others may be in a collective, for which closing would wait
+                ranks.close()
+            raise
         ranks.close()
-        stop_request.close()
+        return code
+    finally:
+        if own:
+            stop_request.close()
+
+
+def run_on(
+    ranks: distributed.Ranks,
+    config: PretrainConfig,
+    blocks: MultiBlock,
+    stop_request: StopRequest,
+    *,
+    resume: str,
+    allow_changes: bool,
+) -> int:
+    """Set up, train, report."""
+    try:
+        run = set_up(config, blocks, ranks, resume=resume, allow_changes=allow_changes)
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from error
+    try:
+        if run.start_step < run.horizon.stop:
+            with stop_request.between_steps():
+                reason = train(run, stop_request)
+            if reason:
+                return STOP_EXIT_CODE
+            if stop_request.reason:  # since the last step
+                raise Stopped(stop_request.reason)
+        elif ranks.first:
+            print("\n".join(run.notes))
+            print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
+        del run.engine, run.ema  # their memory is free for the probes
+        report(run)
+    except BadImageError as error:  # of the health check or the report, on all ranks
+        raise RunError(str(error)) from error
+    return 0
 
 
 def train(run: Run, stop_request: StopRequest) -> str:
-    """The loop, with its logs. Returns why it was asked to stop early, or "" at the end of the run."""
+    """The loop, with its logs and its loader. Returns why it was asked to stop early, or "" at the end of the run."""
     with contextlib.ExitStack() as stack:
+        stack.callback(faulthandler.cancel_dump_traceback_later)
         progress = None
         try:  # on rank 0 alone: if it fails, no other may go on into a collective
             run.ranks.together(lambda: preview_masks(run) if run.ranks.first else None)
@@ -86,9 +121,24 @@ def train(run: Run, stop_request: StopRequest) -> str:
             raise RunError(str(error)) from error
         if run.ranks.first:
             progress = stack.enter_context(Progress(run.horizon.stop, run.start_step))
-        stack.callback(faulthandler.cancel_dump_traceback_later)
         stack.enter_context(collecting_by_hand())
-        return loop(run, stop_request, progress, log)
+        stack.enter_context(explained_loader_errors(run))
+        batches = micro_batch_stream(
+            run.dataset,
+            start_step=run.start_step,
+            stop_step=run.horizon.stop,
+            workers=run.config.data.workers,
+            pinned=run.ranks.device.type == "cuda",
+        )
+        stack.enter_context(batches)
+        stack.push(closing_in_time)
+        return loop(run, stop_request, progress, log, batches)
+
+
+def closing_in_time(kind: type[BaseException] | None, *error: object) -> None:
+    """After an error what is open has a minute to be closed: the other ranks wait for the end of this one."""
+    if kind:
+        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
 
 
 def unlogged(record: dict[str, Any]) -> None:
@@ -111,23 +161,21 @@ def open_logs(run: Run, stack: contextlib.ExitStack) -> Log:
     run.wandb_id = wandb.run_id
 
     def log(record: dict[str, Any]) -> None:
-        writer.write(record)
+        try:
+            writer.write(record)
+        except OSError as error:
+            raise RunError(
+                f"{error}: free space or mend the disk; the same command goes on from the last checkpoint", local=True
+            ) from error
         if record["kind"] in ("step", "health"):
             wandb.log(record, record["step"])
 
     return log
 
 
-def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Log) -> str:
+def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Log, batches: MicroBatchStream) -> str:
     config, ranks, horizon = run.config, run.ranks, run.horizon
     say: Say = progress.message if progress else lambda text: None
-    batches = micro_batch_stream(
-        run.dataset,
-        start_step=run.start_step,
-        stop_step=horizon.stop,
-        workers=config.data.workers,
-        pinned=ranks.device.type == "cuda",
-    )
     feed = Feed(batches, ranks.device)
     health = [r for r in read_records(run.folder.metrics) if r.get("kind") == "health"] if ranks.first else []
     data_wait = DataWait.of_ranks(ranks.gather((ranks.local_rank, usable_cores())), workers=config.data.workers)
@@ -163,6 +211,8 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         if config.logging.health_every_steps and step % config.logging.health_every_steps == 0:
             settle()
             measure_health(run, step, health, log, say, loss=loss)
+        if progress and progress.lost:
+            stop_request.ask(progress.lost)
         outcome = train_step(run, step, feed, stop=bool(stop_request.pending()), meanwhile=settle)
         unsettled.append(outcome)
         for mark in (batch.mark for batch in outcome.batches if batch.mark):
@@ -192,6 +242,9 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
     else:
         if config.logging.health_every_steps:
             measure_health(run, horizon.stop, health, log, say, loss=loss)
+        reason = ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
+        if reason:
+            say(f"stopped by {reason} after the last step; the same command makes the report")
     return reason
 
 

@@ -4,7 +4,8 @@ deepspeed launch/pretrain.py --config configs/vith14.yaml data.source=/data/imag
 python launch/pretrain.py --config configs/tiny.yaml optimization.max_steps=100          one process
 torchrun --nproc-per-node 8 launch/pretrain.py --config configs/vitb16.yaml data.source=/data/images
 
-Exit codes: 0 finished, 1 training failed, 2 wrong input, 75 stopped by a signal with a checkpoint (run again to go on).
+Exit codes: 0 finished, 1 training failed, 2 wrong input, 75 stopped by a signal, with a checkpoint if it had begun to
+train (run again to go on).
 """
 
 import argparse
@@ -13,6 +14,10 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ijepa_scale.engine.signals import StopRequest
 
 # Each step has its own numbers of tokens: without growing segments the GPU's memory falls to pieces.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -44,10 +49,10 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_intermixed_args(arguments)
+def main(stop_request: "StopRequest") -> int:
+    options = parser().parse_intermixed_args()
     from ijepa_scale.config import load_config
-    from ijepa_scale.engine.distributed import launcher_rank
+    from ijepa_scale.engine.launchers import launcher_rank
 
     log = logging.getLogger("ijepa_scale")  # not the root: to it come lines that other libraries print themselves
     log.addHandler(logging.StreamHandler())
@@ -55,11 +60,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
+            from ijepa_scale.engine.launchers import place
             from ijepa_scale.plan import dry_run
+            from ijepa_scale.run import check_shared_memory
 
-            text = dry_run(config, ranks=int(os.environ.get("WORLD_SIZE") or 1))
+            text = dry_run(config, ranks=place().world_size)
             if launcher_rank() == 0:
                 print(text)
+            check_shared_memory(config)  # last: what a run takes is shown on machines too small for it, too
             return 0
     except (ValueError, OSError) as error:
         return fail(error, 2)
@@ -67,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     from ijepa_scale.train import InputError, RunError, pretrain
 
     try:
-        return pretrain(config, resume=options.resume, allow_changes=options.allow_changes)
+        return pretrain(config, resume=options.resume, allow_changes=options.allow_changes, stop_request=stop_request)
     except InputError as error:
         return fail(error, 2)
     except RunError as error:
@@ -75,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def fail(error: Exception, code: int) -> int:
-    from ijepa_scale.engine.distributed import launcher_rank
+    from ijepa_scale.engine.launchers import launcher_rank
 
     if launcher_rank() == 0 or any(getattr(one, "local", False) for one in (error, error.__cause__)):
         place = f" (rank {launcher_rank()})" if launcher_rank() else ""
@@ -86,4 +94,6 @@ def fail(error: Exception, code: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from ijepa_scale.engine.signals import run_process  # first of all: seconds before torch is imported
+
+    run_process(main)

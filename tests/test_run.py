@@ -5,11 +5,11 @@ import re
 import pytest
 import torch
 
-from ijepa_scale import build
-from ijepa_scale.config import ModelConfig, PretrainConfig, to_dict
+from ijepa_scale import build, run
+from ijepa_scale.config import DataConfig, ModelConfig, OptimizationConfig, PretrainConfig, to_dict
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.models.attention_backends import Choice
-from ijepa_scale.run import choose_attention, find_checkpoint
+from ijepa_scale.run import check_shared_memory, choose_attention, find_checkpoint
 from ijepa_scale.run_folder import RunFolder
 from tests.engine import standin
 
@@ -66,3 +66,24 @@ def test_resume_takes_a_checkpoint_or_a_run_folder_s_newest_whole_one(tmp_path):
     for resume in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(ValueError, match=r"--resume .* cannot be used: .*; give a run folder, or one of its"):
             found(resume)
+
+
+@pytest.mark.parametrize("theirs, fits", [("here:2", True), ("here:1", False)])
+def test_ranks_that_share_memory_share_its_space(monkeypatch, theirs, fits):
+    """Two ranks of four images of 3 kB: 9 micro-batches each, where two processes make four ahead."""
+    monkeypatch.setattr(run, "shared_memory", lambda: ("here:1", 9 * 4 * 3 * 32 * 32))
+    config = PretrainConfig(
+        data=DataConfig(image_size=32, workers=2),
+        model=ModelConfig(name="vit_tiny", patch_size=4),
+        optimization=OptimizationConfig(global_batch_size=8),
+    )
+    if fits:
+        check_shared_memory(config, None, two_ranks(lambda value: theirs))
+        return
+    with pytest.raises(ValueError, match=r"2 \+ 1\) x 2 ranks; .* data.workers=0"):
+        check_shared_memory(config, None, two_ranks(lambda value: theirs))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_shared_memory(config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of torchrun: both are on this machine
+    with pytest.raises(ValueError, match="x 2 ranks"):
+        check_shared_memory(config)

@@ -1,13 +1,20 @@
 """Images and masks -> Batch: the micro-batch of any rank at any micro-step, as a pure function of its position."""
 
+import contextlib
+import ctypes
 import gc
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from multiprocessing.queues import Queue
+from typing import Any, Self
 
 import numpy as np
 import torch
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
 from ijepa_scale.data.images import BadImage, ImageSet, Limits, Use, croppable
@@ -20,6 +27,10 @@ from ijepa_scale.masking.packing import Masks, limit_context, map_tensors, pack_
 
 # Streams of random numbers, the first part of each key after the seed.
 SIZES, CROP, BLOCKS, CONTEXT = range(4)
+PREFETCH = 4  # micro-batches that a loader process makes ahead
+SHARED_MEMORY = "/dev/shm"  # where they lie until the rank has taken them
+CLOSE_SECONDS = 5.0  # for loader processes to end by themselves
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -132,9 +143,50 @@ class MicroBatches(Dataset):
         return replace(self, images=images)[step * self.accumulation_steps]
 
 
+class MicroBatchStream:
+    """Micro-batches, in order, and the processes that load them, which end with the last batch, an error or close()."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        before = set(multiprocessing.active_children())
+        try:
+            self._batches: Any = iter(loader)
+        except BaseException:  # of several processes the first ones run
+            _kill(set(multiprocessing.active_children()) - before)
+            raise
+        self._processes = set(multiprocessing.active_children()) - before
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._batches)
+        except BaseException:  # an error would keep hold of them
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the processes, by force if need be: they ignore SIGTERM, which Python would send them at its end."""
+        late = threading.Timer(CLOSE_SECONDS, _kill, [self._processes])
+        late.start()
+        try:
+            with _nothing_said_of_children():
+                if hasattr(self._batches, "_shutdown_workers"):  # it has in torch 2.0 to 2.15, when there are any
+                    self._batches._shutdown_workers()
+                _kill(self._processes)
+        finally:
+            late.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
 def micro_batch_stream(
     dataset: MicroBatches, *, start_step: int, stop_step: int, workers: int, pinned: bool = False
-) -> Iterator[Batch]:
+) -> MicroBatchStream:
     """This rank's micro-batches from start_step up to stop_step, in order, loaded by worker processes.
 
     pinned: in page-locked memory, from which copies to a GPU take no part of the host's time.
@@ -143,31 +195,88 @@ def micro_batch_stream(
     always the same stream.
     """
     accumulation = dataset.accumulation_steps
-    if isinstance(dataset.images, Streams) and workers:
-        workers = dataset.images.num_streams
+    workers = loader_processes(dataset.images, workers)
     loader = DataLoader(
         dataset,
         batch_size=None,
         sampler=range(start_step * accumulation, stop_step * accumulation),
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCH if workers else None,
         pin_memory=pinned,
         worker_init_fn=_start_worker,
     )
-    return _ended(iter(loader))
+    return MicroBatchStream(loader)
 
 
-def _ended(batches: Any) -> Iterator[Batch]:
-    """The same, and the end of the worker processes with it: an error keeps hold of them, and they ignore SIGTERM."""
+def loader_processes(images: ImageSet | Mixture | Streams, workers: int) -> int:
+    """Of a rank with data.workers."""
+    return images.num_streams if isinstance(images, Streams) and workers else workers
+
+
+def shared_memory() -> tuple[str, int] | None:
+    """(which one it is, bytes free) of the memory that loader processes share with this one; None where unknown.
+
+    Ranks to which it is the same one share its space.
+    """
     try:
-        yield from batches
+        space, device = os.statvfs(SHARED_MEMORY), os.stat(SHARED_MEMORY).st_dev
+    except OSError:
+        return None
+    return f"{os.uname().nodename}:{device}", space.f_bavail * space.f_frsize
+
+
+def check_batches_fit(*, batch_bytes: int, workers: int, ranks: int, free: int) -> None:
+    """ValueError where what loader processes make ahead does not fit into shared memory.
+
+    batch_bytes: of a micro-batch's images. workers: loader processes of a rank. ranks: that share the memory.
+    """
+    need = batch_bytes * (PREFETCH * workers + 1) * ranks  # and one that the rank is about to copy
+    if need <= free:
+        return
+    most = max(0, free // (batch_bytes * ranks) - 1) // PREFETCH
+    raise ValueError(
+        f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and loader processes need {need / 2**20:,.0f} MiB of it: "
+        f"{batch_bytes / 2**20:,.1f} MiB a micro-batch x ({PREFETCH} made ahead x data.workers {workers} + 1)"
+        f"{f' x {ranks} ranks' * (ranks > 1)}; start the container with --shm-size={-(-need * 2 // 2**30)}g (or "
+        f"--ipc=host), or set data.workers={most}" + (" (the training process then loads)" if not most else "")
+    )
+
+
+@contextlib.contextmanager
+def _nothing_said_of_children() -> Iterator[None]:
+    """Within it torch's handler, which raises an error wherever a loader process dies, is not called."""
+    if threading.current_thread() is not threading.main_thread():  # there signal handlers are neither set nor run
+        yield
+        return
+    previous = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
     finally:
-        if hasattr(batches, "_shutdown_workers"):  # it has in torch 2.0 to 2.15, when there are any
-            batches._shutdown_workers()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if previous is None else previous)
+
+
+def _kill(processes: set[Any]) -> None:
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join(1.0)  # none outlives it, but one that waits for a dead network disk may take its time
 
 
 def _start_worker(worker: int) -> None:
     # Ctrl-C reaches the whole process group: the rank decides when its workers end.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if prctl := getattr(ctypes.CDLL(None), "prctl", None):
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # but with the rank they end at once
+    Queue._on_queue_feeder_error = _send_the_error  # type: ignore[attr-defined]  # in this process alone
     gc.enable()  # a rank collects by hand while it trains, and a fork of it would never collect
+
+
+def _send_the_error(queue: Any, error: BaseException, item: tuple[int, Any]) -> None:
+    """What cannot be sent, as shared memory or open files run out, becomes an error of its batch.
+
+    A queue's thread would only print it, and the rank wait for the batch for ever.
+    """
+    instead = ExceptionWrapper((type(error), error, error.__traceback__), where="in a loader process")
+    with contextlib.suppress(ValueError):  # of a queue that is closed: nobody waits any more
+        queue.put((item[0], instead))

@@ -5,6 +5,7 @@ by raycast.py. In this order: what a scene is; drawing one; the Parquet files.
 """
 
 import colorsys
+import contextlib
 import fcntl
 import functools
 import io
@@ -13,7 +14,6 @@ import json
 import math
 import multiprocessing
 import os
-import shutil
 import signal
 import threading
 from collections.abc import Generator, Iterator
@@ -37,7 +37,7 @@ MIN_VISIBLE_AREA = 0.003  # of the image: 12 pixels at 64 x 64
 VALIDATION_START = 1 << 40  # index of the first validation scene: the same scenes for any num_train
 VERSION = 1  # part of the folder's name: raise it whenever a rendered pixel or a label changes
 VISIBILITY_SIZE = 64  # layouts are judged at one resolution, so that a scene is the same scene at any image size
-SCENES_PER_SHARD, SCENES_PER_TASK = 1000, 50
+SCENES_PER_SHARD, SCENES_PER_TASK = 1000, 10
 
 
 Row = tuple[bytes, int, float]  # PNG, count, distance
@@ -192,7 +192,8 @@ def prepare_scenes(
     Columns: image (PNG), count (classes "3" to "10"), distance (6 classes) and nearest_distance (float32, scene units).
     Splits: train, scenes 0 to num_train - 1 of the seed, and validation, from VALIDATION_START on.
     Returns folder/<name with all parameters>. That folder is complete or absent: it is renamed into place, and a second
-    process waits for the first. The files do not depend on `workers` (None: one for each core).
+    process waits for the first. Stopped, the next call keeps the files that are whole. They do not depend on `workers`
+    (None: one for each core).
     """
     if num_train < 1 or num_validation < 1 or image_size < 8 or seed < 0:
         got = f"{num_train}, {num_validation}, {image_size} and {seed}"
@@ -206,41 +207,74 @@ def prepare_scenes(
         fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when its holder dies
         if complete.is_dir():
             return complete
-        if partial.exists():  # left by a run that was killed
-            shutil.rmtree(partial)
-        partial.mkdir()
-        splits = {"train": range(num_train), "validation": range(VALIDATION_START, VALIDATION_START + num_validation)}
-        with closing(_rendered_rows(list(splits.values()), seed, image_size, workers or os.cpu_count() or 1)) as rows:
-            for split, indices in splits.items():
-                _write_split(partial, split, rows, len(indices))
+        partial.mkdir(exist_ok=True)
+        shards = _shards("train", 0, num_train) | _shards("validation", VALIDATION_START, num_validation)
+        missing = {name: indices for name, indices in shards.items() if not _is_whole(partial / name, len(indices))}
+        for stray in {file.name for file in partial.iterdir()} - (shards.keys() - missing.keys()):
+            (partial / stray).unlink()
+        with closing(_rendered_rows(list(missing.values()), seed, image_size, workers or os.cpu_count() or 1)) as rows:
+            for name, indices in missing.items():
+                _write_shard(partial / name, rows, len(indices))
         _sync(partial)
         os.rename(partial, complete)
         _sync(complete.parent)
     return complete
 
 
-def _rendered_rows(splits: list[range], seed: int, size: int, workers: int) -> Generator[Row, None, None]:
-    """The rows of all splits in order, rendered by `workers` processes, with a progress bar on stderr."""
+def _shards(split: str, first: int, num_rows: int) -> dict[str, range]:
+    """The files of a split, as HuggingFace names them, and their scenes."""
+    number = -(-num_rows // SCENES_PER_SHARD)
+    scenes = range(first, first + num_rows)
+    return {
+        f"{split}-{i:05d}-of-{number:05d}.parquet": scenes[i * SCENES_PER_SHARD : (i + 1) * SCENES_PER_SHARD]
+        for i in range(number)
+    }
+
+
+def _is_whole(path: Path, num_rows: int) -> bool:
+    """Whether an earlier call wrote this file to its end."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_metadata(path).num_rows == num_rows
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return False
+
+
+def _rendered_rows(parts: list[range], seed: int, size: int, workers: int) -> Generator[Row, None, None]:
+    """The rows of all parts in order, rendered by `workers` processes, with a progress bar on stderr."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    tasks = [
-        split[start : start + SCENES_PER_TASK] for split in splits for start in range(0, len(split), SCENES_PER_TASK)
-    ]
+    tasks = [part[start : start + SCENES_PER_TASK] for part in parts for start in range(0, len(part), SCENES_PER_TASK)]
     executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
     try:
         with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=Console(stderr=True)) as progress:
-            bar = progress.add_task("rendering scenes", total=sum(map(len, splits)))
-            for rows in executor.map(functools.partial(_render_rows, seed, size), tasks):
+            bar = progress.add_task("rendering scenes", total=sum(map(len, parts)))
+            with _blocking_ctrl_c():
+                results = executor.map(functools.partial(_render_rows, seed, size), tasks)
+            for rows in results:
                 progress.advance(bar, len(rows))
                 yield from rows
     finally:
         executor.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _blocking_ctrl_c() -> Iterator[None]:
+    """What is started within it is deaf to Ctrl-C, which reaches all processes and would break off their start."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 def _start_worker() -> None:
     """Leaves Ctrl-C to the parent, and ends with it: a worker whose parent was killed would wait for ever."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
@@ -260,8 +294,8 @@ def _render_rows(seed: int, size: int, indices: range) -> list[Row]:
     return rows
 
 
-def _write_split(folder: Path, split: str, rows: Iterator[Row], num_rows: int) -> None:
-    """Writes the next num_rows rows as folder/<split>-<shard>-of-<shards>.parquet, as HuggingFace names them."""
+def _write_shard(path: Path, rows: Iterator[Row], num_rows: int) -> None:
+    """Writes the next num_rows rows; under this name the file is whole."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -276,20 +310,18 @@ def _write_split(folder: Path, split: str, rows: Iterator[Row], num_rows: int) -
     image_type = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     types = {"image": image_type, "count": pa.int64(), "distance": pa.int64(), "nearest_distance": pa.float32()}
     schema = pa.schema(types, metadata={"huggingface": json.dumps({"info": {"features": features}})})
-    shards = -(-num_rows // SCENES_PER_SHARD)
-    for shard in range(shards):
-        wanted = min(SCENES_PER_SHARD, num_rows - shard * SCENES_PER_SHARD)
-        images, counts, distances = zip(*itertools.islice(rows, wanted), strict=True)
-        columns = [
-            [{"bytes": image, "path": None} for image in images],
-            [count - COUNTS.start for count in counts],
-            [distance_bin(distance) for distance in distances],
-            distances,
-        ]
-        arrays = [pa.array(column, type=kind) for column, kind in zip(columns, types.values(), strict=True)]
-        path = folder / f"{split}-{shard:05d}-of-{shards:05d}.parquet"
-        pq.write_table(pa.table(arrays, schema=schema), path, row_group_size=100, compression="none")
-        _sync(path)
+    images, counts, distances = zip(*itertools.islice(rows, num_rows), strict=True)
+    columns = [
+        [{"bytes": image, "path": None} for image in images],
+        [count - COUNTS.start for count in counts],
+        [distance_bin(distance) for distance in distances],
+        distances,
+    ]
+    arrays = [pa.array(column, type=kind) for column, kind in zip(columns, types.values(), strict=True)]
+    unfinished = path.with_name(f".{path.name}.partial")
+    pq.write_table(pa.table(arrays, schema=schema), unfinished, row_group_size=100, compression="none")
+    _sync(unfinished)
+    os.rename(unfinished, path)
 
 
 def _sync(path: Path) -> None:

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 
 from ijepa_scale.engine import launchers
-from ijepa_scale.engine.launchers import launcher_rank as launcher_rank  # as launch/ asks for it
 
 T = TypeVar("T")
 
@@ -191,5 +190,4 @@ def _prepare_cpu() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_MMAP_MAX, 0)
     if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launchers.ranks_here()))

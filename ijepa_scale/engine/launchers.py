@@ -1,6 +1,7 @@
 """Which of how many processes this is: the one reader of what launchers set, and the roll call at the start.
 
 Read are RANK and its kin (deepspeed, torchrun, PyTorchJob), SLURM's (srun), Open MPI's and PMI's (mpirun, mpiexec).
+torch is imported where it is needed: a process looks at its variables first of all.
 """
 
 import os
@@ -12,8 +13,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-import torch.distributed as dist
 
 SPEAK_SECONDS = 10.0  # of waiting for other processes before it is said
 WAIT_MINUTES = 10  # for other processes, as DeepSpeed waits for a process group
@@ -100,6 +99,12 @@ def launcher_rank() -> int:
         return 0
 
 
+def ranks_here() -> int:
+    """Processes of this job on this machine, as far as the launcher says; else 1."""
+    values = {key: value.strip() for key, value in os.environ.items() if value.strip()}
+    return _number(values, "LOCAL_WORLD_SIZE", 0) or _number(values, "LOCAL_SIZE", 1)
+
+
 def host_store(here: Place) -> Any:
     """Rank 0's store, at which all processes meet; None for the others, and where torchrun's agent has one.
 
@@ -107,6 +112,8 @@ def host_store(here: Place) -> Any:
     """
     if here.rank or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
+    import torch.distributed as dist
+
     try:
         return dist.TCPStore("localhost", here.port, is_master=True, multi_tenant=True, wait_for_workers=False)
     except dist.DistNetworkError as error:
@@ -123,6 +130,8 @@ def roll_call(here: Place, store: Any, *, speak: float = SPEAK_SECONDS, wait: ti
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agents have met
         return max(here.local_rank, 0)
+    import torch.distributed as dist
+
     wait = wait or timedelta(minutes=int(os.environ.get("DEEPSPEED_TIMEOUT", WAIT_MINUTES)))
     patience = _Patience(f"{here.address}:{here.port}", speak, wait)
     patience.speak = here.local_rank <= 0  # once a machine

@@ -1,6 +1,8 @@
 """Micro-batches are pure functions of their position: ranks, accumulation and workers change nothing."""
 
 import gc
+import re
+import time
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_scale.data.collate import BLOCKS, CROP, SIZES, MicroBatches, micro_batch_stream
+from ijepa_scale.data import collate
+from ijepa_scale.data.collate import BLOCKS, CROP, SIZES, MicroBatches, check_batches_fit, micro_batch_stream
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.order import generator_for, image_at
 from ijepa_scale.data.transforms import random_resized_crop
@@ -123,3 +126,59 @@ def test_an_unreadable_image_is_reported_and_replaced(images, tmp_path):
     assert torch.equal(batch.images, again.images)
     place = batch.indices.index(5)
     assert batch.images[place].float().std() == 0 and batch.images[place].unique().numel() == 1
+
+
+def test_the_number_of_workers_that_shared_memory_is_said_to_hold_is_the_largest():
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        size, workers, ranks, free = (
+            int(rng.integers(low, high)) for low, high in ((1, 99), (1, 9), (1, 4), (1, 9999))
+        )
+        facts = {"batch_bytes": size << 20, "ranks": ranks, "free": free << 20}
+        fits = size * ranks * (collate.PREFETCH * workers + 1) <= free
+        try:
+            check_batches_fit(workers=workers, **facts)
+            assert fits
+        except ValueError as error:
+            assert not fits and f"{collate.SHARED_MEMORY} has {free:,} MiB free" in str(error)
+            most = int(re.search(r"--shm-size=\d+g .* set data.workers=(\d+)", str(error))[1])
+            assert most < workers
+            if most:
+                check_batches_fit(workers=most, **facts)
+            with pytest.raises(ValueError, match=f"data.workers={most}"):
+                check_batches_fit(workers=most + 1, **facts)
+
+
+def test_a_loader_that_cannot_start_leaves_no_process(images, monkeypatch):
+    """Of two processes the second meets the limit of open files; the error that is kept holds on to the first."""
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(iterator, "__del__", lambda half_made: None)  # which fails, and Python prints that
+    started, process = [], collate.multiprocessing.Process
+    start = process.start
+
+    def failing(self):
+        if started:
+            raise OSError(24, "Too many open files")
+        start(self)
+        started.append(self)
+
+    monkeypatch.setattr(process, "start", failing)
+    with pytest.raises(OSError, match="Too many") as error:
+        micro_batch_stream(micro_batches(images), start_step=0, stop_step=9, workers=2)
+    assert len(started) == 1 and not collate.multiprocessing.active_children()
+    del error
+    gc.collect()
+
+
+def test_processes_that_do_not_end_by_themselves_are_killed(images, monkeypatch):
+    monkeypatch.setattr(collate, "CLOSE_SECONDS", 0.2)
+    with micro_batch_stream(Stuck(**vars(micro_batches(images))), start_step=0, stop_step=9, workers=2):
+        assert len(collate.multiprocessing.active_children()) == 2
+        time.sleep(0.3)
+        before = time.monotonic()
+    assert time.monotonic() - before < 3 and not collate.multiprocessing.active_children()
+
+
+class Stuck(MicroBatches):
+    def __getitem__(self, micro_step):
+        time.sleep(60)

@@ -1,17 +1,22 @@
 """launch/pretrain.py with something that goes wrong, for tests; each runs inside ranks."""
 
+import contextlib
 import itertools
 import logging
 import math
+import multiprocessing
 import os
+import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from ijepa_scale import train
+from ijepa_scale import metrics, run, train
+from ijepa_scale.engine import signals
 from ijepa_scale.models import ijepa
 from tests.processes import pretrain
 
@@ -78,14 +83,83 @@ def endless_step(*arguments: str) -> None:
         pretrain(*arguments)
 
 
+def fault_in_training(fault: str, rank: str, *arguments: str) -> None:
+    """One rank meets a fault of the name in step 3, or where its loader starts."""
+    counter = itertools.count()
+    step, write = train.train_step, metrics.JsonlWriter.write
+    this = os.environ.get("RANK", "0") == rank
+
+    def failing(this_run: Any, number: int, *given: Any, **options: Any) -> Any:
+        if number == 3 and this:
+            if fault == "base exception":
+                raise GeneratorExit
+            if fault == "killed loader":
+                for process in multiprocessing.active_children():
+                    process.kill()
+        return step(this_run, number, *given, **options)
+
+    def full(self: metrics.JsonlWriter, record: dict[str, Any]) -> None:
+        if next(counter) == 3 and fault == "full disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (os.stat(self._file.name).st_size + 9, resource.RLIM_INFINITY))
+        if fault == "error in a callback" and record["step"] == 3:
+            raise ZeroDivisionError
+        write(self, record)
+
+    def unshared(self: torch.UntypedStorage) -> None:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    def few_files(*given: Any, **options: Any) -> Any:
+        if this:
+            used = max(int(name) for name in os.listdir("/proc/self/fd"))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (used + 9, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        return stream(*given, **options)
+
+    stream = train.micro_batch_stream
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(train, "train_step", failing))
+        stack.enter_context(mock.patch.object(metrics.JsonlWriter, "write", full))
+        if fault == "full shared memory" and this:  # as in a loader process, whose queue calls it
+            stack.enter_context(mock.patch.object(torch.UntypedStorage, "_share_fd_cpu_", unshared))
+        if fault == "few files":
+            stack.enter_context(mock.patch.object(train, "micro_batch_stream", few_files))
+        pretrain(*arguments)
+
+
+def closed_output(*arguments: str) -> None:
+    """Nobody reads standard output any more, as under `| head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    os.dup2(write, 1)
+    os.close(write)
+    pretrain(*arguments)
+
+
+def endless_set_up(*arguments: str) -> None:
+    """Rank 0 renders, downloads or copies, and the others wait for it in a collective, which no signal interrupts."""
+    signals.GRACE_SECONDS = 1.0
+
+    def prepare(config: Any) -> None:
+        print("preparing", flush=True)
+        time.sleep(1000)
+
+    with mock.patch.object(run.build, "build_images", prepare):
+        pretrain(*arguments)
+
+
+def little_shared_memory(*arguments: str) -> None:
+    """/dev/shm has room for three micro-batches."""
+    with mock.patch.object(run, "shared_memory", lambda: ("here", 8 * 3 * 32 * 32 * 3)):
+        pretrain(*arguments)
+
+
 def junk_once_set_up(folder: str, *arguments: str) -> None:
     """The images of a folder become text between set-up and the report."""
     report = train.report
 
-    def late(run: Any) -> None:
+    def late(this: Any) -> None:
         for file in Path(folder).rglob("*.jpg"):
             file.write_text("no image")
-        report(run)
+        report(this)
 
     with mock.patch.object(train, "report", late):
         pretrain(*arguments)
