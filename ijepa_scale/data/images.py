@@ -52,6 +52,7 @@ class Limits:
     max_pixels: int = MAX_PIXELS
 
 
+USUAL = Limits()
 Use = Callable[[bytes | str, Limits], Any]  # (an image's file: its content or path; what it may be)
 
 
@@ -75,7 +76,7 @@ class ImageSet:
     """Images of one split of any map-style source, by index. Can be pickled and used in forked workers."""
 
     def __init__(
-        self, dataset: datasets.Dataset, column: str, *, name: str, split: str, limits: Limits = Limits()
+        self, dataset: datasets.Dataset, column: str, *, name: str, split: str, limits: Limits = USUAL
     ) -> None:
         self.name, self.split, self.num_images = name, split, len(dataset)
         self._limits = limits
@@ -170,14 +171,14 @@ def _stored_size(file: bytes | str, limits: Limits) -> tuple[int, int]:
     return with_image(file, lambda image: image.size, max_pixels=limits.max_pixels)
 
 
-def decode(file: bytes | str, limits: Limits = Limits()) -> Image.Image:
+def decode(file: bytes | str, limits: Limits = USUAL) -> Image.Image:
     """An encoded image, its content or its path, in RGB, upright. BadImageError if a side is under limits.min_side."""
     rgb = read_rgb(file, max_pixels=limits.max_pixels)
     _check_size(rgb.size, limits.min_side)
     return rgb
 
 
-def croppable(file: bytes | str, limits: Limits = Limits()) -> Image.Image | UprightJpeg:
+def croppable(file: bytes | str, limits: Limits = USUAL) -> Image.Image | UprightJpeg:
     """The same for `random_resized_crop`: a JPEG is decoded with its crop, and as far down as that reaches."""
     image = open_croppable(file, max_pixels=limits.max_pixels)
     _check_size(image.size, limits.min_side)

@@ -49,7 +49,7 @@ def assert_cropped_as_by_pillow(content, count=12, size=24):
         {"quality": 30, "optimize": True},
         {"exif": UPRIGHT},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 def test_crops_of_jpeg_are_those_of_pillow(image_size, options):
     content = jpeg(photo(*image_size), **options)
