@@ -6,6 +6,7 @@ is reported beside elapsed time: it hardly changes when other processes use the 
 
 import gc
 import importlib.util
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ LARGE_SHAPES = {
     "cpu": ((1024, 1024, 1024), (2048, 2048, 2048), (8192, 1024, 1024)),
     "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192)),
 }
+SLOWEST_PRODUCT = 1.0  # seconds of a large product on a CPU; those that take longer are left out
 # FLOPs of a timed run of products, so that starting and awaiting it is lost in it; small ones come so often at most
 GPU_PRODUCT_FLOPS, GPU_PRODUCTS = 2e13, 1000
 LR, WEIGHT_DECAY, MOMENTUM = 1e-4, 0.05, 0.996
@@ -291,7 +293,14 @@ def products(setting: Setting) -> list[Timed]:
 
         return Timed(name, run, [times * flops])
 
-    large = [product(f"matmul {m} x {k} x {n}", ((m, k, n),)) for m, k, n in LARGE_SHAPES[setting.device.type]]
+    shapes: tuple[tuple[int, int, int], ...] = LARGE_SHAPES[setting.device.type]
+    if not setting.cuda:  # bf16 without instructions for it runs at a hundredth of fp32
+        probe = product("probe", ((256, 256, 256),))
+        for index in range(2):
+            probe.once(index, keep=True, device=setting.device)
+        most = SLOWEST_PRODUCT * 1e9 * max(probe.gflops())
+        shapes = tuple(shape for shape in shapes if 2.0 * math.prod(shape) <= most)
+    large = [product(f"matmul {m} x {k} x {n}", ((m, k, n),)) for m, k, n in shapes]
     return [*large, product("matmul at the encoder's shapes", own)]
 
 

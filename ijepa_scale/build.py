@@ -220,12 +220,10 @@ def reading(config: PretrainConfig) -> dict[str, Any]:
 
 
 def build_images(config: PretrainConfig, open_images: Opener = open_images) -> ImageSet | Mixture | Streams:
-    """The images to train on. Raises ValueError for a source that cannot be trained on, before anything else starts.
-
-    open_images: what opens a source that is not streamed.
-    """
+    """The images to train on; ValueError for a source that cannot be. open_images: opens what is not streamed."""
     images = open_sources(config, open_images)
     check_enough(config, images.name, len(images))
+    check_opened(config, images)
     return images
 
 
@@ -247,9 +245,14 @@ def open_sources(config: PretrainConfig, open_images: Opener = open_images) -> I
         return _build_streams(config, [path for path, _ in sources], weights)
     options = {"min_side": config.model.patch_size, "max_pixels": data.max_pixels, **reading(config)}
     parts = [open_images(path, split=data.split, **options) for path, _ in sources]
-    for part in parts:
-        check_images(part, min_side=config.model.patch_size)
     return parts[0] if len(parts) == 1 else Mixture(tuple(parts), weights)
+
+
+def check_opened(config: PretrainConfig, images: ImageSet | Mixture | Streams) -> None:
+    """ValueError where most images of a source cannot be opened or are too small. Of streams their samples tell."""
+    if not isinstance(images, Streams):
+        for part in images.parts if isinstance(images, Mixture) else [images]:
+            check_images(part, min_side=config.model.patch_size)
 
 
 def _build_streams(config: PretrainConfig, paths: list[str], weights: tuple[int, ...]) -> Streams:

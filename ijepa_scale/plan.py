@@ -142,8 +142,10 @@ def _images(config: PretrainConfig) -> tuple[int, str]:
     counts = {"scenes": data.num_images or build.DEFAULT_SCENES}
     name = "data.source"
     if known := _with_sources(config, [path for path in paths if where[path] == "here"]):
-        look = build.build_images if set(where.values()) == {"here"} else build.open_sources
-        images = look(known, preview_images)
+        images = build.open_sources(known, preview_images)
+        if set(where.values()) == {"here"}:
+            build.check_enough(config, images.name, len(images))
+        build.check_opened(known, images)
         name = images.name
         parts = images.parts if isinstance(images, Mixture) else [images]
         sizes = [part.num_images for part in (images.sources if isinstance(images, Streams) else parts)]

@@ -353,7 +353,7 @@ def test_column_and_configuration_reach_whatever_reads_the_source(tmp_path, stre
     wrong = {"no column 'masks'": {"column": "masks", "config": "a"}, "several configurations: a, b": {}}
     for words, chosen in (*wrong.items(), ("no configuration 'c', but a, b", {"config": "c"})):
         config = source_config(str(tmp_path / "s"), tmp_path, streaming=streaming, **chosen)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=32))  # masks fit
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, image_size=64))  # masks fit
         for refuses in (build.build_images, build.build_eval_images, dry_run):
             with pytest.raises(ValueError, match=words):
                 refuses(config)

@@ -82,7 +82,8 @@ def test_ranks_that_share_memory_share_its_space(monkeypatch, theirs, fits):
         return
     with pytest.raises(ValueError, match=r"2 \+ 1\) x 2 ranks; .* data.workers=0"):
         check_shared_memory(config, None, two_ranks(lambda value: theirs))
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
     check_shared_memory(config)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of torchrun: both are on this machine
     with pytest.raises(ValueError, match="x 2 ranks"):

@@ -208,7 +208,7 @@ def test_no_rows(tmp_path):
     write_parquet(tmp_path / "x.parquet", 0)
     with pytest.raises(ValueError, match="no rows"):
         open_images(str(tmp_path / "x.parquet"))
-    hf_dataset(0, 1).select([]).save_to_disk(tmp_path / "saved")
+    datasets.Dataset.from_dict({"image": []}).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match="no rows"):
         open_images(str(tmp_path / "saved"))
 
