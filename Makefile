@@ -53,11 +53,14 @@ benchmark: setup
 	python launch/benchmark.py --config configs/vits16.yaml optimization.micro_batch_size=$(IMAGES) --steps 14 --keep $(ARGS)
 	python kernels/benchmarks/tables.py
 
+# Two processes, each with the tests of a file: most of them wait for one core.
+JOBS ?= 2
+PYTEST := OMP_NUM_THREADS=1 python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 test: setup
-	pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: setup
-	pytest -m "slow or not slow" $(ARGS)
+	$(PYTEST) -m "slow or not slow" $(ARGS)
 
 # The rest stays as recorded, but for the newest.
 VERSIONS := oldest 2.13 2.14 newest
@@ -73,7 +76,7 @@ test-versions: $(VERSIONS:%=test-version-%)
 		$(if $(filter newest,$*),,--constraint .venvs/$*/constraints.txt)
 	@touch $@
 test-version-%: .venvs/%/.ready
-	PATH="$(CURDIR)/.venvs/$*/bin:$$PATH" python -m pytest $(ARGS)
+	PATH="$(CURDIR)/.venvs/$*/bin:$$PATH" $(PYTEST) $(ARGS)
 
 # Needs no network and no .venv where PYTHON is given and has the packages. All parts run: make -k.
 GPU_SETUP := $(if $(filter file default,$(origin PYTHON)),setup)
