@@ -1,5 +1,6 @@
 """What the server that forks the ranks of tests/processes.py imports beforehand: seconds, spent once."""
 
+import datasets  # noqa: F401
 import deepspeed
 import deepspeed.module_inject
 import deepspeed.runtime.zero.stage3  # noqa: F401
