@@ -283,7 +283,11 @@ def image_column(dataset: datasets.Dataset, source: str, column: str = "") -> st
     import datasets
 
     features = dataset.features
-    types = ", ".join(f"{name} ({feature})" for name, feature in features.items())
+    kinds = {
+        name: feature.dtype if isinstance(feature, datasets.Value) else type(feature).__name__
+        for name, feature in features.items()
+    }
+    types = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())  # not the names of a hundred classes
     if column:
         feature = features.get(column)
         if feature is None:
@@ -300,14 +304,6 @@ def image_column(dataset: datasets.Dataset, source: str, column: str = "") -> st
     if len(columns) > 1:
         say_chosen(source, columns, chosen)
     return chosen
-
-
-def first_dataset(parquet: str) -> datasets.Dataset:
-    """The columns of a Parquet file, and none of its rows."""
-    import datasets
-    import pyarrow.parquet
-
-    return datasets.Dataset(pyarrow.parquet.read_schema(parquet).empty_table(), fingerprint="columns")
 
 
 def _stores_bytes(feature: Any) -> bool:
