@@ -13,6 +13,7 @@ can go on from the first file of any.
 A link to another file of the tar is read there, where the tar is a local file that is not compressed.
 """
 
+import fcntl
 import functools
 import gzip
 import hashlib
@@ -22,9 +23,10 @@ import logging
 import os
 import posixpath
 import re
+import shutil
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -50,7 +52,7 @@ _IMAGE = pa.struct(
 )
 INDEX_SCHEMA = pa.schema([("image", _IMAGE), ("label", pa.int64())])
 _FORMAT = 2  # of the index
-_PIECE = 100_000  # rows written at a time
+_PIECE = 100_000  # rows of an index that are kept when its making is stopped
 _FIELD = re.compile(r"[a-z][a-z_-]*\d{0,2}", re.IGNORECASE)  # seg, left_image, view12; not 05, 0001, x1y2
 _DAMAGE = (tarfile.TarError, zlib.error, EOFError, OSError)
 _LINKS = "links to files that are not in the tar, or that cannot be gone back to in a compressed or remote one"
@@ -298,31 +300,53 @@ def tar_index(paths: list[str], cache_dir: Path, column: str = "") -> Path:
     facts = [_FORMAT, column, *((p, s.st_size, s.st_mtime_ns) for p, s in zip(paths, stats, strict=True))]
     index = cache_dir / "tar-index" / f"{hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()}.arrow"
     where = printable(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
-    if index.exists():
-        TarNotes(**json.loads(index.with_suffix(".json").read_bytes())).say(where, column)
-        return index
-    size = sum(stat.st_size for stat in stats)
-    _log.info("indexing %d tars of %.3f GB in all, once; the index is %s", len(paths), size / 1e9, index)
-    make_cache(index.parent)
-    partial = index.with_name(f".{index.name}.{os.getpid()}")
-    notes = TarNotes()
-    try:
-        with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, INDEX_SCHEMA) as writer:
+    if not index.exists():
+        make_cache(index.parent)
+        with open(index.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the kernel lets go of it when its holder dies
+            if not index.exists():
+                size = sum(stat.st_size for stat in stats)
+                _log.info("indexing %d tars of %.3f GB in all, once; the index is %s", len(paths), size / 1e9, index)
+                _make_index(paths, column, index)
+    TarNotes(**json.loads(index.with_suffix(".json").read_bytes())).say(where, column)
+    return index
+
+
+def _make_index(paths: list[str], column: str, index: Path) -> None:
+    """Write an index and its notes. What a call that was stopped has done is kept, in pieces, for the next."""
+    folder = index.with_suffix(".pieces")
+    folder.mkdir(exist_ok=True)
+    pieces, done, notes = sorted(folder.glob("*.arrow")), 0, TarNotes()
+    if pieces:
+        done = int(pieces[-1].stem)
+        notes = TarNotes(**json.loads(pa.ipc.open_stream(pieces[-1].read_bytes()).schema.metadata[b"notes"]))
+    rows: list[dict] = []
+    for number, path in enumerate(paths[done:], start=done + 1):
+        rows += _index_rows(path, column, notes)
+        if len(rows) >= _PIECE or number == len(paths):
+            told = INDEX_SCHEMA.with_metadata({"notes": json.dumps(asdict(notes))})
+            pieces.append(folder / f"{number:08}.arrow")  # so many tars are done with it
+            _write_stream(pieces[-1], told, [pa.Table.from_pylist(rows, told)])
             rows = []
-            for path in paths:
-                rows += _index_rows(path, column, notes)
-                if len(rows) >= _PIECE:
-                    writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
-                    rows = []
-            writer.write_table(pa.Table.from_pylist(rows, INDEX_SCHEMA))
-        notes.say(where, column)
-        told = partial.with_suffix(".json")
-        told.write_text(json.dumps(asdict(notes)))
-        os.replace(told, index.with_suffix(".json"))  # first: an index has its notes
-        os.replace(partial, index)
+    read = (pa.ipc.open_stream(piece.read_bytes()).read_all() for piece in pieces)
+    index.with_suffix(".json").write_text(json.dumps(asdict(notes)))  # first: an index has its notes
+    _write_stream(index, INDEX_SCHEMA, (table.replace_schema_metadata(None) for table in read))
+    shutil.rmtree(folder)
+
+
+def _write_stream(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(partial, "wb") as file:
+            with pa.ipc.new_stream(file, schema) as writer:
+                for table in tables:
+                    writer.write_table(table)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return index
 
 
 def _index_rows(path: str, column: str, notes: TarNotes) -> list[dict]:

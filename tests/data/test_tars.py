@@ -1,9 +1,11 @@
 import io
 import random
 import tarfile
+from pathlib import Path
 
 import pytest
 
+from ijepa_scale.data import tars
 from ijepa_scale.data.folders import say_once
 from ijepa_scale.data.images import BadImageError, open_file, open_images
 from ijepa_scale.data.remote import Patience
@@ -38,6 +40,32 @@ def test_the_index_is_made_once_and_anew_for_a_changed_tar(tmp_path, cache):
     images = open_images(str(tmp_path / "x.tar"))
     assert [number_of(images.read(i)) for i in range(4)] == [10, 11, 12, 13]
     assert len(list(index.parent.glob("*.arrow"))) == 2
+
+
+def test_what_was_indexed_before_a_stop_is_kept(tmp_path, cache, monkeypatch):
+    """Rows and notes are those of an index that is made at once; a piece is two tars."""
+    monkeypatch.setattr(tars, "_PIECE", 4)
+    paths = [str(tmp_path / f"{i}.tar") for i in range(5)]
+    for i, path in enumerate(paths):
+        write_tar(Path(path), range(3 * i, 3 * i + 3))
+    whole = tar_index(paths, tmp_path / "whole")
+    index_rows, read = tars._index_rows, []
+
+    def until_stopped(path, *arguments):
+        read.append(path)
+        if len(read) in (4, 6):
+            raise KeyboardInterrupt
+        return index_rows(path, *arguments)
+
+    monkeypatch.setattr(tars, "_index_rows", until_stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            tar_index(paths, cache)
+    index = tar_index(paths, cache)
+    assert [paths.index(path) for path in read] == [0, 1, 2, 3, 2, 3, 2, 3, 4]
+    assert index.read_bytes() == whole.read_bytes()
+    assert index.with_suffix(".json").read_text() == whole.with_suffix(".json").read_text()
+    assert not list(index.parent.glob("*.pieces"))
 
 
 def test_many_rows_and_tars_without_images(tmp_path, cache, monkeypatch):
