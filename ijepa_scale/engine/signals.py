@@ -1,6 +1,6 @@
 """Asking a run to stop, by signals or by the death of the launcher above it; and how a process ends, whatever happens.
 
-Only the standard library is imported here: this is the first module of a process, and what it remembers of the launcher
+It loads nothing but the standard library: this is the first module of a process, and what it remembers of the launcher
 must be from before torch is imported, which takes seconds.
 """
 
