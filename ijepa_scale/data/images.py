@@ -16,13 +16,7 @@ from PIL import Image
 from ijepa_scale.data.columns import preferred, say_chosen, standing
 from ijepa_scale.data.folders import printable
 from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.sources import (
-    cache_need,
-    find_split,
-    inspect_source,
-    map_splits,
-    source_builder,
-)
+from ijepa_scale.data.sources import find_split, inspect_source, map_splits
 from ijepa_scale.data.tars import read_member
 from ijepa_scale.data.transforms import MAX_PIXELS, UprightJpeg, open_croppable, read_rgb, with_image
 
@@ -234,15 +228,6 @@ def open_file(path: str, *, name: str, max_pixels: int = MAX_PIXELS) -> ImageSet
 def splits_of(source: str, cache_dir: str | None = None, *, column: str = "", config: str = "") -> list[str]:
     """Names of the splits of a source, as `open_images` takes them. Copies and decodes nothing."""
     return list(map_splits(source, cache_dir, column=column, config=config))
-
-
-def bytes_needed(source: str, cache_dir: str | None = None) -> tuple[int, int]:
-    """(bytes that opening the source will copy to the cache, bytes free there), the first estimated from file sizes.
-
-    All splits are copied, whichever is asked for. 0 if they are cached already or can be memory-mapped in place.
-    """
-    copied = inspect_source(source)[0] in ("parquet", "hub")
-    return cache_need(source_builder(source, cache_dir) if copied else None, cache_dir)[:2]
 
 
 def check_images(images: ImageSet, *, min_side: int, sample: int = 64) -> None:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ijepa_scale.data.cache import cache_path, make_cache
+from ijepa_scale.data.cache import make_cache
 from ijepa_scale.data.clones import clone_builder
 from ijepa_scale.data.contents import folder_contents
+from ijepa_scale.data.copies import cache_folder, copied_split, explained
 from ijepa_scale.data.folders import (
     SPLIT_NAMES,
     FolderSplit,
@@ -24,7 +23,7 @@ from ijepa_scale.data.folders import (
     warn_once,
 )
 from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
-from ijepa_scale.data.remote import hub_access_advice, hub_file, is_remote
+from ijepa_scale.data.remote import hub_file, is_remote
 from ijepa_scale.data.shards import shard_kind
 from ijepa_scale.data.tables import ListedImages, is_table, listed_images, tables_at
 from ijepa_scale.data.tars import tar_ending, tar_index
@@ -32,7 +31,6 @@ from ijepa_scale.data.tars import tar_ending, tar_index
 if TYPE_CHECKING:
     import datasets
 
-_log = logging.getLogger(__name__)
 _HOW_TO_READ_IT = "for training set data.streaming=true; for anything else give a folder of local files"
 
 
@@ -222,7 +220,7 @@ def map_splits(
         raise ValueError(f"{source!r} can be streamed only: {_HOW_TO_READ_IT}")
     builder = source_builder(source, cache_dir, config=config)
     splits = builder.config.data_files or builder.info.splits or {}
-    return {str(name): functools.partial(_prepare, builder, str(name), source, cache_dir) for name in splits}
+    return {str(name): functools.partial(copied_split, builder, str(name), source, cache_dir) for name in splits}
 
 
 def _arrow_files(root: str, files: list[str]) -> datasets.Dataset:
@@ -294,87 +292,3 @@ def source_builder(source: str, cache_dir: str | None, *, config: str = "") -> A
         f"{source!r} has {wrong} {', '.join(names)}; choose one, for example data.config={names[0]} (--config of "
         "launch/embed.py and launch/prepare.py)"
     )
-
-
-def _prepare(builder: Any, split: str, source: str, cache_dir: str | None) -> datasets.Dataset:
-    """Copies the data to the cache unless it is there, and maps one split."""
-    if sizes := check_copy(builder, source, cache_dir):
-        _log.info("%s; copying", sizes)
-    with explained(f"cannot read {source!r}", hub_id="" if _local_files(builder) else source):
-        # clone_builder() has compared the rows, and what is not downloaded yet need not stop a run
-        builder.download_and_prepare(verification_mode="no_checks" if _local_files(builder) else "basic_checks")
-        return builder.as_dataset(split=split)
-
-
-def check_copy(builder: Any, source: str, cache_dir: str | None) -> str:
-    """What the copy to the cache takes, in words; "" where it is there already.
-
-    ValueError where there is no room for it, and where a file cannot be copied.
-    """
-    import pyarrow.parquet
-
-    needed, free, folder = cache_need(builder, cache_dir)
-    sizes = f"{source!r} needs about {needed / 1e9:.3f} GB in the cache {folder}, which has {free / 1e9:.3f} GB free"
-    if needed > free:
-        raise ValueError(f"{sizes}; make room there, or set data.cache_dir to a folder on a larger disk")
-    with explained(f"cannot read {source!r}"):
-        for file in _local_files(builder) if needed else []:
-            if pyarrow.parquet.read_metadata(file).num_rows == 0:  # `datasets` fails on it, and does not say why
-                raise ValueError(f"{file} has no rows; remove it")
-    return sizes if needed else ""
-
-
-def _local_files(builder: Any) -> list[str]:
-    files = [str(file) for files in (builder.config.data_files or {}).values() for file in files]
-    return [file for file in files if os.path.isfile(file)]
-
-
-def cache_need(builder: Any, cache_dir: str | None) -> tuple[int, int, str]:
-    """(bytes that builder, if any, has yet to copy to the cache, bytes free there, the cache folder)."""
-    folder = cache_folder(cache_dir)
-    free = shutil.disk_usage(next(part for part in (folder, *folder.parents) if part.exists())).free
-    if builder is None or os.path.isdir(builder.cache_dir):
-        return 0, free, str(folder)
-    local = sum(os.path.getsize(file) for file in _local_files(builder))
-    return local or (builder.info.download_size or 0) + (builder.info.dataset_size or 0), free, str(folder)
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    import datasets
-
-    return cache_path(cache_dir or str(datasets.config.HF_DATASETS_CACHE))
-
-
-@contextlib.contextmanager
-def explained(what: str, *, hub_id: str = "") -> Iterator[None]:
-    """Turns any error into a ValueError that says what failed, and why: `datasets` hides that at the end of a chain.
-
-    hub_id: of a data set on the Hub, for what to do where that refuses it.
-    """
-    try:
-        yield
-    except Exception as error:
-        chain: list[BaseException] = [error]
-        while chain[-1].__cause__ is not None:
-            chain.append(chain[-1].__cause__)
-        advice = _hub_advice(hub_id, chain) if hub_id else ""
-        raise ValueError(
-            f"{what}: {type(chain[-1]).__name__}: {str(chain[-1]).rstrip('.') if advice else chain[-1]}{advice}"
-        ) from error
-
-
-def _hub_advice(hub_id: str, chain: list[BaseException]) -> str:
-    import datasets
-    import huggingface_hub.errors
-
-    refused = (
-        datasets.exceptions.DatasetNotFoundError,
-        huggingface_hub.errors.RepositoryNotFoundError,  # and GatedRepoError
-        PermissionError,
-    )
-    status = [getattr(getattr(error, "response", None), "status_code", None) for error in chain]
-    if any(isinstance(error, refused) for error in chain) or {401, 403} & set(status):
-        return "; check the id; " + hub_access_advice(hub_id)
-    if any(isinstance(error, ConnectionError) for error in chain):
-        return "; check this machine's network, or copy the data set here and give its folder as the source"
-    return ""

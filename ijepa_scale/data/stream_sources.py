@@ -13,12 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ijepa_scale.data.copies import check_copy, explained
 from ijepa_scale.data.folders import image_splits, printable, shard_splits
 from ijepa_scale.data.images import ImageSet, image_column, is_label, open_file, open_images, reason_of
 from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
 from ijepa_scale.data.remote import DeadLinkError, Patience, is_remote, read_listed
 from ijepa_scale.data.shards import DAMAGED, first_rows, open_shard, shard_kind
-from ijepa_scale.data.sources import check_choice, check_copy, explained, find_split, inspect_source, source_builder
+from ijepa_scale.data.sources import check_choice, find_split, inspect_source, source_builder
 from ijepa_scale.data.streams import Shards
 from ijepa_scale.data.tables import listed_images
 from ijepa_scale.data.tars import TarNotes, first_notes, open_tar, tar_ending, tar_samples
@@ -237,8 +238,7 @@ def preview_images(
     if inspect_source(source, column)[0] != "parquet":
         return open_images(source, min_side=min_side, max_pixels=max_pixels, **chosen)
     builder = source_builder(source, cache_dir, config=config)
-    find_split(list(map(str, builder.config.data_files)), split, source)
-    check_copy(builder, source, cache_dir)
+    check_copy(builder, find_split(list(map(str, builder.config.data_files)), split, source), source, cache_dir)
     shards = open_shards(source, patience=Patience(0), **chosen)
     locations = shards.locations[:: -(-len(shards.locations) // _SAMPLED_SHARDS)]
     each = -(-PREVIEWED // len(locations))

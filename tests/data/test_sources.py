@@ -4,12 +4,13 @@ import os
 import datasets
 import pytest
 
+from ijepa_scale.data.copies import copy_need
 from ijepa_scale.data.images import (
     BadImageError,
-    bytes_needed,
     open_images,
     splits_of,
 )
+from ijepa_scale.data.sources import source_builder
 from tests.data.sources import count_images
 from tests.data.test_images import contents, encoded, write_files, write_parquet
 
@@ -42,11 +43,11 @@ def test_folder_of_parquet(tmp_path, cache):
 def test_one_parquet_file_and_its_cache(tmp_path):
     write_parquet(tmp_path / "x.parquet", 3)
     source, cache_dir = str(tmp_path / "x.parquet"), str(tmp_path / "a/cache")
-    needed, free = bytes_needed(source, cache_dir)
+    needed, free, _ = copy_need(source_builder(source, cache_dir), "train", cache_dir)
     assert needed == os.path.getsize(source) and free > 0
     assert splits_of(source, cache_dir) == ["train"]
     assert contents(open_images(source, cache_dir=cache_dir)) == [0, 1, 2]
-    assert bytes_needed(source, cache_dir)[0] == 0
+    assert copy_need(source_builder(source, cache_dir), "train", cache_dir)[0] == 0
     (tmp_path / "x.parquet").unlink()
     write_parquet(tmp_path / "x.parquet", 2, 20)  # a changed file is not taken from the cache
     assert contents(open_images(source, cache_dir=cache_dir)) == [20, 21]
@@ -59,7 +60,6 @@ def test_saved_dataset(tmp_path):
     assert contents(images) == [4, 0, 1]
     assert images.sample_id(2) == "train[2]"
     assert images.label_columns()["label"].values.tolist() == [0, 0, 1]
-    assert bytes_needed(str(tmp_path / "one"))[0] == 0
 
     datasets.DatasetDict(train=hf_dataset(0, 2), val=hf_dataset(7, 3)).save_to_disk(tmp_path / "two")
     assert splits_of(str(tmp_path / "two")) == ["train", "val"]
@@ -107,7 +107,6 @@ def test_folder_of_images_in_any_tree(tmp_path, cache):
         images.sample_id(i).encode()
     assert images.label_columns() == {}
     assert not any(cache.iterdir())
-    assert bytes_needed(str(tmp_path / "set"))[0] == 0
 
 
 def test_linked_images_are_read_and_broken_links_are_bad(tmp_path):
@@ -153,7 +152,7 @@ def test_split_folders(tmp_path, caplog):
 
 def test_missing_folders(tmp_path, monkeypatch):
     missing = str(tmp_path / "nowhere")
-    for function in (open_images, splits_of, bytes_needed):
+    for function in (open_images, splits_of):
         with pytest.raises(ValueError, match=f"there is no folder '{missing}'"):
             function(missing)
     monkeypatch.chdir(tmp_path)
@@ -247,7 +246,7 @@ def test_full_disk(tmp_path, monkeypatch, caplog):
     source, cache_dir = str(tmp_path / "x.parquet"), str(tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
-        assert bytes_needed(source, cache_dir) == (os.path.getsize(source), 100)
+        assert copy_need(source_builder(source, cache_dir), "train", cache_dir)[:2] == (os.path.getsize(source), 100)
         with pytest.raises(
             ValueError, match=f"needs about .* GB in the cache {cache_dir}, .* GB free; .*data.cache_dir"
         ):
