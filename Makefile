@@ -84,7 +84,7 @@ GPU_STEPS := vitb16 vitl16 vith14
 gpu-check:
 	$(MAKE) -k gpu-tests gpu-benchmarks gpu-steps
 gpu-tests: $(GPU_SETUP)
-	$(GPU_PATH) $(GPU_PYTHON) -m pytest -m gpu tests/kernels tests/models tests/engine tests/test_benchmark.py
+	$(GPU_PATH) $(GPU_PYTHON) -m pytest -m gpu tests/kernels tests/models tests/engine tests/benchmark
 gpu-benchmarks: $(GPU_SETUP)
 	$(GPU_PATH) $(GPU_PYTHON) -m pytest kernels/benchmarks --benchmark-only --benchmark-columns=min,median,max
 	$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py

@@ -15,23 +15,24 @@ from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.images import ImageSet, check_images, open_file, open_images, splits_of
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import whole_weights
-from ijepa_scale.data.remote import Patience
-from ijepa_scale.data.scenes import prepare_scenes
-from ijepa_scale.data.sources import is_mapped
-from ijepa_scale.data.stream_sources import open_shards, sample_images, shard_locations
-from ijepa_scale.data.streams import Streams
+from ijepa_scale.data.scenes.scenes import prepare_scenes
+from ijepa_scale.data.sources.kinds import is_mapped
+from ijepa_scale.data.sources.remote import Patience
+from ijepa_scale.data.streams.opening import open_shards, sample_images, shard_locations
+from ijepa_scale.data.streams.streams import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
-from ijepa_scale.flops import StepFlops
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
 from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.attention_backends import Choice, choose_attention
 from ijepa_scale.models.attention_self_test import self_test
-from ijepa_scale.models.ijepa import IJepa, initialize_weights
+from ijepa_scale.models.initial import initialize_weights
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.regularization import of_one_rank
 from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize, count_recomputed, recompute
+from ijepa_scale.objectives.flops import StepFlops
+from ijepa_scale.objectives.ijepa import IJepa
+from ijepa_scale.objectives.regularization import of_one_rank
 
 Opener = Callable[..., ImageSet]  # as open_images
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed

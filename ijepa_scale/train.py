@@ -11,18 +11,22 @@ from typing import Any
 import torch
 
 from ijepa_kernels.dispatch import chosen
-from ijepa_scale.assess import measure_health, preview_masks, report
 from ijepa_scale.config import PretrainConfig, to_dict
 from ijepa_scale.data.collate import Batch, MicroBatchStream, micro_batch_stream
 from ijepa_scale.data.images import BadImageError
-from ijepa_scale.data.remote import StreamError
-from ijepa_scale.data_wait import DataWait, usable_cores
+from ijepa_scale.data.sources.remote import StreamError
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import distributed
+from ijepa_scale.engine.device import memory_bytes, rates
 from ijepa_scale.engine.feed import Feed, HostCopy, collecting_by_hand
+from ijepa_scale.engine.optim import set_schedules
+from ijepa_scale.engine.schedules import cosine, ema_momentum, learning_rate
 from ijepa_scale.engine.signals import EXIT_SECONDS, STOP_EXIT_CODE, Stopped, StopRequest
-from ijepa_scale.flops import Counts, rates
-from ijepa_scale.incidents import (
+from ijepa_scale.masking.multiblock import MultiBlock
+from ijepa_scale.objectives.flops import Counts
+from ijepa_scale.run.data_wait import DataWait, usable_cores
+from ijepa_scale.run.health import measure_health
+from ijepa_scale.run.incidents import (
     STRIKES,
     Log,
     RunError,
@@ -33,12 +37,10 @@ from ijepa_scale.incidents import (
     report_passes,
     report_skip,
 )
-from ijepa_scale.masking.multiblock import MultiBlock
-from ijepa_scale.metrics import JsonlWriter, WandbWriter, memory_bytes, read_records
-from ijepa_scale.optim import set_schedules
-from ijepa_scale.progress import Progress
-from ijepa_scale.run import InputError, Run, check, set_up
-from ijepa_scale.schedules import cosine, ema_momentum, learning_rate
+from ijepa_scale.run.progress import Progress
+from ijepa_scale.run.records import JsonlWriter, WandbWriter, read_records
+from ijepa_scale.run.report import preview_masks, report
+from ijepa_scale.run.setup import InputError, Run, check, set_up
 
 RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/performance.md
 

@@ -1,34 +1,11 @@
-"""Nearest neighbours among embeddings, as a list and a picture.
+"""The verb neighbours, from a checkout: all it does is in ijepa_scale/verbs/neighbours.py."""
 
-python launch/neighbours.py embeddings --query cat.jpg dog.jpg --out neighbours.png
-
-Without --query, six images of the embeddings themselves are shown with their neighbours.
-Exit codes: 0 done, 2 wrong input.
-"""
-
-import argparse
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "kernels")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "kernels")]
 
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("embeddings", help="a folder written by launch/embed.py")
-    parser.add_argument("--query", nargs="+", default=[], metavar="IMAGE", help="image files to look up")
-    parser.add_argument("--out", default="neighbours.png", help="the picture (default: neighbours.png)")
-    parser.add_argument("--count", type=int, default=8, help="neighbours of each query (default: 8)")
-    options = parser.parse_args(arguments)
-    from ijepa_scale.embed import neighbours
-
-    try:
-        neighbours(options.embeddings, options.query, options.out, count=options.count)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
+from ijepa_scale.verbs.neighbours import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

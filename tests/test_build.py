@@ -21,16 +21,16 @@ from ijepa_scale.config import (
     PretrainConfig,
     ReportConfig,
 )
-from ijepa_scale.data import remote
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.streams import Streams
+from ijepa_scale.data.sources import remote
+from ijepa_scale.data.streams.streams import Streams
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.models.attention import packed_attention_reference
 from ijepa_scale.models.attention_backends import BACKENDS, Choice
 from ijepa_scale.models.vit import VIT_SIZES, ViTSize
-from ijepa_scale.plan import dry_run
-from tests.data.sources import IMAGE, encoded, number_of, write_images, write_parquet, write_tar
+from ijepa_scale.plan.dry_run import dry_run
+from tests.data.small_sources import IMAGE, encoded, number_of, write_images, write_parquet, write_tar
 
 
 def config_of(**sections):

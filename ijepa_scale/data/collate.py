@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ijepa_scale.data.images import BadImage, ImageSet, Limits, Use, croppable
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import generator_for, image_at
-from ijepa_scale.data.streams import StreamMark, Streams
+from ijepa_scale.data.streams.streams import StreamMark, Streams
 from ijepa_scale.data.transforms import random_resized_crop
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
 from ijepa_scale.masking.packing import Masks, limit_context, map_tensors, pack_masks

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from ijepa_scale.data.columns import preferred, say_chosen, standing
-from ijepa_scale.data.folders import printable
 from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.sources import find_split, inspect_source, map_splits
-from ijepa_scale.data.tars import read_member
+from ijepa_scale.data.sources.columns import preferred, say_chosen, standing
+from ijepa_scale.data.sources.folders import printable
+from ijepa_scale.data.sources.kinds import find_split, inspect_source, map_splits
+from ijepa_scale.data.sources.tars import read_member
 from ijepa_scale.data.transforms import MAX_PIXELS, UprightJpeg, open_croppable, read_rgb, with_image
 
 if TYPE_CHECKING:

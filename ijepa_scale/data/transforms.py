@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 
 from ijepa_scale.data.jpeg import JpegHeader, decode_rows, read_header
-from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer, is_pointer_file
 from ijepa_scale.data.metadata import without_metadata
+from ijepa_scale.data.sources.lfs import LFS_ADVICE, is_pointer, is_pointer_file
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ import torch
 
 from ijepa_scale.evals.knn import knn_top1
 from ijepa_scale.evals.linear import HELD_OUT_EVERY, linear_probe_top1
-from ijepa_scale.metrics import Score
+from ijepa_scale.evals.scores import Score
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ijepa_scale import build
-from ijepa_scale.benchmark import sampled_masks
+from ijepa_scale.benchmark.step import sampled_masks
 from ijepa_scale.config import PretrainConfig, load_config
 from ijepa_scale.masking.packing import Masks
 

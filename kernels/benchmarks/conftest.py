@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.cases import COMPILED, DEVICE, ON_GPU
 from benchmarks.tables import keep
-from ijepa_scale.timing import measurements
+from ijepa_scale.benchmark.timing import measurements
 
 FLUSHED = 1 << 32  # bytes written between rounds: more than any cache holds, and long enough to hide launches behind
 ROUNDS, WARMUP_ROUNDS = (30, 5) if ON_GPU else (3, 1)

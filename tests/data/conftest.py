@@ -1,7 +1,7 @@
 import datasets
 import pytest
 
-from ijepa_scale.data.folders import say_once
+from ijepa_scale.data.sources.folders import say_once
 
 
 @pytest.fixture(autouse=True)

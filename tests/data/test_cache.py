@@ -2,8 +2,8 @@ import pytest
 
 from ijepa_scale.data.cache import cache_path
 from ijepa_scale.data.images import open_images
-from ijepa_scale.data.scenes import prepare_scenes
-from tests.data.sources import write_parquet, write_tar
+from ijepa_scale.data.scenes.scenes import prepare_scenes
+from tests.data.small_sources import write_parquet, write_tar
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_what_to_set(tmp_path):

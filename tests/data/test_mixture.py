@@ -11,7 +11,7 @@ from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import mixed_image_at, mixture_place, permuted_index, source_seed, whole_weights
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
-from tests.data.sources import number_of, write_images
+from tests.data.small_sources import number_of, write_images
 
 WEIGHTS = [(1,), (1, 1), (3, 1), (1, 3), (2, 3, 5), (1, 1, 1, 1), (1, 999), (999, 1), (7, 1, 2, 90)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ijepa_scale.metrics import read_records
+from ijepa_scale.run.records import read_records
 from tests.processes import Ended, RankProcesses, assert_all, pretrain, start_ranks
 
 # Of a step record, all that must not depend on when and where it ran.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ijepa_scale.metrics import read_records
+from ijepa_scale.run.records import read_records
 from tests.end_to_end.runs import Runs, steps_of
 
 

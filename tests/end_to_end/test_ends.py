@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.sources import write_parquet
+from tests.data.small_sources import write_parquet
 from tests.end_to_end import worker_faults
 from tests.end_to_end.runs import Runs, checkpoints_of
 from tests.end_to_end.test_signals import ENDLESS

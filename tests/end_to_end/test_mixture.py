@@ -3,7 +3,7 @@
 import pytest
 
 from tests.conftest import SMALL_CONFIG
-from tests.data.sources import write_noise_tar
+from tests.data.small_sources import write_noise_tar
 from tests.end_to_end import worker_streams
 from tests.end_to_end.runs import Runs, assert_same_run
 

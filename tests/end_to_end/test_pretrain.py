@@ -15,10 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_scale.benchmark import sampled_masks
+from ijepa_scale.benchmark.step import sampled_masks
 from ijepa_scale.build import build_flops
 from ijepa_scale.config import load_config
-from ijepa_scale.flops import Counts
+from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.train import RunError, explained_memory_errors
 from tests.end_to_end import worker_faults
 from tests.processes import assert_all, free_port, pretrain, run_ranks, start_ranks

@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from ijepa_scale.engine import checkpoint
-from ijepa_scale.metrics import read_records
-from ijepa_scale.run_folder import RunFolder
+from ijepa_scale.run.folder import RunFolder
+from ijepa_scale.run.records import read_records
 from tests.end_to_end import worker_faults
 from tests.end_to_end.runs import (
     Runs,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_scale.metrics import read_records
+from ijepa_scale.run.records import read_records
 from tests.end_to_end import worker_faults
 from tests.end_to_end.runs import (
     Runs,

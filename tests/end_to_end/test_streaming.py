@@ -5,10 +5,10 @@ import shutil
 import pytest
 
 from ijepa_scale.engine.checkpoint import read_manifest
-from ijepa_scale.metrics import read_records
+from ijepa_scale.run.records import read_records
 from tests.conftest import SMALL_CONFIG
 from tests.data.server import serving
-from tests.data.sources import write_noise_tar
+from tests.data.small_sources import write_noise_tar
 from tests.end_to_end import worker_streams
 from tests.end_to_end.runs import Runs, assert_same_run, steps_of
 

@@ -15,9 +15,11 @@ from unittest import mock
 
 import torch
 
-from ijepa_scale import metrics, run, train
+from ijepa_scale import train
 from ijepa_scale.engine import signals
-from ijepa_scale.models import ijepa
+from ijepa_scale.objectives import ijepa
+from ijepa_scale.run import records as metrics
+from ijepa_scale.run import setup as run
 from tests.processes import pretrain
 
 

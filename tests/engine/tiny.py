@@ -10,11 +10,12 @@ import torch.distributed as dist
 from ijepa_scale.engine import zero
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.engine.optim import adamw, parameter_groups
 from ijepa_scale.masking.packing import Masks, pack_masks
-from ijepa_scale.models.ijepa import IJepa, initial_weight
+from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import Block, VisionTransformer, ViTSize, recompute
-from ijepa_scale.optim import adamw, parameter_groups
+from ijepa_scale.objectives.ijepa import IJepa
 
 GLOBAL_BATCH = 8
 BETAS = (0.9, 0.95)

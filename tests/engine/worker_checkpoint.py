@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from ijepa_scale.engine import checkpoint, distributed, zero
 from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.optim import set_schedules
+from ijepa_scale.engine.optim import set_schedules
 from tests.engine import standin, tiny
 
 

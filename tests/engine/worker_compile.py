@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.optim import set_schedules
+from ijepa_scale.engine.optim import set_schedules
 from tests.engine import tiny
 
 WARM_UP, STEPS = 3, 23

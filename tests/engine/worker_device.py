@@ -10,8 +10,8 @@ from ijepa_scale.data.collate import Batch
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.feed import Feed, HostCopy
+from ijepa_scale.engine.optim import set_schedules
 from ijepa_scale.models.attention_backends import choose_attention
-from ijepa_scale.optim import set_schedules
 from tests.engine import tiny
 from tests.engine.worker_zero_parity import Plain, schedule
 

@@ -9,8 +9,8 @@ import torch
 
 from ijepa_scale.engine import distributed, zero
 from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.models.ijepa import initial_weight
-from ijepa_scale.optim import set_schedules
+from ijepa_scale.engine.optim import set_schedules
+from ijepa_scale.models.initial import initial_weight
 from tests.engine import tiny
 
 STEPS = 20

@@ -13,7 +13,7 @@ from ijepa_kernels.patchify import patchify
 from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.masking.packing import pack_masks
 from tests.kernels.accuracy import INTERPRETED
-from tests.models.test_ijepa import PATCHES, images_of, random_masks, tiny_model
+from tests.objectives.test_ijepa import PATCHES, images_of, random_masks, tiny_model
 
 CASES = """
 import torch

@@ -1,0 +1,294 @@
+"""Frozen dataclasses, one per YAML section, and load_config(): YAML file + key=value overrides -> PretrainConfig."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from ijepa_scale.config.reading import NUMBERS_TOO
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _expand_user(section: Any, key: str, name: str) -> None:
+    """Put the home folder in the place of ~ in a section's path, as the shell does where it sees one."""
+    path = os.path.expanduser(getattr(section, key))
+    _require(path.split("/")[0] != "~", f"{name}: no home folder is known for {path}; give another")
+    object.__setattr__(section, key, path)  # as the dataclass itself sets a frozen field
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    # "scenes", a folder (Parquet, Arrow, tars, images in any tree, a table of paths), one such file, a hub id, or, when
+    # streaming, URLs with braces; or several, mixed by weight: [{path: /data/a, weight: 3}, {path: /data/b, weight: 1}]
+    source: Any = ""
+    split: str = "train"
+    column: str = ""  # of the images, where several hold some; in tars their ending, as seg.png; "": the likeliest
+    config: str = ""  # of a data set that has several configurations, as its card lists them
+    eval_split: str = ""  # labelled images of the report; "": validation, val or test where there is one, else `split`
+    image_size: int = 224  # pixels, side of the square crop
+    crop_scale: tuple[float, float] = (0.3, 1.0)  # area of the random crop / area of the image
+    horizontal_flip: bool = False
+    workers: int = 8  # loader processes a rank; 0 loads in the training process
+    streaming: bool = False  # read shards front to back, from disk or over the network, and copy nothing
+    shuffle_buffer: int = 1000  # images a loader process holds to shuffle a stream
+    retry_seconds: float = 300.0  # how long a stream waits for a network that fails, before the run ends
+    num_images: int = 0  # scenes: how many to render; streams, --dry-run: images of an epoch, where that is not known
+    cache_dir: str = ""  # where rendered scenes and the copies made by `datasets` go; "": their default folders
+    # Of an image as it is decoded; 0: any number. JPEG and JPEG 2000 are decoded at a half of their sides or less from
+    # 179 million on; a pixel takes 4 bytes or more in a loader process
+    max_pixels: int = 500_000_000
+    max_bad_fraction: float = 0.01  # of the source's images that may be unreadable before the run stops
+
+    def __post_init__(self) -> None:
+        low, high = self.crop_scale
+        _require(0.0 < low <= high <= 1.0, f"data.crop_scale must satisfy 0 < low <= high <= 1, got {[low, high]}")
+        _require(self.image_size > 0, f"data.image_size must be positive, got {self.image_size}")
+        _require(self.workers >= 0, f"data.workers must be 0 or more, got {self.workers}")
+        _require(self.num_images >= 0, f"data.num_images must be 0 or more, got {self.num_images}")
+        _require(self.shuffle_buffer >= 1, f"data.shuffle_buffer must be 1 or more, got {self.shuffle_buffer}")
+        _require(self.max_pixels >= 0, f"data.max_pixels must be 0 (any number) or more, got {self.max_pixels}")
+        _require(self.retry_seconds >= 0, f"data.retry_seconds must be 0 or more, got {self.retry_seconds}")
+        _require(
+            isinstance(self.source, str | list) and self.source != [],
+            f"config key data.source: wants text, or a list of several sources, got {self.source!r}",
+        )
+        _expand_user(self, "cache_dir", "data.cache_dir")
+        _ = self.mixed_sources  # checks each of a list
+        _require(
+            0.0 <= self.max_bad_fraction <= 1.0,
+            f"data.max_bad_fraction must lie in 0..1, got {self.max_bad_fraction}",
+        )
+
+    @property
+    def mixed_sources(self) -> list[tuple[str, float]]:
+        """(path, weight) of each source; of one alone the weight says nothing."""
+        if not isinstance(self.source, list):
+            return [(self.source, 1.0)] if self.source else []
+        for part in self.source:
+            fits = isinstance(part, dict) and {"path"} <= part.keys() <= {"path", "weight"}
+            weight = part.get("weight", 1) if fits else None
+            fits = isinstance(weight, int | float) and weight is not True and 0 < weight < float("inf")
+            _require(
+                fits and isinstance(part["path"], str) and bool(part["path"]),
+                "config key data.source: a list wants {path: ..., weight: ...} for each, the weight above 0 and a "
+                "space after each colon, as [{path: /data/a, weight: 3}, {path: /data/b, weight: 1}]; "
+                f"got {part!r}",
+            )
+        return [(part["path"], part.get("weight", 1)) for part in self.source]
+
+
+ATTENTION = ("auto", "fa2", "fa3", "fa4", "torch_varlen", "sdpa")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    name: str = "vit_huge"  # a key of models.vit.VIT_SIZES
+    patch_size: int = 14  # pixels
+    width: int = 0  # 0: as the name says; likewise the next three
+    depth: int = 0
+    heads: int = 0
+    mlp_width: int = 0  # 0: as the name says, or 4 x width where width is given
+    attention: str = "auto"  # auto | fa2 | fa3 | fa4 | torch_varlen | sdpa: what attends over packed tokens
+
+    def __post_init__(self) -> None:
+        _require(
+            self.attention in ATTENTION,
+            f"model.attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}",
+        )
+        _require(self.patch_size >= 1, f"model.patch_size must be 1 or more, got {self.patch_size}")
+        for key in ("width", "depth", "heads", "mlp_width"):
+            _require(getattr(self, key) >= 0, f"model.{key} must be 0 or more, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictorConfig:
+    width: int = 384
+    depth: int = 12
+    heads: int = 0  # 0: the encoder's, as in the paper; of a width of 384 GPUs prefer 12 or 6 (docs/performance.md)
+
+    def __post_init__(self) -> None:
+        for key, least in (("width", 1), ("depth", 1), ("heads", 0)):
+            _require(getattr(self, key) >= least, f"predictor.{key} must be {least} or more, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    num_target_blocks: int = 4
+    target_scale: tuple[float, float] = (0.15, 0.2)  # area of a target block / area of the patch grid
+    target_aspect_ratio: tuple[float, float] = (0.75, 1.5)  # height / width
+    context_scale: tuple[float, float] = (0.85, 1.0)  # area of the context block / area of the patch grid
+    min_keep: int = 10  # patches; every target block and every context keeps at least as many
+    context: str = field(default="all", metadata=NUMBERS_TOO)  # all | batch_min | patches an image
+    reference_compat: bool = False  # restores the reference's off-by-one: no block reaches the last row or column
+
+    def __post_init__(self) -> None:
+        for key in ("target_scale", "context_scale"):
+            low, high = getattr(self, key)
+            _require(0.0 < low <= high <= 1.0, f"mask.{key} must satisfy 0 < low <= high <= 1, got {[low, high]}")
+        low, high = self.target_aspect_ratio
+        _require(0.0 < low <= high, f"mask.target_aspect_ratio must satisfy 0 < low <= high, got {[low, high]}")
+        _require(self.num_target_blocks >= 1, f"mask.num_target_blocks must be 1 or more, got {self.num_target_blocks}")
+        _require(self.min_keep >= 1, f"mask.min_keep must be 1 or more, got {self.min_keep}")
+        budget = self.context.isdecimal() and int(self.context) >= 1
+        _require(
+            self.context in ("all", "batch_min") or budget,
+            f"mask.context must be all, batch_min or a number of patches an image, got {self.context!r}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    kind: str = "smooth_l1"  # smooth_l1 (as the released code) | l2 (as the paper's text)
+    # Weights of terms against collapse, over the images of one micro-step of all ranks; 0: off, as in the paper.
+    # variance: of how far the standard deviations of the context tokens fall short of 1; small runs: 0.01, 0.02
+    variance: float = 0.0
+    covariance: float = 0.0  # of the squared covariances between their dimensions; small runs: a fifth of variance
+
+    def __post_init__(self) -> None:
+        for key in ("variance", "covariance"):
+            _require(getattr(self, key) >= 0, f"loss.{key} must not be negative, got {getattr(self, key)}")
+        _require(self.kind in ("smooth_l1", "l2"), f"loss.kind must be smooth_l1 or l2, got {self.kind!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationConfig:
+    global_batch_size: int = 2048  # images an optimizer step, over all ranks and accumulation steps
+    micro_batch_size: int = 0  # images one rank runs in one forward; 0: global_batch_size / ranks
+    epochs: int = 300
+    max_steps: int = 0  # the schedules' horizon; 0: epochs x floor(images / global_batch_size)
+    stop_at_step: int = 0  # ends the run early without touching the schedules; 0: at the horizon
+    warmup_epochs: float = 40.0  # linear warm-up, over warmup_epochs / epochs of the horizon
+    start_lr: float = 2e-4  # at step 0 of the warm-up
+    lr: float = 1e-3  # at the warm-up's end, then cosine
+    final_lr: float = 1e-6
+    weight_decay: tuple[float, float] = (0.04, 0.4)  # cosine from, to; none on biases and 1-D parameters
+    ema: tuple[float, float] = (0.996, 1.0)  # momentum of the target encoder, linear from, to
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad_norm: float = 0.0  # 0: off
+
+    def __post_init__(self) -> None:
+        for key in ("global_batch_size", "epochs"):
+            _require(getattr(self, key) >= 1, f"optimization.{key} must be 1 or more, got {getattr(self, key)}")
+        for key in ("micro_batch_size", "max_steps", "stop_at_step"):
+            _require(getattr(self, key) >= 0, f"optimization.{key} must be 0 or more, got {getattr(self, key)}")
+        for key in ("start_lr", "lr", "final_lr", "clip_grad_norm"):
+            _require(getattr(self, key) >= 0, f"optimization.{key} must not be negative, got {getattr(self, key)}")
+        _require(
+            0 <= self.warmup_epochs <= self.epochs,
+            f"optimization.warmup_epochs must lie in 0..epochs ({self.epochs}), got {self.warmup_epochs}",
+        )
+        _require(
+            min(self.weight_decay) >= 0,
+            f"optimization.weight_decay must not be negative, got {list(self.weight_decay)}",
+        )
+        _require(
+            all(0.0 <= beta < 1.0 for beta in self.betas),
+            f"optimization.betas must lie in 0..1 (1 excluded), got {list(self.betas)}",
+        )
+        low, high = self.ema
+        _require(0.0 <= low <= high <= 1.0, f"optimization.ema must satisfy 0 <= start <= end <= 1, got {[low, high]}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    zero_stage: int = 1  # 1, 2 or 3
+    precision: str = "auto"  # auto (bf16 on a GPU, fp32 on CPU) | fp32 | bf16
+    # none | predictor (its blocks) | every_2, every_3, ... (also every Nth of the context encoder) | full
+    activation_checkpointing: str = "none"
+    compile: bool = False  # torch.compile of the transformer blocks
+    hang_seconds: float = 1800.0  # a step with its save that takes longer prints all stacks and ends the run; 0: off
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # merged last into the generated DeepSpeed config
+
+    def __post_init__(self) -> None:
+        _require(
+            self.zero_stage in (1, 2, 3),
+            f"engine.zero_stage must be 1, 2 or 3, got {self.zero_stage}"
+            + (": stage 0 has no fp32 master weights to average; use 1" if self.zero_stage == 0 else ""),
+        )
+        _require(self.hang_seconds >= 0, f"engine.hang_seconds must be 0 (off) or more, got {self.hang_seconds}")
+        _require(
+            self.precision in ("auto", "fp32", "bf16"),
+            f"engine.precision must be auto, fp32 or bf16, got {self.precision!r}",
+        )
+        _ = self.recompute_every
+
+    @property
+    def recompute_every(self) -> tuple[int, int]:
+        """Every which block of the context encoder and of the predictor is computed again in backward; 0: none."""
+        fixed = {"none": (0, 0), "predictor": (0, 1), "full": (1, 1)}
+        if self.activation_checkpointing in fixed:
+            return fixed[self.activation_checkpointing]
+        number = self.activation_checkpointing.removeprefix("every_")
+        _require(
+            self.activation_checkpointing.startswith("every_") and number.isdecimal() and int(number) >= 2,
+            "engine.activation_checkpointing must be none, predictor, full, or every_N with N from 2 (every_2: every "
+            f"second block of the context encoder), got {self.activation_checkpointing!r}",
+        )
+        return int(number), 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep_last: int = 2  # newest checkpoints kept
+    keep_every: int = 0  # besides, every checkpoint whose step is a multiple of this is kept; 0: none
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, f"checkpoint.every_steps must be 1 or more, got {self.every_steps}")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last must be 1 or more, got {self.keep_last}")
+        _require(self.keep_every >= 0, f"checkpoint.keep_every must be 0 or more, got {self.keep_every}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    wandb: str = "disabled"  # disabled | offline | online
+    wandb_project: str = "ijepa-scale"
+    health_every_steps: int = 500  # feature std, RankMe, drift, k-NN; 0: off
+    health_images: int = 512
+
+    def __post_init__(self) -> None:
+        _require(
+            self.wandb in ("disabled", "offline", "online"),
+            f"logging.wandb must be disabled, offline or online, got {self.wandb!r}",
+        )
+        _require(
+            self.health_every_steps >= 0, f"logging.health_every_steps must be 0 or more, got {self.health_every_steps}"
+        )
+        _require(self.health_images >= 32, f"logging.health_images must be 32 or more, got {self.health_images}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    train_images: int = 4000  # labelled images the probes are fitted on; 0: no report
+    test_images: int = 2000
+
+    def __post_init__(self) -> None:
+        for key in ("train_images", "test_images"):
+            _require(getattr(self, key) >= 0, f"report.{key} must be 0 or more, got {getattr(self, key)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    predictor: PredictorConfig = field(default_factory=PredictorConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    run_dir: str = ""  # "": runs/<name of the config file>
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**63, f"seed must be 0 or more and less than 2**63, got {self.seed}")
+        _expand_user(self, "run_dir", "run_dir")
+        _require(
+            self.data.image_size % self.model.patch_size == 0,
+            f"data.image_size {self.data.image_size} is not a multiple of model.patch_size {self.model.patch_size}",
+        )

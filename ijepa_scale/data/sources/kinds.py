@@ -1,0 +1,294 @@
+"""What kinds of sources there are, the splits of each, and how `datasets` opens them by index."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ijepa_scale.data.cache import make_cache
+from ijepa_scale.data.sources.clones import clone_builder
+from ijepa_scale.data.sources.contents import folder_contents
+from ijepa_scale.data.sources.copies import cache_folder, copied_split, explained
+from ijepa_scale.data.sources.folders import (
+    SPLIT_NAMES,
+    FolderSplit,
+    image_splits,
+    printable,
+    shard_splits,
+    warn_once,
+)
+from ijepa_scale.data.sources.lfs import LFS_ADVICE, is_pointer_file
+from ijepa_scale.data.sources.remote import hub_file, is_remote
+from ijepa_scale.data.sources.tables import ListedImages, is_table, listed_images, tables_at
+from ijepa_scale.data.sources.tars import tar_ending, tar_index
+from ijepa_scale.data.streams.shards import shard_kind
+
+if TYPE_CHECKING:
+    import datasets
+
+_HOW_TO_READ_IT = "for training set data.streaming=true; for anything else give a folder of local files"
+
+
+def find_split(splits: list[str], split: str, source: str) -> str:
+    names = [name for name in splits if name == split]
+    names += [name for name in splits if SPLIT_NAMES.get(name, name) == SPLIT_NAMES.get(split, split)]
+    if not names:
+        raise ValueError(f"{source!r} has no split {split!r}; it has: {', '.join(splits)}")
+    return names[0]
+
+
+def inspect_source(source: str, column: str = "") -> tuple[str, list[str]]:
+    """The kind of a source (saved, parquet, arrow, tar, images, table, list, hub), and its files.
+
+    Files are relative to the source's folder; of a list (URLs, or a path with braces) they are as given.
+    column: of the images, where the user gave one, for a table that may list them.
+    """
+    try:
+        return _inspect(source, column)
+    except PermissionError as error:
+        raise ValueError(f"no permission to read {str(error.filename)!r}, of the source {source!r}") from error
+
+
+def _inspect(source: str, column: str) -> tuple[str, list[str]]:
+    if not source:  # Path takes it for the folder one is in
+        raise ValueError("the source is empty, as a shell variable that is not set; give a folder, a file or a Hub id")
+    path = Path(source).expanduser()
+    here = repr(str(path.absolute()))
+    if path.is_file():
+        if is_pointer_file(str(path)):
+            raise ValueError(f"{here} is one of the {LFS_ADVICE}")
+        kind = "table" if is_table(path.name) else shard_kind(path.name)
+        if kind in (None, "image"):
+            raise ValueError(
+                f"{here} is a single file; wants a folder, or a .parquet, .arrow, .tar, .csv, .tsv or .jsonl file"
+            )
+        return str(kind), [path.name]
+    if path.is_dir():
+        return _inspect_folder(path, here, column)
+    _refuse_scheme(source)
+    if is_remote(source) or "{" in source:
+        return "list", _listed_locations(source)
+    if source == "scenes":  # which training renders before it gets here
+        raise ValueError(
+            f"there is no folder {here}, and only data.source=scenes of training renders scenes; give a folder"
+        )
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):  # nor has it the form of a Hub id
+        raise ValueError(f"there is no folder {here}; the source (data.source of a config) must name an existing one")
+    return "hub", []
+
+
+def _inspect_folder(path: Path, here: str, column: str) -> tuple[str, list[str]]:
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return "saved", []
+    found = folder_contents(str(path))
+    if found.kind in ("images", "") and (tables := _tables_of(path, len(found.files), column)):
+        return "table", tables
+    if not found.files:
+        held = f"; it holds {', '.join(found.left_out)}" if found.left_out else ""
+        raise ValueError(
+            f"the folder {here} holds no Parquet, Arrow, tar or image files at any depth, and no table that lists "
+            f"images{held}"
+        )
+    found.say(str(path))
+    return found.kind, found.files
+
+
+def _refuse_scheme(source: str) -> None:
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", source)
+    if scheme and not is_remote(source):
+        mount = "mount it as a folder, copy it here, or give https:// URLs"
+        raise ValueError(
+            f"{source!r} cannot be read: {scheme[0]} is not among what a source may be (a local path, a Hub id, "
+            "http://, https:// or hf://datasets/OWNER/NAME/FILE); "
+            + (f"give {source[7:]}" if scheme[1] == "file" else mount)
+        )
+
+
+def _listed_locations(source: str) -> list[str]:
+    locations = expand_braces(source if is_remote(source) else os.path.expanduser(source))
+    for location in locations:
+        if location.startswith("hf://") and hub_file(location) is None:
+            raise ValueError(
+                f"{location!r} names no file on the Hub: that is hf://datasets/OWNER/NAME/FILE, or "
+                "hf://datasets/OWNER/NAME@REVISION/FILE; a whole data set is given by its id alone, OWNER/NAME"
+            )
+    return locations
+
+
+def is_mapped(source: str, *, column: str = "") -> bool:
+    """Whether images of a source are read by index where they are, without a copy or an index of them."""
+    kind, files = inspect_source(source, column)
+    if kind == "table":
+        path = Path(source).expanduser()
+        tables = [path] if path.is_file() else [path / file for file in files]
+        return not any(is_remote(image) for table in tables for image in listed_images(str(table), column).paths)
+    return kind in ("saved", "arrow", "images")
+
+
+def _tables_of(folder: Path, num_files: int, column: str) -> list[str]:
+    """The tables in a folder that list its images, one a split. num_files: the images that it could be read by, too."""
+    tables = tables_at(str(folder))
+    if not tables or any(len(files) > 1 for files in shard_splits(tables).values()):
+        if tables and not num_files:
+            raise ValueError(
+                f"{folder} holds several tables for one split: {', '.join(tables)}; give one of them as the source"
+            )
+        return []
+    listed: set[str] = set()
+    for table in tables:
+        try:
+            listed.update(listed_images(str(folder / table), column).paths)
+        except ValueError as error:
+            if not num_files:
+                raise
+            warn_once(f"{error}; all image files below {folder} are read instead")
+            return []
+    if len(listed) < num_files:
+        warn_once(
+            f"{', '.join(tables)} in {folder} lists {len(listed)} images, and {num_files} lie there: only those listed "
+            "are read; to read all, move it elsewhere"
+        )
+    return tables
+
+
+def expand_braces(text: str) -> list[str]:
+    """ "x-{000..002}.tar" -> three names; {a,b} as well, and several braces in one text."""
+    match = re.search(r"\{([^{}]*)\}", text)
+    if not match:
+        return [text]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    if numbers:
+        width = len(numbers[1])
+        parts = [f"{i:0{width}}" for i in range(int(numbers[1]), int(numbers[2]) + 1)]
+    else:
+        parts = match[1].split(",")
+    if not parts or (len(parts) == 1 and not numbers):
+        raise ValueError(f"{text!r}: braces hold a range, as {{0000..0015}}, or choices, as {{a,b}}; got {match[0]}")
+    return [text[: match.start()] + part + rest for part in parts for rest in expand_braces(text[match.end() :])]
+
+
+def check_choice(kind: str, source: str, *, column: str, config: str) -> None:
+    """ValueError for a column or a configuration of what has none."""
+    if config and (kind not in ("parquet", "hub") or Path(source).expanduser().is_file()):
+        raise ValueError(
+            f"data.config is {config!r}, and {source!r} has no configurations: a data set of the Hub has them, or a "
+            "folder of Parquet files whose README.md lists some; leave it out"
+        )
+    if column and kind == "images":
+        raise ValueError(
+            f"data.column is {column!r}, and {source!r} is a folder of image files, which has no columns; leave it out"
+        )
+
+
+def map_splits(
+    source: str, cache_dir: str | None, *, column: str = "", config: str = ""
+) -> dict[str, Callable[[], datasets.Dataset]]:
+    """The splits of a source, and how to load each. column: of the images in a table, or their ending in tars."""
+    import datasets
+
+    kind, files = inspect_source(source, column)
+    check_choice(kind, source, column=column, config=config)
+    path = Path(source).expanduser().absolute()
+    root = str(path.parent if path.is_file() else path)
+    if kind == "saved":
+        if not any(path.rglob("*.arrow")):
+            raise ValueError(f"{source!r} has no rows; it must hold at least one image")
+        with explained(f"cannot read {source!r}"):
+            saved = datasets.load_from_disk(str(path))
+        saved = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+        return {str(name): functools.partial(saved.__getitem__, name) for name in saved}
+    if kind == "arrow":
+        return {split: functools.partial(_arrow_files, root, part) for split, part in shard_splits(files).items()}
+    if kind == "tar":
+        index = functools.partial(_tar_files, root, cache=cache_folder(cache_dir), column=tar_ending(column))
+        return {split: functools.partial(index, part) for split, part in shard_splits(files).items()}
+    if kind == "table":
+        tables = {
+            split: listed_images(os.path.join(root, part[0]), column) for split, part in shard_splits(files).items()
+        }
+        names = sorted({label for table in tables.values() for label in table.labels if isinstance(label, str)})
+        return {split: functools.partial(_listed_files, table, names) for split, table in tables.items()}
+    if kind == "images":
+        parts = image_splits(str(path), files)
+        return {split: functools.partial(_image_files, str(path), part) for split, part in parts.items()}
+    if kind == "list":
+        raise ValueError(f"{source!r} can be streamed only: {_HOW_TO_READ_IT}")
+    builder = source_builder(source, cache_dir, config=config)
+    splits = builder.config.data_files or builder.info.splits or {}
+    return {str(name): functools.partial(copied_split, builder, str(name), source, cache_dir) for name in splits}
+
+
+def _arrow_files(root: str, files: list[str]) -> datasets.Dataset:
+    import datasets
+
+    with explained(f"cannot read the .arrow files of {root!r}"):
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(os.path.join(root, file)) for file in files])
+
+
+def _tar_files(root: str, files: list[str], cache: Path, column: str) -> datasets.Dataset:
+    import datasets
+
+    index = tar_index([os.path.join(root, file) for file in files], cache, column)
+    return datasets.Dataset.from_file(str(index))
+
+
+def _image_files(root: str, split: FolderSplit) -> datasets.Dataset:
+    labels = split.labels() if split.classes else []
+    return _files([os.path.join(root, file) for file in split.files], labels, split.classes)
+
+
+def _listed_files(table: ListedImages, names: list[str]) -> datasets.Dataset:
+    if url := next(filter(is_remote, table.paths), None):
+        raise ValueError(f"the table lists URLs, such as {url!r}: {_HOW_TO_READ_IT}")
+    number = {name: i for i, name in enumerate(names)}
+    return _files(table.paths, [number[x] if isinstance(x, str) else x for x in table.labels], names)
+
+
+def _files(paths: list[str], labels: list[int] | list[int | None], names: list[str]) -> datasets.Dataset:
+    """A row for each file. names: of the classes, which labels number; none: the labels are the classes themselves."""
+    import datasets
+    import pyarrow as pa
+
+    encoded = [os.fsencode(path) for path in paths]  # bytes: a name need not be UTF-8
+    arrays = [pa.nulls(len(paths), pa.binary()), pa.array(encoded, pa.large_binary())]
+    columns = {"image": pa.StructArray.from_arrays(arrays, ["bytes", "path"])}
+    features: dict[str, Any] = {"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("large_binary")}}
+    if labels:
+        columns["label"] = pa.array(labels, type=pa.int64())
+        printed = [printable(name) for name in names]
+        features["label"] = datasets.ClassLabel(names=printed) if names else datasets.Value("int64")
+    info = datasets.DatasetInfo(features=datasets.Features(features))
+    return datasets.Dataset(pa.table(columns), info=info, fingerprint="folder")  # else it hashes all of the paths
+
+
+def source_builder(source: str, cache_dir: str | None, *, config: str = "") -> Any:
+    """The `datasets` builder of Parquet or Hub data. config: one of its configurations; "": the only or usual one."""
+    import datasets
+
+    path = Path(source).expanduser().absolute()
+    cache = str(make_cache(cache_folder(cache_dir)))
+    missing = "" if path.exists() else f" on the Hub, and there is no folder {str(path)!r} either"
+    with explained(f"cannot open {source!r}{missing}", hub_id="" if path.exists() else source):
+        if path.is_file():
+            return datasets.load_dataset_builder("parquet", data_files=str(path), cache_dir=cache)
+        where = str(path) if path.is_dir() else source
+        try:
+            if path.is_dir():
+                return clone_builder(where, inspect_source(source)[1], cache, config)
+            return datasets.load_dataset_builder(where, name=config or None, cache_dir=cache)
+        except ValueError:
+            names: list[str] = []
+            with contextlib.suppress(Exception):  # then it is the first error that tells
+                names = datasets.get_dataset_config_names(where)
+            if config in names or len(names) < (1 if config else 2):
+                raise
+    wrong = f"no configuration {config!r}, but" if config else "several configurations:"
+    raise ValueError(
+        f"{source!r} has {wrong} {', '.join(names)}; choose one, for example data.config={names[0]} (--config of "
+        "launch/embed.py and launch/prepare.py)"
+    )

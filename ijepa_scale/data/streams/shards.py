@@ -1,0 +1,161 @@
+"""The images of one shard (a Parquet, Arrow or tar file, or a single image), one after another, from any place on."""
+
+import os
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ijepa_scale.data.sources.remote import Patience, StreamError, is_remote, open_location
+from ijepa_scale.data.sources.tars import open_tar, tar_samples
+from ijepa_scale.data.transforms import image_extensions
+
+SHARD_KINDS = {  # ending of a location -> kind; anything else that Pillow knows is a shard of one image
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "tar",
+    ".tar.gz": "tar",
+    ".tgz": "tar",
+}
+# What the decoders of shards raise for damaged content. pyarrow raises OSError for some; failures to read a remote file
+# have become a StreamError before they get here.
+DAMAGED = (tarfile.TarError, zlib.error, EOFError, OSError, pa.ArrowException)
+_BATCH = 64  # rows of a local Parquet file that are held decompressed
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An image as stored: its content, or the path or URL of its file. index: its row in the shard."""
+
+    index: int
+    content: bytes | None
+    path: str
+
+
+Mark = tuple[int, int]  # (rows already read, byte at which to go on; only tars need that)
+START: Mark = (0, 0)
+
+
+def shard_kind(location: str) -> str | None:
+    """parquet, arrow, tar or image, by the ending of a path or URL; None for others."""
+    name = re.split(r"[?#]", location)[0].lower() if is_remote(location) else location.lower()
+    kind = next((kind for ending, kind in SHARD_KINDS.items() if name.endswith(ending)), None)
+    return kind or ("image" if os.path.splitext(name)[1] in image_extensions() else None)
+
+
+def read_shard(
+    location: str, *, column: str, start: Mark = START, share: tuple[int, int] = (0, 1), patience: Patience
+) -> Iterator[tuple[Mark, Encoded | None]]:
+    """Every row from start on: the mark after it, and its image if the row is in the share, else None.
+
+    column: of images, in Parquet and Arrow files; the ending of images, in tars, or "" for the likeliest.
+    share: (r, n) takes the rows whose number modulo n is r.
+    Raises StreamError where the shard cannot be opened or the network fails for good, and DAMAGED for bad content.
+    """
+    kind = shard_kind(location)
+    if kind in ("image", None):
+        if start[0] == 0:
+            yield (1, 0), Encoded(0, None, location) if share[0] == 0 else None
+        return
+    with open_shard(location, patience) as file:
+        if kind == "tar":
+            yield from _tar_rows(file, location, column, start, share)
+            return
+        for first, batch in _batches(file, location, start[0], [column]):
+            values = batch.column(0)
+            for row in range(max(start[0], first), first + batch.num_rows):
+                mine = row % share[1] == share[0]
+                yield (row + 1, 0), _encoded(row, values[row - first].as_py()) if mine else None
+
+
+def open_shard(location: str, patience: Patience) -> BinaryIO:
+    """Its file. StreamError where it cannot be opened, which is no damage: it may come back."""
+    try:
+        return open_location(location, patience)
+    except OSError as error:  # of a local file
+        raise StreamError(f"{location} cannot be opened: {error.strerror or error}; bring it back") from error
+
+
+def _encoded(row: int, value: Any) -> Encoded:
+    if isinstance(value, dict):
+        return Encoded(row, value["bytes"], os.fsdecode(value.get("path") or ""))
+    return Encoded(row, value, "")
+
+
+def _batches(
+    file: BinaryIO, location: str, row: int, columns: list[str] | None
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(number of its first row, batch) of a Parquet or Arrow file, from the batch that holds `row` on."""
+    if shard_kind(location) == "parquet":
+        # A remote column chunk is read whole, so that reads go forward; a local one in pieces, as it may be the file.
+        with pq.ParquetFile(file, buffer_size=0 if is_remote(location) else 1 << 20, pre_buffer=False) as parquet:
+            first = 0
+            for group in range(parquet.num_row_groups):
+                end = first + parquet.metadata.row_group(group).num_rows
+                if end > row:
+                    options = {"row_groups": [group], "columns": columns, "use_threads": False}
+                    for batch in parquet.iter_batches(_BATCH, **options):
+                        if first + batch.num_rows > row:
+                            yield first, batch
+                        first += batch.num_rows
+                first = end
+        return
+    first = 0
+    for batch in arrow_batches(pa.memory_map(location) if not is_remote(location) else file):
+        if first + batch.num_rows > row:
+            yield first, batch if columns is None else batch.select(columns)
+        first += batch.num_rows
+
+
+def arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:
+    """The batches of an Arrow file, in either of its two formats."""
+    try:
+        yield from pa.ipc.open_stream(file)
+    except pa.ArrowInvalid:  # the other of the two formats, unless something came already
+        file.seek(0)
+        if file.read(6) != b"ARROW1":
+            raise
+        reader = pa.ipc.open_file(file)
+        yield from (reader.get_batch(i) for i in range(reader.num_record_batches))
+
+
+def first_rows(location: str, count: int, patience: Patience) -> pa.Table:
+    """The first rows of a Parquet or Arrow file, with all columns. DAMAGED where not even one can be read."""
+    with open_shard(location, patience) as file:
+        batches, rows = [], 0
+        try:
+            for _, batch in _batches(file, location, 0, None):
+                batches.append(batch.slice(0, count - rows))
+                rows += batches[-1].num_rows
+                if rows >= count:
+                    break
+        except DAMAGED:
+            if not batches:
+                raise
+        if batches:
+            return pa.Table.from_batches(batches)
+        file.seek(0)
+        schema = pq.read_schema(file) if shard_kind(location) == "parquet" else pa.ipc.open_stream(file).schema
+        return schema.empty_table()
+
+
+def _tar_rows(
+    file: BinaryIO, location: str, column: str, start: Mark, share: tuple[int, int]
+) -> Iterator[tuple[Mark, Encoded | None]]:
+    """The image of each sample. A mark is at the sample read last, which is then passed over."""
+    row, offset = start
+    first = row - 1 if row else 0
+
+    def mine(number: int) -> bool:
+        return first + number >= row and (first + number) % share[1] == share[0]
+
+    samples = tar_samples(open_tar(file, location, offset), location, column=column, contents=mine)
+    for number, sample in enumerate(samples):
+        if first + number >= row:
+            image = Encoded(first + number, sample.content, sample.name) if mine(number) else None
+            yield (first + number + 1, sample.start), image

@@ -1,0 +1,194 @@
+"""Are the features still worth something? Numbers from 512 images now and then, and what they say in words."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ijepa_scale.data.images import BadImageError, ImageSet
+from ijepa_scale.data.order import permuted_index
+from ijepa_scale.data.transforms import center_crop
+from ijepa_scale.evals.extract import pooled_features
+from ijepa_scale.evals.knn import knn_top1
+from ijepa_scale.evals.probes import unfit
+from ijepa_scale.run.records import is_number
+from ijepa_scale.run.setup import Run
+
+# Health: below these the words change. Each is far from what a run that learns has shown, so that a warning means it.
+CONSTANT_STD = 0.01  # features vary by 1% of their size: no probe reads more from them than from rounding
+STD_FALL = 0.2  # of the first record: five times as alike as at the start
+RANK_FALL = 0.7  # of the first record: 0.6 to 0.34 from a third of runs that did not learn on, 9 in one that did
+RANK_RECOVERY = 1.2  # of the lowest so far: the early dip is over
+KNN_FALL = 6.0  # percent points: two standard errors of 30% on 256 images, half of what a health check looks at
+LOSS_RISE = 1.1  # of the lowest so far
+COLLAPSE_HELP = (  # the weights of configs/tiny.yaml
+    "small runs need loss.variance=0.02 loss.covariance=0.004 (for 300 steps; longer runs, less): see "
+    "docs/small_compute.md"
+)
+
+
+def feature_std(features_ND: torch.Tensor) -> float:
+    """Standard deviation over the images, averaged over the dimensions, relative to the features' root mean square.
+
+    features_ND: (num_images, D). 0 when all images have the same feature (collapse), about 1 when they have nothing in
+    common; the scale of the features cancels, so runs and sizes compare. NaN if a feature is not finite.
+    """
+    features = features_ND.double()
+    rms = features.square().mean().sqrt()
+    return (features.std(dim=0, correction=0).mean() / rms).item() if rms != 0 else 0.0
+
+
+def rankme(features_ND: torch.Tensor, eps: float = 1e-7) -> float:
+    """Effective rank: exp of the entropy of the singular values, as shares of their sum (RankMe, arXiv:2210.02885).
+
+    features_ND: (num_images, D), not centred, as in the paper. From 1 (all features on one line: collapse) to
+    min(num_images, D). It grows with num_images: compare only values taken over equally many. NaN if not finite.
+    """
+    if not bool(torch.isfinite(features_ND).all()):
+        return math.nan
+    singular = torch.linalg.svdvals(features_ND.float())
+    if singular[0] == 0:
+        return 1.0
+    shares = (singular / singular.sum()).double() + eps
+    return torch.exp(-(shares * shares.log()).sum()).item()
+
+
+def drift(target_ND: torch.Tensor, context_ND: torch.Tensor) -> float:
+    """1 - mean cosine between the two encoders' features of the same images, each less its mean over the images.
+
+    0: the target encoder is where the context encoder is (EMA has caught up); 1: unrelated. Centred, since the part
+    that all images share is most of a feature and would hide what sets them apart. Both are (num_images, D).
+    """
+    target, context = target_ND.double(), context_ND.double()
+    cosine = F.cosine_similarity(target - target.mean(dim=0), context - context.mean(dim=0), dim=1)
+    return 1.0 - cosine.mean().item()
+
+
+def health_verdict(history: list[dict[str, Any]]) -> str:
+    """One line on the features' health, from a run's health records, the first taken at or near initialisation.
+
+    It begins with "healthy", "watch", "likely collapse" or "collapsed", or says that it is too early to tell.
+    Used are feature_std, rankme and, if recorded, knn (percent) and loss; a null is as not recorded, save in the last
+    record, where it means that the features are not finite.
+    """
+    if not history:
+        return "no health record yet"
+    last = history[-1]
+    std, rank = last["feature_std"], last["rankme"]
+    if not (is_number(std) and is_number(rank)):
+        return "collapsed: features are not finite: resume an older checkpoint with a lower optimization.lr"
+    if std < CONSTANT_STD:
+        return f"collapsed: features constant over the images (std {std:.4f}): {COLLAPSE_HELP}"
+    stds, ranks, knns, losses = (_known(history, key) for key in ("feature_std", "rankme", "knn", "loss"))
+    if len(stds) < 2 or len(ranks) < 2:
+        return f"first record: feature std {std:.3f}, rank {rank:.1f}; later ones are compared with it"
+
+    facts = [f"feature std {stds[0]:.3f} -> {std:.3f}", f"rank {ranks[0]:.1f} -> {rank:.1f}"]
+    if len(knns) > 1:
+        facts.append(f"k-NN {knns[0]:.1f}% -> {knns[-1]:.1f}%")
+    note = "; loss rising is normal here" if len(losses) > 1 and losses[-1] > LOSS_RISE * min(losses) else ""
+    said = ", ".join(facts) + note
+    if rank < RANK_FALL * ranks[0]:
+        if rank > RANK_RECOVERY * min(ranks):
+            return f"watch: rank fell to {min(ranks):.1f} and is rising again: {said}"
+        return f"likely collapse: rank is falling: {said}: {COLLAPSE_HELP}"
+    if std < STD_FALL * stds[0]:
+        return f"likely collapse: features grow alike: {said}: {COLLAPSE_HELP}"
+    if len(knns) > 1 and knns[-1] < knns[0] - KNN_FALL:
+        return f"watch: k-NN is below its first value: {said}"
+    return f"healthy: {said}"
+
+
+def _known(history: list[dict[str, Any]], key: str) -> list[float]:
+    return [record[key] for record in history if is_number(record.get(key))]
+
+
+EVAL_STREAM = 1_000_003  # the "epoch" of the permutation that picks evaluation images
+
+
+def eval_crops(run: Run, images: ImageSet, own: list[int], bad: dict[int, str]) -> Iterator[torch.Tensor]:
+    """Centre crops in batches; of an image that cannot be read a black one, and into bad why."""
+    size, batch = run.config.data.image_size, run.dataset.micro_batch_size
+    for start in range(0, len(own), batch):
+        crops = np.zeros((len(own[start : start + batch]), 3, size, size), np.uint8)
+        for place, index in enumerate(own[start : start + batch]):
+            try:
+                crops[place] = center_crop(images.read(index), size)
+            except BadImageError as error:
+                bad[index] = str(error)
+        yield torch.from_numpy(crops)
+
+
+def features_of(
+    run: Run, encoders: Sequence[torch.nn.Module], images: ImageSet, indices: list[int]
+) -> tuple[torch.Tensor, list[int]]:
+    """Pooled features (len(encoders), n, D) of the images that can be read, and their indices, on every rank.
+
+    Images are read once for all encoders. Each rank computes its share, in as many batches as any other: at ZeRO-3
+    ranks need each other in the forward. Raises BadImageError, on every rank, where not one can be read.
+    """
+    bad: dict[int, str] = {}
+    own = indices[run.ranks.rank :: run.ranks.world_size]
+    crops = itertools.tee(eval_crops(run, images, own, bad), len(encoders))
+    share = torch.stack([pooled_features(encoder, batches) for encoder, batches in zip(encoders, crops, strict=True)])
+    features = torch.empty(len(encoders), len(indices), share.shape[-1])
+    for rank, (there, bad_there) in enumerate(run.ranks.gather((share, bad))):
+        features[:, rank :: run.ranks.world_size] = there
+        bad.update(bad_there)
+    kept = [place for place, index in enumerate(indices) if index not in bad]
+    if not kept:
+        raise BadImageError(
+            f"{images.name}: none of {len(indices)} images can be read, the first because: {bad[indices[0]]}; the "
+            "checkpoints are whole: bring the images back, then start the same command again"
+        )
+    return features[:, kept], [indices[place] for place in kept]
+
+
+def eval_indices(run: Run, images: ImageSet, count: int, *, skip: int = 0) -> list[int]:
+    """A fixed random choice of images, as many as every rank can take an equal share of."""
+    count = min(count, len(images) - skip) // run.ranks.world_size * run.ranks.world_size
+    return [permuted_index(0, EVAL_STREAM, len(images), skip + i) for i in range(count)]
+
+
+def measure_health(
+    run: Run,
+    step: int,
+    history: list[dict[str, Any]],
+    log: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+    *,
+    loss: float | None,
+) -> None:
+    """Are the features still worth something? Collective: every rank computes its share. loss: of the step before."""
+    images = run.evaluation.train
+    wanted = eval_indices(run, images, run.config.logging.health_images)
+    model = run.engine.module
+    (target, context), indices = features_of(run, [model.target_encoder, model.context_encoder], images, wanted)
+    if not run.ranks.first:
+        return
+    record: dict[str, Any] = {
+        "kind": "health",
+        "step": step,
+        "feature_std": feature_std(target),
+        "rankme": rankme(target),
+        "drift": drift(target, context),
+        "loss": loss,
+    }
+    for name, column in images.label_columns().items():
+        labels = column.values[indices]
+        labelled = np.flatnonzero(labels >= 0)
+        fit, held = np.split(labelled, [len(labelled) * 3 // 4])
+        if unfit(labels[fit], labels[held], at_least=1):
+            continue  # with the next
+        if bool(torch.isfinite(target).all()):
+            y = torch.from_numpy(labels)
+            record["knn"] = knn_top1(target[fit], y[fit], target[held], y[held])
+            record["knn_label"] = name
+        break
+    history.append(record)
+    log(record)
+    say(f"health at step {step}: {health_verdict(history)}")

@@ -1,0 +1,129 @@
+"""What can befall a step, told to the user: unreadable images, ends of shards, skipped steps, memory that runs out."""
+
+import contextlib
+import errno
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ijepa_scale.data.collate import SHARED_MEMORY, Batch
+from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.engine import checkpoint as checkpoints
+from ijepa_scale.run.setup import Run
+
+Say = Callable[[str], None]  # a line for the user
+Log = Callable[[dict[str, Any]], None]  # a record for metrics.jsonl
+
+STRIKES = 3  # steps in a row that were skipped, or checkpoints in a row that could not be written, before a run stops
+
+
+class RunError(RuntimeError):
+    """Training cannot go on; the message tells the user why and what to do. local: it befell this rank alone."""
+
+    def __init__(self, message: str, *, local: bool = False):
+        super().__init__(message)
+        self.local = local
+
+
+@contextlib.contextmanager
+def explained_memory_errors(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+        if not out_of_memory:
+            raise
+        micro = run.dataset.micro_batch_size
+        raise RunError(
+            f"out of memory on {run.ranks.device} with {micro} images a micro-batch; lower "
+            f"optimization.micro_batch_size (for example {max(1, micro // 2)}; the global batch stays: gradients "
+            f"are accumulated), set engine.activation_checkpointing=predictor or full, raise engine.zero_stage, or use "
+            f"more ranks\n{error}",
+            local=True,
+        ) from error
+
+
+@contextlib.contextmanager
+def explained_loader_errors(run: Run) -> Iterator[None]:
+    """One line of what keeps loader processes from starting or from handing over their batches."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        said, workers = str(error), run.config.data.workers
+        last = said.strip().splitlines()[-1] if said.strip() else ""
+        # A library says no more than this: torch of its loaders, in words that have not changed since torch 1.0.
+        if "unable to allocate shared memory" in said or "unable to resize file" in said:
+            what = f"{SHARED_MEMORY} is full; start the container with a larger --shm-size"
+        elif "DataLoader worker" in said and ("killed by signal" in said or "exited unexpectedly" in said):
+            what = "a loader process was killed, perhaps as the machine's memory ran out"
+        elif "Too many open files" in said or "received 0 items of ancdata" in said:
+            what = "too many files are open; raise the limit (ulimit -n)"
+        elif isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):
+            what = "no more processes can be started"
+        else:
+            raise
+        raise RunError(
+            f"{what}, or lower data.workers (now {workers}; with 0 the training process loads): {last}", local=True
+        ) from error
+
+
+def report_bad_images(run: Run, step: int, batches: list[Batch], say: Say, log: Log) -> None:
+    """Name unreadable images, and stop on all ranks together when there are too many."""
+    own = [(bad.index, bad.sample_id, bad.reason) for batch in batches for bad in batch.bad]
+    for record in run.bad.add(step, [bad for other in run.ranks.gather(own) for bad in other]):
+        log(record)
+        say(f"warning: step {step}: cannot read {record['sample']}: {record['reason']}; another image takes its place")
+    known, allowed = run.bad.known, run.config.data.max_bad_fraction
+    count = images_met(run, step)
+    if len(known) > allowed * count:
+        listed = "".join(f"\n  {record['sample']}: {record['reason']}" for record in list(known.values())[:50])
+        raise RunError(
+            f"{len(known)} of {count} images cannot be read, more than data.max_bad_fraction {allowed:g} "
+            f"allows. Repair or remove them, or raise data.max_bad_fraction. All are in {run.folder.metrics} "
+            f'(kind "bad_image"):{listed}'
+        )
+
+
+def images_met(run: Run, step: int) -> int:
+    """What max_bad_fraction is of: all images of a source, but of a stream those read so far, and 1,000 at least."""
+    if not isinstance(run.images, Streams):
+        return len(run.images)
+    met = max(1000, (step + 1) * run.config.optimization.global_batch_size)
+    return min(met, len(run.images)) if len(run.images) else met
+
+
+def report_passes(run: Run, step: int, batches: list[Batch], say: Say, log: Log) -> None:
+    """Say which streams came to the end of their shards, and read them again."""
+    own = [(batch.mark.stream, *again) for batch in batches if batch.mark for again in batch.mark.passes]
+    every = [(rank, *again) for rank, passes in enumerate(run.ranks.gather(own)) for again in passes]
+    for rank, stream, source, number, images in every:
+        record = {"kind": "stream_pass", "step": step, "rank": rank, "stream": stream, "source": source}
+        log({**record, "pass": number, "images": images})
+    if every:
+        rank, stream, source, number, images = every[0]
+        others = f", and {len(every) - 1} more streams (all in {run.folder.metrics})" if len(every) > 1 else ""
+        say(f"step {step}: {source}: stream {stream} of rank {rank} starts pass {number} after {images} images{others}")
+
+
+def report_skip(run: Run, step: int, batches: list[Batch], in_a_row: int, say: Say, log: Log) -> None:
+    """Say which images a skipped step was made of; stop after STRIKES in a row."""
+    own = [(batch.indices, batch.names) for batch in batches]
+    every = [batch for rank in run.ranks.gather(own) for batch in rank]
+    if run.ranks.first:
+        indices = [index for batch in every for index in batch[0]]
+        samples = [name for batch in every for name in batch[1]]
+        if not isinstance(run.images, Streams):  # whose batches bring the names along
+            samples = [run.images.sample_id(index) for index in indices]
+        log({"kind": "skipped", "step": step, "images": indices, "samples": samples})
+        few = ", ".join(samples[:4]) + (", ..." if len(samples) > 4 else "")
+        say(
+            f"warning: step {step}: loss or gradients not finite: weights, moments and EMA are left as they were; "
+            f'images {few} (all in {run.folder.metrics}, kind "skipped")'
+        )
+    if in_a_row == STRIKES:
+        there = run.ranks.from_first(checkpoints.candidates(run.folder.checkpoints))
+        raise RunError(
+            f"{STRIKES} steps in a row were not finite; the last good checkpoint is "
+            f"{there[0] if there else 'none yet'}. Lower optimization.lr or look at the images named above"
+        )

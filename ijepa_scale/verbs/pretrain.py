@@ -1,0 +1,98 @@
+"""Pre-train I-JEPA.
+
+deepspeed launch/pretrain.py --config configs/vith14.yaml data.source=/data/imagenet     many GPUs, or CPU processes
+python launch/pretrain.py --config configs/tiny.yaml optimization.max_steps=100          one process
+torchrun --nproc-per-node 8 launch/pretrain.py --config configs/vitb16.yaml data.source=/data/images
+
+Exit codes: 0 finished, 1 training failed, 2 wrong input, 75 stopped by a signal, with a checkpoint if it had begun to
+train (run again to go on).
+"""
+
+import argparse
+import logging
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from ijepa_scale.engine.signals import StopRequest
+
+# Each step has its own numbers of tokens: without growing segments the GPU's memory falls to pieces.
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="config values over the file's, e.g. optimization.lr=5e-4; all keys: ijepa_scale/config.py",
+    )
+    parser.add_argument(
+        "--resume",
+        default="auto",
+        metavar="auto|never|PATH",
+        help="auto (default): from the run folder's newest whole checkpoint, if any; never: refuse where there are "
+        "checkpoints; PATH: start from that checkpoint, or from the newest whole one of that run folder",
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="resume although settings that alter training differ"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print sizes, tokens, FLOPs and steps; train nothing")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """A process of a run, from its first moment to its exit code."""
+    from ijepa_scale.engine.signals import run_process  # first of all: seconds before torch is imported
+
+    run_process(lambda stop_request: train(stop_request, arguments))
+
+
+def train(stop_request: "StopRequest", arguments: list[str] | None) -> int:
+    options = parser().parse_intermixed_args(arguments)
+    from ijepa_scale.config import load_config
+    from ijepa_scale.engine.launchers import launcher_rank
+
+    log = logging.getLogger("ijepa_scale")  # not the root: to it come lines that other libraries print themselves
+    log.addHandler(logging.StreamHandler())
+    log.setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            from ijepa_scale.engine.launchers import place
+            from ijepa_scale.plan.dry_run import dry_run
+            from ijepa_scale.run.setup import check_shared_memory
+
+            text = dry_run(config, ranks=place().world_size)
+            if launcher_rank() == 0:
+                print(text)
+            check_shared_memory(config)  # last: what a run takes is shown on machines too small for it, too
+            return 0
+    except (ValueError, OSError) as error:
+        return fail(error, 2)
+
+    from ijepa_scale.train import InputError, RunError, pretrain
+
+    try:
+        return pretrain(config, resume=options.resume, allow_changes=options.allow_changes, stop_request=stop_request)
+    except InputError as error:
+        return fail(error, 2)
+    except RunError as error:
+        return fail(error, 1)
+
+
+def fail(error: Exception, code: int) -> int:
+    from ijepa_scale.engine.launchers import launcher_rank
+
+    if launcher_rank() == 0 or any(getattr(one, "local", False) for one in (error, error.__cause__)):
+        place = f" (rank {launcher_rank()})" if launcher_rank() else ""
+        print(f"error{place}: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # a launcher ends all ranks when one ends: rank 0 speaks first
+    return code

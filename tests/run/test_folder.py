@@ -1,0 +1,46 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from ijepa_scale.run.folder import BadImages, RunFolder
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+
+
+def test_one_owner_at_a_time(tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    folder.lock()
+    code = (
+        "from ijepa_scale.run_folder import RunFolder\n"
+        f"try:\n    RunFolder({str(tmp_path / 'run')!r}).lock()\n    print('got it')\n"
+        "except ValueError as error:\n    print(error)"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert "is in use by" in other.stdout and "pid" in other.stdout
+    folder._lock.close()  # as the process's end does
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
+    assert other.stdout.strip() == "got it"
+
+
+def test_describe_says_what_ran(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.describe("seed: 1\n", world_size=2)
+    assert (tmp_path / "config.yaml").read_text() == "seed: 1\n"
+    environment = json.loads((tmp_path / "environment.json").read_text())
+    assert environment["world_size"] == 2
+    assert environment["packages"]["torch"] and environment["packages"]["deepspeed"]
+    assert "git_revision" in environment and "command" in environment
+
+
+def test_bad_images_are_counted_once_and_survive_a_restart():
+    bad = BadImages()
+    records = bad.add(3, [(7, "g.png", "torn"), (2, "b.png", "empty"), (7, "g.png", "torn")])
+    assert [record["index"] for record in records] == [2, 7]
+    assert bad.add(4, [(7, "g.png", "torn")]) == []
+    again = BadImages([{"kind": "step", "step": 3}, *records])
+    assert sorted(again.known) == [(2, "b.png"), (7, "g.png")]
+    assert again.add(5, [(2, "b.png", "empty")]) == []
+    assert again.known[7, "g.png"] == {"kind": "bad_image", "step": 3, "index": 7, "sample": "g.png", "reason": "torn"}

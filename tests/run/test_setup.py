@@ -1,0 +1,91 @@
+"""What is settled before a run's first step; runs themselves: tests/end_to_end."""
+
+import re
+
+import pytest
+import torch
+
+from ijepa_scale import build
+from ijepa_scale.config import DataConfig, ModelConfig, OptimizationConfig, PretrainConfig, to_dict
+from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.models.attention_backends import Choice
+from ijepa_scale.run import setup as run
+from ijepa_scale.run.folder import RunFolder
+from ijepa_scale.run.setup import check_shared_memory, choose_attention, find_checkpoint
+from tests.engine import standin
+
+
+class TwoRanks(Ranks):
+    """The first of two ranks, the other of which chose or met something else."""
+
+    def gather(self, value):
+        return [value, self.other(value)]
+
+
+def two_ranks(other):
+    ranks = TwoRanks(rank=0, world_size=2, local_rank=0, device=torch.device("cpu"))
+    object.__setattr__(ranks, "other", other)
+    return ranks
+
+
+def choose(ranks):
+    return choose_attention(PretrainConfig(model=ModelConfig(name="vit_tiny")), ranks)
+
+
+def test_ranks_attend_with_one_kernel(monkeypatch):
+    assert choose(two_ranks(lambda value: value)).name == "sdpa"
+    monkeypatch.setattr(build, "build_attention", lambda *config, **facts: Choice("fa3", None, "it is there"))
+    with pytest.raises(
+        ValueError, match="different kernels, fa2, fa3: install the same packages on every node, or set"
+    ):
+        choose(two_ranks(lambda value: "fa2" if isinstance(value, str) else value))
+
+
+def test_a_kernel_that_is_wrong_on_another_rank_stops_all():
+    wrong = ValueError("model.attention=fa3 on cuda:1 gives a wrong output")
+    with pytest.raises(ValueError, match=re.escape(str(wrong))):
+        choose(two_ranks(lambda value: wrong if value is None else value))
+
+
+def test_resume_takes_a_checkpoint_or_a_run_folder_s_newest_whole_one(tmp_path):
+    facts = {"architecture": {}, "config": to_dict(PretrainConfig()), "images": 9, "precision": "fp32"}
+    for step in (1, 2, 3):
+        standin.save(tmp_path / "old" / "checkpoints", step, **facts)
+    (tmp_path / "old" / "checkpoints" / "step-00000003" / "rank-00000.safetensors").write_bytes(b"")
+
+    def found(resume, run="new"):
+        folder = RunFolder(tmp_path / run)
+        return find_checkpoint(PretrainConfig(), folder, standin.ALONE, facts, 9, resume=str(resume), allow=False)
+
+    checkpoints = tmp_path / "old" / "checkpoints"
+    for resume, step in ((tmp_path / "old", 2), (checkpoints, 2), (checkpoints / "step-00000001", 1)):
+        assert found(resume)[0].step == step
+    for resume in (tmp_path / "old", checkpoints, "auto"):  # its own: damaged ones are skipped, and none set aside
+        there, notes = found(resume, "old")
+        assert there.step == 2 and sum("skipped a checkpoint that is not whole" in note for note in notes) == 1
+    assert len(list(checkpoints.glob("step-*"))) == 3
+    for resume in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match=r"--resume .* cannot be used: .*; give a run folder, or one of its"):
+            found(resume)
+
+
+@pytest.mark.parametrize("theirs, fits", [("here:2", True), ("here:1", False)])
+def test_ranks_that_share_memory_share_its_space(monkeypatch, theirs, fits):
+    """Two ranks of four images of 3 kB: 9 micro-batches each, where two processes make four ahead."""
+    monkeypatch.setattr(run, "shared_memory", lambda: ("here:1", 9 * 4 * 3 * 32 * 32))
+    config = PretrainConfig(
+        data=DataConfig(image_size=32, workers=2),
+        model=ModelConfig(name="vit_tiny", patch_size=4),
+        optimization=OptimizationConfig(global_batch_size=8),
+    )
+    if fits:
+        check_shared_memory(config, None, two_ranks(lambda value: theirs))
+        return
+    with pytest.raises(ValueError, match=r"2 \+ 1\) x 2 ranks; .* data.workers=0"):
+        check_shared_memory(config, None, two_ranks(lambda value: theirs))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    check_shared_memory(config)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of torchrun: both are on this machine
+    with pytest.raises(ValueError, match="x 2 ranks"):
+        check_shared_memory(config)
