@@ -32,6 +32,7 @@ from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize, count_recomputed, recompute
 from ijepa_scale.objectives.flops import StepFlops
 from ijepa_scale.objectives.ijepa import IJepa
+from ijepa_scale.objectives.masks import BlockMasks
 from ijepa_scale.objectives.regularization import of_one_rank
 
 Opener = Callable[..., ImageSet]  # as open_images
@@ -344,8 +345,7 @@ def build_micro_batches(
 ) -> MicroBatches:
     return MicroBatches(
         images=images,
-        blocks=blocks,
-        context=config.mask.context,
+        draw_masks=BlockMasks(blocks, config.mask.context, config.seed),
         seed=config.seed,
         image_size=config.data.image_size,
         crop_scale=config.data.crop_scale,

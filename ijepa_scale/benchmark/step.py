@@ -21,18 +21,16 @@ from ijepa_scale.benchmark.dense_baseline import DenseJepa, DenseMasks
 from ijepa_scale.benchmark.profiling import profile_steps
 from ijepa_scale.benchmark.timing import LAYOUTS, Say, Timed, machine, spread, turns
 from ijepa_scale.config import PretrainConfig
-from ijepa_scale.data.collate import BLOCKS, CONTEXT, SIZES
-from ijepa_scale.data.order import generator_for
 from ijepa_scale.engine import distributed, zero
 from ijepa_scale.engine.device import device_peak
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.optim import adamw, parameter_groups, set_schedules
-from ijepa_scale.masking.multiblock import block_sizes, place_blocks
-from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
+from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention_backends import Choice
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.vit import Block
 from ijepa_scale.objectives.flops import Counts
+from ijepa_scale.objectives.masks import BlockMasks
 
 # (m, k, n) of the matmul rate
 LARGE_SHAPES = {
@@ -122,12 +120,7 @@ def measure(setting: Setting, steps: int, say: Say, profile: Path | None) -> dic
 
 def sampled_masks(config: PretrainConfig, batch: int, step: int, context: str) -> Masks:
     """What training would draw at this step."""
-    blocks, seed = build.build_blocks(config), config.seed
-    sizes = block_sizes(blocks, generator_for(seed, SIZES, step))
-    placed = [place_blocks(blocks, sizes, generator_for(seed, BLOCKS, step, position)) for position in range(batch)]
-    rngs = [generator_for(seed, CONTEXT, step, position) for position in range(batch)]
-    contexts = limit_context([image.context for image in placed], context, rngs)
-    return pack_masks(contexts, [list(image.target_blocks) for image in placed], blocks.grid.num_patches)
+    return BlockMasks(build.build_blocks(config), context, config.seed)(step, range(batch))
 
 
 def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged: list[Masks]) -> list[Timed]:

@@ -11,15 +11,15 @@ import torch
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.order import generator_for
 from ijepa_scale.data.sources.kinds import inspect_source
 from ijepa_scale.data.sources.remote import is_remote
 from ijepa_scale.data.streams.opening import PREVIEWED, preview_images
 from ijepa_scale.data.streams.streams import Streams
 from ijepa_scale.engine.zero import BUCKET
-from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
+from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.vit import bytes_kept
 from ijepa_scale.objectives.flops import Counts
+from ijepa_scale.objectives.masks import BlockMasks
 from ijepa_scale.plan import checks
 
 SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are taken over
@@ -27,18 +27,13 @@ SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are take
 
 def count_tokens(blocks: MultiBlock, context: str) -> Counts:
     """Means an image over layouts."""
+    masks = BlockMasks(blocks, context)
     lengths, block_tokens, targets = [], [], []
     for step in range(SAMPLED_STEPS):
-        sizes = block_sizes(blocks, generator_for(0, 0, step))
-        placed = [place_blocks(blocks, sizes, generator_for(0, 1, step, image)) for image in range(SAMPLED_IMAGES)]
-        kept = [image.context.size for image in placed]
-        targets.append([np.unique(image.target_blocks).size for image in placed])
-        if context == "batch_min":
-            kept = [min(kept)] * SAMPLED_IMAGES
-        elif context != "all":
-            kept = [min(length, int(context)) for length in kept]
-        lengths.append(kept)
-        block_tokens.append([sizes.target[0] * sizes.target[1]] * SAMPLED_IMAGES)
+        contexts, target_blocks = masks.draw(step, range(SAMPLED_IMAGES))
+        lengths.append([part.size for part in contexts])
+        targets.append([np.unique(part).size for part in target_blocks])
+        block_tokens.append([part.shape[1] for part in target_blocks])
     seen, block = np.array(lengths, dtype=float), np.array(block_tokens, dtype=float)
     both, number = seen + block, blocks.num_target_blocks
     return Counts(

@@ -32,7 +32,7 @@ def preview_masks(run: Run) -> None:
 
     blocks = per_image(batch.masks.target_blocks)
     each = len(blocks) // len(batch.indices)
-    grid = run.dataset.blocks.grid
+    grid = build.build_blocks(run.config).grid
     draw_masks(
         run.folder.path / "masks.png",
         batch.images[:count].numpy(),
