@@ -17,11 +17,11 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from ijepa_scale.data.images import BadImage, ImageSet, Limits, Use, croppable
+from ijepa_scale.data.images import BadImage, ImageSet
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.order import CROP, generator_for, image_at
+from ijepa_scale.data.order import CROP, image_at
 from ijepa_scale.data.streams.streams import StreamMark, Streams
-from ijepa_scale.data.transforms import random_resized_crop
+from ijepa_scale.data.transforms import RandomCrop
 from ijepa_scale.masking.packing import map_tensors
 
 PREFETCH = 4  # micro-batches that a loader process makes ahead
@@ -94,29 +94,24 @@ class MicroBatches(Dataset):
     def _crops(self, micro_step: int, step: int, positions: range) -> tuple[list[np.ndarray], dict[str, Any]]:
         """Crops of the images at positions of a step, and what a Batch says of where they come from."""
         if isinstance(self.images, Streams):  # which are in order: streams take turns, and their processes with them
-            uses = [self._cropping(step, position) for position in positions]
-            taken, missed, mark = self.images.take(micro_step % self.images.num_streams, len(positions), uses)
+            wanted = [self._crop(step, position) for position in positions]
+            taken, missed, mark = self.images.take(micro_step % self.images.num_streams, wanted)
             rows, names, read = zip(*taken, strict=True)
             return list(read), {"indices": rows, "names": names, "bad": tuple(missed), "mark": mark}
         crops, indices = [], []
         failures: list[BadImage] = []
         for position in positions:
             index = self._index_at(step, position)
-            crop, bad = self.images.read_or_substitute(index, self._cropping(step, position))
-            crops.append(crop)
+            pixels, bad = self.images.crop_or_substitute(index, self._crop(step, position))
+            crops.append(pixels)
             indices.append(index)
             failures += bad
         return crops, {"indices": tuple(indices), "bad": tuple(failures)}
 
-    def _cropping(self, step: int, position: int) -> Use:
-        """The crop of whichever image comes to stand at a position of a step."""
-
-        def crop(file: bytes | str, limits: Limits) -> np.ndarray:
-            rng = generator_for(self.seed, CROP, step, position)
-            image = croppable(file, limits)
-            return random_resized_crop(image, rng, self.image_size, scale=self.crop_scale, flip=self.horizontal_flip)
-
-        return crop
+    def _crop(self, step: int, position: int) -> RandomCrop:
+        """That of whichever image comes to stand at a position of a step."""
+        key = (self.seed, CROP, step, position)
+        return RandomCrop(self.image_size, key, scale=self.crop_scale, flip=self.horizontal_flip)
 
     def _index_at(self, step: int, position: int) -> int:
         size = self.global_batch_size
