@@ -17,9 +17,11 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
+from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import BadImage, ImageSet
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import CROP, image_at
+from ijepa_scale.data.sources.remote import StreamError
 from ijepa_scale.data.streams.streams import StreamMark, Streams
 from ijepa_scale.data.transforms import RandomCrop
 from ijepa_scale.masking.packing import map_tensors
@@ -59,9 +61,20 @@ class Batch:
         return self.map_tensors(torch.Tensor.pin_memory)
 
 
+@dataclass(frozen=True)
+class FailedBatch:
+    """What comes in the place of a micro-batch that cannot be made, also out of a loader process: why, in words."""
+
+    message: str
+
+
+class LoadError(Exception):
+    """No more micro-batches can be made. The message says what failed and what to do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatches(Dataset):
-    """Item i is this rank's micro-batch at micro-step i of the run.
+    """Item i is this rank's micro-batch at micro-step i of the run, or why there is none.
 
     The global batch of a step is cut in order: micro-step a of rank r takes the images at positions
     (a * ranks + r) * micro_batch_size onwards. What stands at a position (image, crop, masks) depends on the seed, the
@@ -83,7 +96,14 @@ class MicroBatches(Dataset):
     def accumulation_steps(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.ranks)
 
-    def __getitem__(self, micro_step: int) -> Batch:
+    def __getitem__(self, micro_step: int) -> Batch | FailedBatch:
+        try:
+            return self.batch(micro_step)
+        except (BadImageError, StreamError) as error:
+            return FailedBatch(str(error))
+
+    def batch(self, micro_step: int) -> Batch:
+        """Raises BadImageError where too many images are bad, StreamError where a stream cannot go on."""
         step, micro = divmod(micro_step, self.accumulation_steps)
         first = (micro * self.ranks + self.rank) * self.micro_batch_size
         positions = range(first, first + self.micro_batch_size)
@@ -124,7 +144,7 @@ class MicroBatches(Dataset):
         images = self.images
         if isinstance(images, Streams):
             images = replace(images, shuffle_buffer=1, states=None, _open={})
-        return replace(self, images=images)[step * self.accumulation_steps]
+        return replace(self, images=images).batch(step * self.accumulation_steps)
 
 
 class MicroBatchStream:
@@ -143,8 +163,12 @@ class MicroBatchStream:
         return self
 
     def __next__(self) -> Batch:
+        """Raises LoadError where the micro-batch cannot be made."""
         try:
-            return next(self._batches)
+            batch = next(self._batches)
+            if isinstance(batch, FailedBatch):
+                raise LoadError(batch.message)
+            return batch
         except BaseException:  # an error would keep hold of them
             self.close()
             raise

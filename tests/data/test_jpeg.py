@@ -11,7 +11,7 @@ from ijepa_scale.data.images import open_images
 from ijepa_scale.data.jpeg import decode_rows, read_header
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.data.transforms import RandomCrop, random_resized_crop
-from tests.data.test_transforms import photo
+from tests.data.small_sources import photo
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6

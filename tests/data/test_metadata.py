@@ -216,7 +216,7 @@ def test_pillows_own_limit_is_as_before_and_nothing_is_printed_for_each_image():
     before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # as importing ijepa_scale.data.transforms leaves it
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # as importing ijepa_scale.data.decoding leaves it
         assert decode(encoded("PNG"), Limits(max_pixels=601)).size == (30, 20)
     with pytest.raises(ValueError):
         decode(encoded("PNG"), Limits(max_pixels=599))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ijepa_scale.data.collate import MicroBatches, micro_batch_stream
+from ijepa_scale.data.collate import LoadError, MicroBatches, micro_batch_stream
 from ijepa_scale.data.images import BadImageError
 from ijepa_scale.data.order import generator_for, permuted_index, source_seed
 from ijepa_scale.data.sources.remote import Patience, StreamError
@@ -361,10 +361,10 @@ def test_looking_at_a_batch_moves_nothing_on(tars):
     assert dataset[0].names == expected
 
 
-def test_what_a_process_fails_with_reaches_the_rank(tars, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_process_fails_with_reaches_the_rank(tars, tmp_path, workers):
     streams = streams_of(Shards("x:train", [str(tmp_path / "gone.tar")]))
-    batches = micro_batch_stream(micro_batches(streams), start_step=0, stop_step=2, workers=1)
-    with pytest.raises(StreamError) as error:
+    batches = micro_batch_stream(micro_batches(streams), start_step=0, stop_step=2, workers=workers)
+    with pytest.raises(LoadError, match=r"^\S+gone.tar cannot be opened: No such file or directory; bring it back$"):
         next(batches)
     assert not multiprocessing.active_children()  # although the error holds on to what started them
-    assert "gone.tar cannot be opened: No such file or directory" in str(error.value).splitlines()[-1]
