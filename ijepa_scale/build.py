@@ -15,11 +15,12 @@ from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.images import ImageSet, check_images, open_file, open_images, splits_of
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import whole_weights
-from ijepa_scale.data.scenes.scenes import prepare_scenes
-from ijepa_scale.data.sources.kinds import is_mapped
+from ijepa_scale.data.scenes.prepare import prepare_scenes
+from ijepa_scale.data.sources.inspection import is_mapped
 from ijepa_scale.data.sources.remote import Patience
-from ijepa_scale.data.streams.opening import open_shards, sample_images, shard_locations
-from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.data.streams.dealing import Streams
+from ijepa_scale.data.streams.opening import open_shards, shard_locations
+from ijepa_scale.data.streams.samples import sample_images
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.masking.grid import PatchGrid

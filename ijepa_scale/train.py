@@ -216,8 +216,8 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             stop_request.ask(progress.lost)
         outcome = train_step(run, step, feed, stop=bool(stop_request.pending()), meanwhile=settle)
         unsettled.append(outcome)
-        for mark in (batch.mark for batch in outcome.batches if batch.mark):
-            run.streams[mark.stream] = mark.state
+        for stream in (batch.stream for batch in outcome.batches if batch.stream):
+            run.positions[stream.number] = stream.position
         if outcome.noted or not outcome.applied:
             settle()
         if outcome.noted:
@@ -308,7 +308,7 @@ def train_step(
                     sum(map(run.flops.hardware, counts)),
                     sum(batch.masks.context.num_tokens for batch in seen),
                     sum(batch.masks.target_blocks.num_tokens for batch in seen),
-                    sum(len(batch.bad) + (len(batch.mark.passes) if batch.mark else 0) for batch in seen),
+                    sum(len(batch.bad) + (len(batch.stream.passes) if batch.stream else 0) for batch in seen),
                     float(stop),
                 ]
             )
@@ -371,8 +371,8 @@ def save_checkpoint(run: Run, step: int, say: Say) -> bool:
     """Save and prune; False, on all ranks, when it could not be written: training then goes on without it."""
     started = time.perf_counter()
     meta = {**run.facts, "wandb_id": run.wandb_id}
-    if run.streams:
-        meta["stream_states"] = run.ranks.gather(run.streams)
+    if run.positions:
+        meta["stream_positions"] = run.ranks.gather([position and position.to_json() for position in run.positions])
     try:
         path = checkpoints.save(run.folder.checkpoints, run.engine, run.ema, run.ranks, step=step, meta=meta)
     except OSError as error:

@@ -24,7 +24,7 @@ from ijepa_scale.config import (
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.sources import remote
-from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.models.attention import packed_attention_reference
 from ijepa_scale.models.attention_backends import BACKENDS, Choice

@@ -22,7 +22,7 @@ from ijepa_scale.data.images import BadImage, ImageSet
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import CROP, image_at
 from ijepa_scale.data.sources.remote import StreamError
-from ijepa_scale.data.streams.streams import StreamMark, Streams
+from ijepa_scale.data.streams.dealing import StreamProgress, Streams
 from ijepa_scale.data.transforms import RandomCrop
 from ijepa_scale.masking.packing import map_tensors
 
@@ -38,7 +38,7 @@ class Batch:
 
     images: (B, 3, S, S) uint8; loader processes leave their channels last in memory, to be moved on the device.
     masks: what the objective drew for these images, a frozen dataclass of tensors.
-    Of a stream, indices are rows of shards, names say which, and mark is where the stream stands after the batch.
+    Of a stream, indices are rows of shards, names say which, and stream is where it goes on after the batch.
     """
 
     images: torch.Tensor
@@ -46,7 +46,7 @@ class Batch:
     indices: tuple[int, ...]
     bad: tuple[BadImage, ...] = ()
     names: tuple[str, ...] = ()
-    mark: StreamMark | None = None
+    stream: StreamProgress | None = None
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return replace(self, images=change(self.images), masks=map_tensors(self.masks, change))
@@ -115,9 +115,9 @@ class MicroBatches(Dataset):
         """Crops of the images at positions of a step, and what a Batch says of where they come from."""
         if isinstance(self.images, Streams):  # which are in order: streams take turns, and their processes with them
             wanted = [self._crop(step, position) for position in positions]
-            taken, missed, mark = self.images.take(micro_step % self.images.num_streams, wanted)
+            taken, missed, stream = self.images.take(micro_step % self.images.num_streams, wanted)
             rows, names, read = zip(*taken, strict=True)
-            return list(read), {"indices": rows, "names": names, "bad": tuple(missed), "mark": mark}
+            return list(read), {"indices": rows, "names": names, "bad": tuple(missed), "stream": stream}
         crops, indices = [], []
         failures: list[BadImage] = []
         for position in positions:
@@ -143,7 +143,7 @@ class MicroBatches(Dataset):
         """A micro-batch to look at, which moves no stream on: of streams the first images as they are stored."""
         images = self.images
         if isinstance(images, Streams):
-            images = replace(images, shuffle_buffer=1, states=None, _open={})
+            images = replace(images, shuffle_buffer=1, positions=None, _open={})
         return replace(self, images=images).batch(step * self.accumulation_steps)
 
 

@@ -25,7 +25,8 @@ from ijepa_scale.data.decoding import (
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.data.sources.columns import preferred, say_chosen, standing
 from ijepa_scale.data.sources.folders import printable
-from ijepa_scale.data.sources.kinds import find_split, inspect_source, map_splits
+from ijepa_scale.data.sources.inspection import find_split, inspect_source
+from ijepa_scale.data.sources.splits import map_splits
 from ijepa_scale.data.sources.tars import read_member
 from ijepa_scale.data.transforms import RandomCrop
 
@@ -59,9 +60,17 @@ class ImageSet:
     """Images of one split of any map-style source, by index. Can be pickled and used in forked workers."""
 
     def __init__(
-        self, dataset: datasets.Dataset, column: str, *, name: str, split: str, limits: Limits = USUAL
+        self,
+        dataset: datasets.Dataset,
+        column: str,
+        *,
+        name: str,
+        split: str,
+        limits: Limits = USUAL,
+        num_images: int = 0,
     ) -> None:
-        self.name, self.split, self.num_images = name, split, len(dataset)
+        """num_images: that the rows stand for, each for those of the indices next to its own; 0: they are all."""
+        self.name, self.split, self.num_images = name, split, num_images or len(dataset)
         self._limits = limits
         self._dataset = dataset
         self._rows = dataset.select_columns([column]).with_format("arrow")  # a row is a slice: nothing is decoded
@@ -138,7 +147,8 @@ class ImageSet:
         return columns
 
     def _value(self, index: int) -> Any:
-        return self._rows[int(index)].column(0)[0].as_py()
+        row = int(index) * len(self._rows) // self.num_images
+        return self._rows[row].column(0)[0].as_py()
 
     def _file(self, index: int) -> bytes | str:
         """The content or the path of an image as it is stored."""
@@ -187,13 +197,13 @@ def open_images(
     return ImageSet(dataset, image_column(dataset, source, column), name=name, split=found, limits=limits)
 
 
-def open_file(path: str, *, name: str, max_pixels: int = MAX_PIXELS) -> ImageSet:
-    """The images of one Arrow file. name: of what they are a part of, as "source:split"."""
+def open_file(path: str, *, name: str, max_pixels: int = MAX_PIXELS, num_images: int = 0) -> ImageSet:
+    """The images of one Arrow file. name: of what they are a part of, as "source:split". num_images: as of ImageSet."""
     import datasets
 
     dataset = datasets.Dataset.from_file(path)
-    limits = Limits(max_pixels=max_pixels)
-    return ImageSet(dataset, image_column(dataset, path), name=name, split=name.rpartition(":")[2], limits=limits)
+    column, split, limits = image_column(dataset, path), name.rpartition(":")[2], Limits(max_pixels=max_pixels)
+    return ImageSet(dataset, column, name=name, split=split, limits=limits, num_images=num_images)
 
 
 def splits_of(source: str, cache_dir: str | None = None, *, column: str = "", config: str = "") -> list[str]:

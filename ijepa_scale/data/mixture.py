@@ -28,8 +28,8 @@ class Mixture:
 
     def image_at(self, seed: int, step: int, position: int, *, global_batch_size: int) -> int:
         """Index of the image at a position of the global batch of a step."""
-        place = step * global_batch_size + position
-        source, index = mixed_image_at(place, seed=seed, sizes=[len(p) for p in self.parts], weights=self.weights)
+        n = step * global_batch_size + position
+        source, index = mixed_image_at(n, seed=seed, sizes=[len(p) for p in self.parts], weights=self.weights)
         return self._first(source) + index
 
     def crop_or_substitute(self, index: int, crop: RandomCrop) -> tuple[np.ndarray, tuple[BadImage, ...]]:

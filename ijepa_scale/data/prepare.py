@@ -20,7 +20,7 @@ from PIL import Image
 
 from ijepa_scale.data.decoding import decode, reason_of
 from ijepa_scale.data.images import ImageSet, LabelColumn, open_images, splits_of
-from ijepa_scale.data.sources.kinds import inspect_source
+from ijepa_scale.data.sources.inspection import inspect_source
 
 FACTS = "prepared.json"
 FORMATS = {"jpeg": 65500, "webp": 16383}  # -> the longest side that can be written, in pixels

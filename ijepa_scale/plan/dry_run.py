@@ -11,10 +11,10 @@ import torch
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.sources.kinds import inspect_source
+from ijepa_scale.data.sources.inspection import inspect_source
 from ijepa_scale.data.sources.remote import is_remote
-from ijepa_scale.data.streams.opening import PREVIEWED, preview_images
-from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.data.streams.dealing import Streams
+from ijepa_scale.data.streams.samples import PREVIEWED, preview_images
 from ijepa_scale.engine.zero import BUCKET
 from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.vit import bytes_kept

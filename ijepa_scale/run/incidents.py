@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ijepa_scale.data.collate import SHARED_MEMORY, Batch
-from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.run.setup import Run
 
@@ -95,7 +95,7 @@ def images_met(run: Run, step: int) -> int:
 
 def report_passes(run: Run, step: int, batches: list[Batch], say: Say, log: Log) -> None:
     """Say which streams came to the end of their shards, and read them again."""
-    own = [(batch.mark.stream, *again) for batch in batches if batch.mark for again in batch.mark.passes]
+    own = [(batch.stream.number, *begun) for batch in batches if batch.stream for begun in batch.stream.passes]
     every = [(rank, *again) for rank, passes in enumerate(run.ranks.gather(own)) for again in passes]
     for rank, stream, source, number, images in every:
         record = {"kind": "stream_pass", "step": step, "rank": rank, "stream": stream, "source": source}

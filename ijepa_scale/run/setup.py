@@ -11,7 +11,8 @@ from ijepa_scale.config import PretrainConfig, changed_keys, to_dict, to_yaml
 from ijepa_scale.data.collate import MicroBatches, check_batches_fit, loader_processes, shared_memory
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.streams.streams import State, Streams, anew
+from ijepa_scale.data.streams.dealing import Streams, anew
+from ijepa_scale.data.streams.positions import StreamPosition, saved_positions
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import launchers, zero
 from ijepa_scale.engine.checkpoint import Checkpoint
@@ -49,7 +50,7 @@ class Run:
     flops: StepFlops
     peak: float | None  # FLOP/s of this rank's device; None: not known
     bad: BadImages = field(default_factory=BadImages)
-    streams: list[State | None] = field(default_factory=list)  # where each of this rank's stands, as far as it trained
+    positions: list[StreamPosition | None] = field(default_factory=list)  # of this rank's streams, as far as it trained
     start_step: int = 0
     wandb_id: str | None = None
     notes: list[str] = field(default_factory=list)  # to be shown once there is a progress line
@@ -109,7 +110,7 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         notes=notes,
     )
     if isinstance(images, Streams):
-        run.streams = list(images.states or [None] * images.num_streams)
+        run.positions = list(images.positions or [None] * images.num_streams)
     earlier = ranks.together(lambda: read_records(folder.metrics) if ranks.first and folder.metrics.exists() else [])
     if found:
         checkpoints.restore(found, engine, ema)
@@ -169,16 +170,16 @@ def choose_attention(config: PretrainConfig, ranks: Ranks) -> Choice:
 
 def go_on(streams: Streams, found: Checkpoint, notes: list[str]) -> Streams:
     """The streams where a checkpoint left them; anew, and noted, where they were dealt in another way."""
-    states = found.manifest.get("stream_states")
-    if not states:
+    positions = saved_positions(found.manifest)
+    if not positions:
         return streams
     if found.manifest["streams"] == streams.layout():
-        return streams.going_on(states[streams.rank])
+        return streams.going_on(positions[streams.rank])
     notes.append(
         "warning: shards are dealt in another way than before: every stream starts a new pass over its shards, so some "
         "images come again earlier than others"
     )
-    return streams.going_on(anew([state for states_of_rank in states for state in states_of_rank], streams))
+    return streams.going_on(anew([position for of_rank in positions for position in of_rank], streams))
 
 
 def find_checkpoint(

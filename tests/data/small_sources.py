@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from ijepa_scale.data.decoding import USUAL, decode
-from ijepa_scale.data.streams.opening import preview_images
+from ijepa_scale.data.streams.samples import preview_images
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 

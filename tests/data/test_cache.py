@@ -2,7 +2,7 @@ import pytest
 
 from ijepa_scale.data.cache import cache_path
 from ijepa_scale.data.images import open_images
-from ijepa_scale.data.scenes.scenes import prepare_scenes
+from ijepa_scale.data.scenes.prepare import prepare_scenes
 from tests.data.small_sources import write_parquet, write_tar
 
 

@@ -9,8 +9,9 @@ from ijepa_scale.data.images import BadImageError, open_file, open_images, split
 from ijepa_scale.data.sources.columns import preferred
 from ijepa_scale.data.sources.folders import say_once
 from ijepa_scale.data.sources.remote import Patience
-from ijepa_scale.data.streams.opening import open_shards, sample_images
-from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.data.streams.dealing import Streams
+from ijepa_scale.data.streams.opening import open_shards
+from ijepa_scale.data.streams.samples import sample_images
 from tests.data.small_sources import (
     IMAGE,
     WHOLE,

@@ -10,10 +10,10 @@ import pytest
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.sources import contents
 from ijepa_scale.data.sources.contents import folder_contents
-from ijepa_scale.data.sources.kinds import inspect_source
+from ijepa_scale.data.sources.inspection import inspect_source
 from ijepa_scale.data.sources.remote import Patience
+from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.data.streams.opening import open_shards
-from ijepa_scale.data.streams.streams import Streams
 from tests.data.small_sources import (
     WHOLE,
     count_images,

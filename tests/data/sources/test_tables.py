@@ -7,7 +7,7 @@ import pytest
 
 from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.data.sources import tables
-from ijepa_scale.data.sources.kinds import is_mapped
+from ijepa_scale.data.sources.inspection import is_mapped
 from ijepa_scale.data.sources.tables import listed_images
 from tests.data.small_sources import WHOLE, number_of, write_images, write_jsonl
 

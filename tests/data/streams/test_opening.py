@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 from ijepa_scale.data.images import open_file, open_images
-from ijepa_scale.data.sources.kinds import expand_braces
+from ijepa_scale.data.sources.inspection import expand_braces
 from ijepa_scale.data.sources.remote import Patience
-from ijepa_scale.data.streams.opening import open_shards, sample_images, shard_locations
-from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.data.streams.dealing import Streams
+from ijepa_scale.data.streams.opening import open_shards, shard_locations
+from ijepa_scale.data.streams.samples import sample_images
 from tests.data.server import HUB_COMMIT, serving
 from tests.data.small_sources import WHOLE, number_of, save_to_disk, write_images, write_jsonl, write_parquet, write_tar
 
@@ -191,7 +192,7 @@ READ = """
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.sources.remote import Patience
 from ijepa_scale.data.streams.opening import open_shards
-from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.data.streams.dealing import Streams
 from tests.data.small_sources import WHOLE, number_of
 shards = open_shards("me/data", patience=Patience(0))
 streams = Streams(sources=[shards], seed=0, shuffle_buffer=1, patience=Patience(0))
