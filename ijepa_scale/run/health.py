@@ -15,7 +15,7 @@ from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.evals.extract import pooled_features
 from ijepa_scale.evals.knn import knn_top1
 from ijepa_scale.evals.probes import unfit
-from ijepa_scale.run.records import is_number
+from ijepa_scale.run.records import is_number, read_records
 from ijepa_scale.run.setup import Run
 
 # Health: below these the words change. Each is far from what a run that learns has shown, so that a warning means it.
@@ -192,3 +192,20 @@ def measure_health(
     history.append(record)
     log(record)
     say(f"health at step {step}: {health_verdict(history)}")
+
+
+class HealthChecks:
+    """Measures now and then, and remembers what the run has measured before."""
+
+    def __init__(self, run: Run, log: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> None:
+        self._run, self._log, self._say = run, log, say
+        records = read_records(run.folder.metrics) if run.ranks.first else []
+        self._history = [record for record in records if record.get("kind") == "health"]
+
+    def due(self, step: int) -> bool:
+        every = self._run.config.logging.health_every_steps
+        return every > 0 and step % every == 0
+
+    def measure(self, step: int, *, loss: float | None) -> None:
+        """All ranks call it. loss: of the step before."""
+        measure_health(self._run, step, self._history, self._log, self._say, loss=loss)
