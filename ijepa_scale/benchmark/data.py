@@ -22,6 +22,7 @@ from ijepa_scale.data.order import generator_for
 from ijepa_scale.data.transforms import random_resized_crop
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
+from ijepa_scale.objectives.masks import BlockMasks
 
 SAMPLE = 500  # images at most, evenly spaced over the source
 TURN = 50  # images each pipeline takes before the next has its turn
@@ -164,7 +165,7 @@ def loaded_per_second(images: ImageSet, *, size: int, count: int, workers: int) 
     batch = min(BATCH, len(images))
     dataset = MicroBatches(
         images=images,
-        blocks=MultiBlock(grid=PatchGrid(14, 14)),
+        draw_masks=BlockMasks(MultiBlock(grid=PatchGrid(14, 14))),
         seed=0,
         image_size=size,
         crop_scale=SCALE,

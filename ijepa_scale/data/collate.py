@@ -19,14 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ijepa_scale.data.images import BadImage, ImageSet, Limits, Use, croppable
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.order import generator_for, image_at
+from ijepa_scale.data.order import CROP, generator_for, image_at
 from ijepa_scale.data.streams.streams import StreamMark, Streams
 from ijepa_scale.data.transforms import random_resized_crop
-from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
-from ijepa_scale.masking.packing import Masks, limit_context, map_tensors, pack_masks
+from ijepa_scale.masking.packing import map_tensors
 
-# Streams of random numbers, the first part of each key after the seed.
-SIZES, CROP, BLOCKS, CONTEXT = range(4)
 PREFETCH = 4  # micro-batches that a loader process makes ahead
 SHARED_MEMORY = "/dev/shm"  # where they lie until the rank has taken them
 CLOSE_SECONDS = 5.0  # for loader processes to end by themselves
@@ -38,11 +35,12 @@ class Batch:
     """One micro-batch. indices: which image each is. bad: unreadable images met.
 
     images: (B, 3, S, S) uint8; loader processes leave their channels last in memory, to be moved on the device.
+    masks: what the objective drew for these images, a frozen dataclass of tensors.
     Of a stream, indices are rows of shards, names say which, and mark is where the stream stands after the batch.
     """
 
     images: torch.Tensor
-    masks: Masks
+    masks: Any
     indices: tuple[int, ...]
     bad: tuple[BadImage, ...] = ()
     names: tuple[str, ...] = ()
@@ -66,13 +64,12 @@ class MicroBatches(Dataset):
     """Item i is this rank's micro-batch at micro-step i of the run.
 
     The global batch of a step is cut in order: micro-step a of rank r takes the images at positions
-    (a * ranks + r) * micro_batch_size onwards. What stands at a position (image, crop, blocks) depends on the seed, the
+    (a * ranks + r) * micro_batch_size onwards. What stands at a position (image, crop, masks) depends on the seed, the
     step and the position alone, so ranks, workers, accumulation and restarts do not change what is trained on.
     """
 
     images: ImageSet | Mixture | Streams
-    blocks: MultiBlock
-    context: str = "all"  # mask.context; batch_min alone depends on the micro-batch
+    draw_masks: Callable[[int, range], Any]  # (step, positions in the global batch) -> masks of the images there
     seed: int
     image_size: int
     crop_scale: tuple[float, float]
@@ -90,17 +87,9 @@ class MicroBatches(Dataset):
         step, micro = divmod(micro_step, self.accumulation_steps)
         first = (micro * self.ranks + self.rank) * self.micro_batch_size
         positions = range(first, first + self.micro_batch_size)
-        sizes = block_sizes(self.blocks, generator_for(self.seed, SIZES, step))
         crops, batch = self._crops(micro_step, step, positions)
-        contexts, targets = [], []
-        for position in positions:
-            placed = place_blocks(self.blocks, sizes, generator_for(self.seed, BLOCKS, step, position))
-            contexts.append(placed.context)
-            targets.append(list(placed.target_blocks))
-        rngs = [generator_for(self.seed, CONTEXT, step, position) for position in positions]
-        masks = pack_masks(limit_context(contexts, self.context, rngs), targets, self.blocks.grid.num_patches)
         channels_last = torch.from_numpy(np.stack([crop.transpose(1, 2, 0) for crop in crops]))
-        return Batch(channels_last.permute(0, 3, 1, 2), masks, **batch)
+        return Batch(channels_last.permute(0, 3, 1, 2), self.draw_masks(step, positions), **batch)
 
     def _crops(self, micro_step: int, step: int, positions: range) -> tuple[list[np.ndarray], dict[str, Any]]:
         """Crops of the images at positions of a step, and what a Batch says of where they come from."""

@@ -166,16 +166,17 @@ def measure_health(
     """Are the features still worth something? Collective: every rank computes its share. loss: of the step before."""
     images = run.evaluation.train
     wanted = eval_indices(run, images, run.config.logging.health_images)
-    model = run.engine.module
-    (target, context), indices = features_of(run, [model.target_encoder, model.context_encoder], images, wanted)
+    encoders = run.objective.encoders(run.engine.module)  # the best first
+    features, indices = features_of(run, list(encoders.values()), images, wanted)
+    best = features[0]
     if not run.ranks.first:
         return
     record: dict[str, Any] = {
         "kind": "health",
         "step": step,
-        "feature_std": feature_std(target),
-        "rankme": rankme(target),
-        "drift": drift(target, context),
+        "feature_std": feature_std(best),
+        "rankme": rankme(best),
+        **({"drift": drift(*features)} if len(encoders) == 2 else {}),
         "loss": loss,
     }
     for name, column in images.label_columns().items():
@@ -184,9 +185,9 @@ def measure_health(
         fit, held = np.split(labelled, [len(labelled) * 3 // 4])
         if unfit(labels[fit], labels[held], at_least=1):
             continue  # with the next
-        if bool(torch.isfinite(target).all()):
+        if bool(torch.isfinite(best).all()):
             y = torch.from_numpy(labels)
-            record["knn"] = knn_top1(target[fit], y[fit], target[held], y[held])
+            record["knn"] = knn_top1(best[fit], y[fit], best[held], y[held])
             record["knn_label"] = name
         break
     history.append(record)

@@ -11,6 +11,7 @@ from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import mixed_image_at, mixture_place, permuted_index, source_seed, whole_weights
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
+from ijepa_scale.objectives.masks import BlockMasks
 from tests.data.small_sources import number_of, write_images
 
 WEIGHTS = [(1,), (1, 1), (3, 1), (1, 3), (2, 3, 5), (1, 1, 1, 1), (1, 999), (999, 1), (7, 1, 2, 90)]
@@ -96,7 +97,7 @@ def test_a_batch_of_a_mixture(mixture):
     assert datasets.__name__  # imported here, not while a batch is timed
     batches = MicroBatches(
         images=mixture,
-        blocks=MultiBlock(grid=PatchGrid(2, 2), min_keep=1),
+        draw_masks=BlockMasks(MultiBlock(grid=PatchGrid(2, 2), min_keep=1)),
         seed=3,
         image_size=8,
         crop_scale=(0.9, 1.0),

@@ -18,6 +18,7 @@ from ijepa_scale.data.streams.shards import read_shard
 from ijepa_scale.data.streams.streams import Shards, Streams, anew
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
+from ijepa_scale.objectives.masks import BlockMasks
 from tests.data.server import serving
 from tests.data.small_sources import number_of, write_images, write_parquet, write_tar
 
@@ -324,7 +325,7 @@ def test_anew_no_stream_begins_a_pass_again(tars):
 def micro_batches(streams, **changes):
     values = dict(
         images=streams,
-        blocks=MultiBlock(grid=PatchGrid(2, 2), min_keep=1),
+        draw_masks=BlockMasks(MultiBlock(grid=PatchGrid(2, 2), min_keep=1)),
         seed=3,
         image_size=8,
         crop_scale=(0.9, 1.0),
