@@ -75,9 +75,8 @@ def test_an_old_run_goes_on(old, tmp_path, run, ranks, options):
 
     restored, saved = whole_state(tmp_path / "restored"), whole_state(FIXTURES / run / SAVED)
     assert restored.keys() == saved.keys() and {kind for kind, _ in saved} == set(checkpoint.KINDS)
-    assert [
-        key for key in saved if not torch.equal(restored[key].view(torch.int32), saved[key].view(torch.int32))
-    ] == []
+    differing = [key for key in saved if not torch.equal(restored[key].view(torch.int32), saved[key].view(torch.int32))]
+    assert not differing, differing
     steps = steps_of(old / run)
     assert [step["step"] for step in steps] == list(range(8)) and steps[:4] == recorded[:4]
     assert [step["loss"] for step in steps[4:]] == pytest.approx([step["loss"] for step in recorded[4:]], abs=1e-6)
