@@ -193,6 +193,10 @@ class IJepaObjective:
             "predictor_heads": self.predictor.heads,
         }
 
+    def batch_facts(self) -> tuple[str, ...]:
+        statistics = bool(self.variance or self.covariance)
+        return ("micro_batch_size",) * (self.draw_masks.context == "batch_min") + ("images_in_statistics",) * statistics
+
     def check(self, *, images: int) -> None:
         if (self.variance or self.covariance) and images < 2:
             raise ValueError(

@@ -79,5 +79,8 @@ class Objective(Protocol):
     def architecture(self) -> dict[str, int]:
         """What fixes the shapes of the weights, for a checkpoint to be compared with."""
 
+    def batch_facts(self) -> tuple[str, ...]:
+        """Which of "micro_batch_size" and "images_in_statistics" (those of all ranks) alter what is learned."""
+
     def check(self, *, images: int) -> None:
         """Raise ValueError for micro-steps that it cannot learn from. images: of all ranks in one."""

@@ -95,6 +95,9 @@ class PixelObjective:
     def architecture(self) -> dict[str, int]:
         return {"width": SIZE.width}
 
+    def batch_facts(self) -> tuple[str, ...]:
+        return ()
+
     def check(self, *, images: int) -> None:
         """Any number will do."""
 
