@@ -11,9 +11,8 @@ import torch
 
 from ijepa_kernels.dispatch import chosen
 from ijepa_scale.config import PretrainConfig, to_dict
-from ijepa_scale.data.collate import Batch, MicroBatchStream, micro_batch_stream
-from ijepa_scale.data.images import BadImageError
-from ijepa_scale.data.sources.remote import StreamError
+from ijepa_scale.data.collate import Batch, LoadError, MicroBatchStream, micro_batch_stream
+from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.device import memory_bytes, rates
 from ijepa_scale.engine.feed import Feed, HostCopy, collecting_by_hand
@@ -264,10 +263,8 @@ def agreed_reason(ranks: distributed.Ranks, stop_request: StopRequest) -> str:
 def next_batch(feed: Feed) -> Batch:
     try:
         return feed.take()
-    except (BadImageError, StreamError) as error:
-        line = str(error).splitlines()[-1]  # a worker's comes with its traceback, and ends with the class and message
-        kind = f"{type(error).__module__}.{type(error).__qualname__}: "
-        raise RunError(line.removeprefix(kind), local=True) from error
+    except LoadError as error:
+        raise RunError(str(error), local=True) from error
 
 
 def introduce(run: Run, say: Say) -> None:

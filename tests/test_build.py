@@ -30,7 +30,7 @@ from ijepa_scale.models.attention import packed_attention_reference
 from ijepa_scale.models.attention_backends import BACKENDS, Choice
 from ijepa_scale.models.vit import VIT_SIZES, ViTSize
 from ijepa_scale.plan.dry_run import dry_run
-from tests.data.small_sources import IMAGE, encoded, number_of, write_images, write_parquet, write_tar
+from tests.data.small_sources import IMAGE, WHOLE, encoded, number_of, write_images, write_parquet, write_tar
 
 
 def config_of(**sections):
@@ -342,7 +342,7 @@ def test_column_and_configuration_reach_whatever_reads_the_source(tmp_path, stre
 
     def numbers(images):
         if isinstance(images, Streams):
-            return sorted(number_of(image) for _, _, image in images.take(0, 5)[0])
+            return sorted(number_of(image) for _, _, image in images.take(0, [WHOLE] * 5)[0])
         return [number_of(images.read(i)) for i in range(len(images))]
 
     for column, more in (("", 0), ("mask", 100), ("image", 0)):

@@ -17,9 +17,9 @@ from PIL import Image
 
 from ijepa_scale.benchmark.timing import machine, spread
 from ijepa_scale.data.collate import MicroBatches, micro_batch_stream
-from ijepa_scale.data.images import BadImageError, ImageSet, croppable, decode, open_images
-from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.transforms import random_resized_crop
+from ijepa_scale.data.decoding import BadImageError, decode
+from ijepa_scale.data.images import ImageSet, open_images
+from ijepa_scale.data.transforms import RandomCrop
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.objectives.masks import BlockMasks
@@ -130,7 +130,7 @@ def _reads(decoder: Pipeline, file: bytes) -> bool:
 
 
 def _ours(size: int) -> Callable[[int, bytes], Any]:
-    return lambda i, file: random_resized_crop(croppable(file), generator_for(0, i), size, scale=SCALE)
+    return lambda i, file: RandomCrop(size, (0, i), scale=SCALE).of(file)
 
 
 def _torchvision(size: int) -> list[Pipeline]:

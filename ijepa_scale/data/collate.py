@@ -17,11 +17,13 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from ijepa_scale.data.images import BadImage, ImageSet, Limits, Use, croppable
+from ijepa_scale.data.decoding import BadImageError
+from ijepa_scale.data.images import BadImage, ImageSet
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.order import CROP, generator_for, image_at
+from ijepa_scale.data.order import CROP, image_at
+from ijepa_scale.data.sources.remote import StreamError
 from ijepa_scale.data.streams.streams import StreamMark, Streams
-from ijepa_scale.data.transforms import random_resized_crop
+from ijepa_scale.data.transforms import RandomCrop
 from ijepa_scale.masking.packing import map_tensors
 
 PREFETCH = 4  # micro-batches that a loader process makes ahead
@@ -59,9 +61,20 @@ class Batch:
         return self.map_tensors(torch.Tensor.pin_memory)
 
 
+@dataclass(frozen=True)
+class FailedBatch:
+    """What comes in the place of a micro-batch that cannot be made, also out of a loader process: why, in words."""
+
+    message: str
+
+
+class LoadError(Exception):
+    """No more micro-batches can be made. The message says what failed and what to do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatches(Dataset):
-    """Item i is this rank's micro-batch at micro-step i of the run.
+    """Item i is this rank's micro-batch at micro-step i of the run, or why there is none.
 
     The global batch of a step is cut in order: micro-step a of rank r takes the images at positions
     (a * ranks + r) * micro_batch_size onwards. What stands at a position (image, crop, masks) depends on the seed, the
@@ -83,7 +96,14 @@ class MicroBatches(Dataset):
     def accumulation_steps(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.ranks)
 
-    def __getitem__(self, micro_step: int) -> Batch:
+    def __getitem__(self, micro_step: int) -> Batch | FailedBatch:
+        try:
+            return self.batch(micro_step)
+        except (BadImageError, StreamError) as error:
+            return FailedBatch(str(error))
+
+    def batch(self, micro_step: int) -> Batch:
+        """Raises BadImageError where too many images are bad, StreamError where a stream cannot go on."""
         step, micro = divmod(micro_step, self.accumulation_steps)
         first = (micro * self.ranks + self.rank) * self.micro_batch_size
         positions = range(first, first + self.micro_batch_size)
@@ -94,29 +114,24 @@ class MicroBatches(Dataset):
     def _crops(self, micro_step: int, step: int, positions: range) -> tuple[list[np.ndarray], dict[str, Any]]:
         """Crops of the images at positions of a step, and what a Batch says of where they come from."""
         if isinstance(self.images, Streams):  # which are in order: streams take turns, and their processes with them
-            uses = [self._cropping(step, position) for position in positions]
-            taken, missed, mark = self.images.take(micro_step % self.images.num_streams, len(positions), uses)
+            wanted = [self._crop(step, position) for position in positions]
+            taken, missed, mark = self.images.take(micro_step % self.images.num_streams, wanted)
             rows, names, read = zip(*taken, strict=True)
             return list(read), {"indices": rows, "names": names, "bad": tuple(missed), "mark": mark}
         crops, indices = [], []
         failures: list[BadImage] = []
         for position in positions:
             index = self._index_at(step, position)
-            crop, bad = self.images.read_or_substitute(index, self._cropping(step, position))
-            crops.append(crop)
+            pixels, bad = self.images.crop_or_substitute(index, self._crop(step, position))
+            crops.append(pixels)
             indices.append(index)
             failures += bad
         return crops, {"indices": tuple(indices), "bad": tuple(failures)}
 
-    def _cropping(self, step: int, position: int) -> Use:
-        """The crop of whichever image comes to stand at a position of a step."""
-
-        def crop(file: bytes | str, limits: Limits) -> np.ndarray:
-            rng = generator_for(self.seed, CROP, step, position)
-            image = croppable(file, limits)
-            return random_resized_crop(image, rng, self.image_size, scale=self.crop_scale, flip=self.horizontal_flip)
-
-        return crop
+    def _crop(self, step: int, position: int) -> RandomCrop:
+        """That of whichever image comes to stand at a position of a step."""
+        key = (self.seed, CROP, step, position)
+        return RandomCrop(self.image_size, key, scale=self.crop_scale, flip=self.horizontal_flip)
 
     def _index_at(self, step: int, position: int) -> int:
         size = self.global_batch_size
@@ -129,7 +144,7 @@ class MicroBatches(Dataset):
         images = self.images
         if isinstance(images, Streams):
             images = replace(images, shuffle_buffer=1, states=None, _open={})
-        return replace(self, images=images)[step * self.accumulation_steps]
+        return replace(self, images=images).batch(step * self.accumulation_steps)
 
 
 class MicroBatchStream:
@@ -148,8 +163,12 @@ class MicroBatchStream:
         return self
 
     def __next__(self) -> Batch:
+        """Raises LoadError where the micro-batch cannot be made."""
         try:
-            return next(self._batches)
+            batch = next(self._batches)
+            if isinstance(batch, FailedBatch):
+                raise LoadError(batch.message)
+            return batch
         except BaseException:  # an error would keep hold of them
             self.close()
             raise

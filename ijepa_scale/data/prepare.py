@@ -18,7 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from ijepa_scale.data.images import ImageSet, LabelColumn, decode, open_images, reason_of, splits_of
+from ijepa_scale.data.decoding import decode, reason_of
+from ijepa_scale.data.images import ImageSet, LabelColumn, open_images, splits_of
 from ijepa_scale.data.sources.kinds import inspect_source
 
 FACTS = "prepared.json"

@@ -12,7 +12,7 @@ from ijepa_scale.data.order import mixed_image_at, mixture_place, permuted_index
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.objectives.masks import BlockMasks
-from tests.data.small_sources import number_of, write_images
+from tests.data.small_sources import WHOLE, number_of, write_images
 
 WEIGHTS = [(1,), (1, 1), (3, 1), (1, 3), (2, 3, 5), (1, 1, 1, 1), (1, 999), (999, 1), (7, 1, 2, 90)]
 
@@ -85,7 +85,7 @@ def mixture(tmp_path):
 
 def test_a_mixture_reads_its_parts_end_to_end(mixture):
     assert len(mixture) == 10 and mixture.name == "75% a:train + 25% b:train"
-    whole = [mixture.read_or_substitute(i) for i in range(10)]
+    whole = [mixture.crop_or_substitute(i, WHOLE) for i in range(10)]
     assert [number_of(image) for image, _ in whole[:4]] == [0, 1, 2, 3]
     assert [number_of(image) for image, _ in whole[4:]][:2] == [10, 11]
     ((bad,),) = [bad for _, bad in whole if bad]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ijepa_scale.data.cache import make_cache
+from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
 from ijepa_scale.data.sources.clones import clone_builder
 from ijepa_scale.data.sources.contents import folder_contents
 from ijepa_scale.data.sources.copies import cache_folder, copied_split, explained
@@ -22,7 +23,6 @@ from ijepa_scale.data.sources.folders import (
     shard_splits,
     warn_once,
 )
-from ijepa_scale.data.sources.lfs import LFS_ADVICE, is_pointer_file
 from ijepa_scale.data.sources.remote import hub_file, is_remote
 from ijepa_scale.data.sources.tables import ListedImages, is_table, listed_images, tables_at
 from ijepa_scale.data.sources.tars import tar_ending, tar_index

@@ -34,10 +34,10 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from ijepa_scale.data.cache import make_cache
+from ijepa_scale.data.decoding import image_extensions
 from ijepa_scale.data.sources.columns import standing
 from ijepa_scale.data.sources.folders import printable, warn_once
 from ijepa_scale.data.sources.remote import is_remote
-from ijepa_scale.data.transforms import image_extensions
 
 _log = logging.getLogger(__name__)
 

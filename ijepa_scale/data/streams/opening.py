@@ -13,17 +13,17 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ijepa_scale.data.images import ImageSet, image_column, is_label, open_file, open_images, reason_of
+from ijepa_scale.data.decoding import MAX_PIXELS, reason_of
+from ijepa_scale.data.images import ImageSet, image_column, is_label, open_file, open_images
+from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
 from ijepa_scale.data.sources.copies import check_copy, explained
 from ijepa_scale.data.sources.folders import image_splits, printable, shard_splits
 from ijepa_scale.data.sources.kinds import check_choice, find_split, inspect_source, source_builder
-from ijepa_scale.data.sources.lfs import LFS_ADVICE, is_pointer_file
 from ijepa_scale.data.sources.remote import DeadLinkError, Patience, is_remote, read_listed
 from ijepa_scale.data.sources.tables import listed_images
 from ijepa_scale.data.sources.tars import TarNotes, first_notes, open_tar, tar_ending, tar_samples
 from ijepa_scale.data.streams.shards import DAMAGED, first_rows, open_shard, shard_kind
 from ijepa_scale.data.streams.streams import Shards
-from ijepa_scale.data.transforms import MAX_PIXELS
 
 _log = logging.getLogger(__name__)
 

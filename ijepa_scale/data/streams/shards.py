@@ -11,9 +11,9 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ijepa_scale.data.decoding import image_extensions
 from ijepa_scale.data.sources.remote import Patience, StreamError, is_remote, open_location
 from ijepa_scale.data.sources.tars import open_tar, tar_samples
-from ijepa_scale.data.transforms import image_extensions
 
 SHARD_KINDS = {  # ending of a location -> kind; anything else that Pillow knows is a shard of one image
     ".parquet": "parquet",

@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_scale.data.images import MAX_SUBSTITUTES, BadImage, BadImageError, Limits, Use, decode, reason_of
+from ijepa_scale.data.decoding import MAX_PIXELS, BadImageError, Limits, reason_of
+from ijepa_scale.data.images import MAX_SUBSTITUTES, BadImage
 from ijepa_scale.data.order import generator_for, mixture_place, permuted_index, source_seed
 from ijepa_scale.data.sources.folders import printable
 from ijepa_scale.data.sources.remote import DeadLinkError, Patience, StreamError, is_remote, read_listed
 from ijepa_scale.data.streams.shards import DAMAGED, START, Encoded, Mark, read_shard
-from ijepa_scale.data.transforms import MAX_PIXELS
+from ijepa_scale.data.transforms import RandomCrop
 
 State = dict[str, Any]  # as JSON holds it
 
@@ -281,26 +282,23 @@ class Streams:
         return lines
 
     def take(
-        self, stream: int, count: int, uses: Sequence[Use] = ()
-    ) -> tuple[list[tuple[int, str, Any]], list[BadImage], StreamMark]:
-        """The next images of a stream as (row in its shard, name, image), bad ones met, and where it stands then.
-
-        uses: for each what is wanted instead of the image; one for which it fails is bad.
-        """
+        self, stream: int, crops: Sequence[RandomCrop]
+    ) -> tuple[list[tuple[int, str, np.ndarray]], list[BadImage], StreamMark]:
+        """Crops of a stream's next images as (row in its shard, name, pixels), bad ones met, where it stands then."""
         if stream not in self._open:
             self._open[stream] = self._mixed(stream)
         mixed = self._open[stream]
-        images: list[tuple[int, str, Any]] = []
+        images: list[tuple[int, str, np.ndarray]] = []
         bad: list[BadImage] = []
         passes = []
         in_a_row = 0
-        while len(images) < count:
+        while len(images) < len(crops):
             source, read, ended = mixed.take()
             if ended:
                 passes.append((self.sources[source].name, read.number, ended))
             try:
-                use = uses[len(images)] if uses else decode
-                images.append((read.index, read.name, self._used(read, use, self.sources[source].locations)))
+                pixels = self._cropped(read, crops[len(images)], self.sources[source].locations)
+                images.append((read.index, read.name, pixels))
                 in_a_row = 0
             except BadImageError as error:
                 bad.append(BadImage(read.index, read.name, error.reason))
@@ -312,14 +310,14 @@ class Streams:
                 )
         return images, bad, StreamMark(stream, mixed.state(), tuple(passes))
 
-    def _used(self, read: Read, use: Use, locations: Sequence[str]) -> Any:
+    def _cropped(self, read: Read, crop: RandomCrop, locations: Sequence[str]) -> np.ndarray:
         if read.reason:
             raise BadImageError(read.reason)
         try:
             file = read.file
             if isinstance(file, str) and is_remote(file):
                 file = read_listed(file, locations, self.patience)
-            return use(file, Limits(self.min_side, self.max_pixels))
+            return crop.of(file, Limits(self.min_side, self.max_pixels))
         except StreamError:
             raise
         except DeadLinkError as error:
