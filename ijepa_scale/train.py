@@ -42,7 +42,7 @@ from ijepa_scale.run.records import JsonlWriter, WandbWriter, read_records
 from ijepa_scale.run.report import preview_masks, report
 from ijepa_scale.run.setup import InputError, Run, check, set_up
 
-RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/lab/speed.md
+RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/performance.md
 
 
 def pretrain(
