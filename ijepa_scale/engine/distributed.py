@@ -168,7 +168,7 @@ def start() -> Ranks:
     if cuda:
         torch.cuda.set_device(local_rank)
         # cuDNN's attention plans each new shape anew, in tens of milliseconds, and the numbers of tokens change every
-        # step (docs/performance.md): flash attention has no plans. Once and for the process: it has no other scope.
+        # step (docs/lab/speed.md): flash attention has no plans. Once and for the process: it has no other scope.
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         _prepare_cpu()

@@ -250,8 +250,8 @@ def test_out_of_memory_names_the_micro_batch():
         raise RuntimeError("another error passes as it is")
 
 
-def test_the_example_of_the_readme_runs(tmp_path):
-    text = (ROOT / "README.md").read_text()
+def test_the_example_of_the_docs_runs(tmp_path):
+    text = (ROOT / "docs" / "python.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     result = run([sys.executable, "-c", f"import sys; sys.path[:0] = ['.', 'kernels']\n{code}"], cwd=ROOT)
     assert result.returncode == 0, result.stderr
