@@ -81,7 +81,7 @@ def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume
         "images": len(images),
         "precision": precision,
         "micro_batch_size": micro_batch_size,
-        "images_in_statistics": micro_batch_size * ranks.world_size,  # of the variance and covariance terms
+        "images_in_statistics": micro_batch_size * ranks.world_size,  # of terms over the images of a micro-step
     }
     dealt: list[str] = []
     if isinstance(images, Streams):
@@ -118,19 +118,7 @@ def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume
     )
     if isinstance(images, Streams):
         run.streams = list(images.states or [None] * images.num_streams)
-    earlier = ranks.together(lambda: read_records(folder.metrics) if ranks.first and folder.metrics.exists() else [])
-    if found:
-        checkpoints.restore(found, engine, ema)
-        run.start_step = found.step
-        run.bad = BadImages(ranks.from_first([r for r in earlier if r["step"] < found.step]))
-        if found.path.parent.resolve() == folder.checkpoints.resolve():  # a branch of another run gets an id of its own
-            run.wandb_id = found.manifest.get("wandb_id")
-    elif earlier and ranks.first:
-        old = folder.metrics.with_suffix(".jsonl.old")
-        folder.metrics.replace(old)
-        run.notes.append(
-            f"no checkpoint in {folder.path}: starting from scratch; the earlier metrics are in {old.name}"
-        )
+    take_up(run, found)
     if ranks.first:
         folder.describe(
             to_yaml(config),
@@ -141,6 +129,24 @@ def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume
             source=images.name,
         )
     return run
+
+
+def take_up(run: Run, found: checkpoints.Checkpoint | None) -> None:
+    """Bring a run to where a checkpoint left it; without one the metrics of earlier attempts are put aside."""
+    ranks, folder = run.ranks, run.folder
+    earlier = ranks.together(lambda: read_records(folder.metrics) if ranks.first and folder.metrics.exists() else [])
+    if found:
+        checkpoints.restore(found, run.engine, run.ema)
+        run.start_step = found.step
+        run.bad = BadImages(ranks.from_first([r for r in earlier if r["step"] < found.step]))
+        if found.path.parent.resolve() == folder.checkpoints.resolve():  # a branch of another run gets an id of its own
+            run.wandb_id = found.manifest.get("wandb_id")
+    elif earlier and ranks.first:
+        old = folder.metrics.with_suffix(".jsonl.old")
+        folder.metrics.replace(old)
+        run.notes.append(
+            f"no checkpoint in {folder.path}: starting from scratch; the earlier metrics are in {old.name}"
+        )
 
 
 def check_shared_memory(
