@@ -81,7 +81,7 @@ def test_activation_checkpointing_and_compile_reach_the_blocks(policy, encoder, 
         model=ModelConfig(name="vit_tiny", patch_size=4, width=16, heads=2, depth=4),
         predictor=PredictorConfig(width=8, depth=2),
     )
-    model = build.build_model(config, initialize=False)
+    model = build.build_model(config)
     for blocks, expected in ((model.context_encoder.blocks, encoder), (model.predictor.predictor_blocks, predictor)):
         assert [i for i, block in enumerate(blocks, 1) if block.recomputed] == expected
         assert all(block.compiled == (policy == "none") for block in blocks)
@@ -143,7 +143,7 @@ def test_a_kernel_is_tested_at_the_model_s_heads_and_longest_sequence_and_reache
     factor = 1
     assert build.build_attention(config, device=CPU).attend is attend
     assert calls == {(2, 24, 36), (4, 8, 36)}
-    model = build.build_model(config, attend=attend, initialize=False)
+    model = build.build_model(config, attend=attend)
     assert model.context_encoder.attend is model.predictor.attend is attend
     factor = 1.1
     with pytest.raises(ValueError, match=r"^model.attention=fa2 on cpu at head width 24 gives a wrong output"):
@@ -155,13 +155,13 @@ def test_weights_are_a_function_of_the_seed():
     name = "context_encoder.blocks.1.attn.qkv.weight"
     assert all(torch.equal(models[0][key], models[1][key]) for key in models[0])
     assert not torch.equal(models[0][name], models[2][name])
-    plain = build.build_model(config_of(seed=5), initialize=False).state_dict()
+    plain = build.build_model(config_of(seed=5)).state_dict()
     assert plain.keys() == models[0].keys() and not torch.equal(plain[name], models[0][name])
 
 
 def test_architecture_says_what_fixes_the_shapes():
     config = config_of()
-    assert build.architecture(config) == {
+    assert build.build_ijepa(config).architecture() == {
         "image_size": 24,
         "patch_size": 4,
         "width": 16,
@@ -177,7 +177,7 @@ def test_architecture_says_what_fixes_the_shapes():
         {"model": dataclasses.replace(config.model, mlp_width=60)},
         {"predictor": PredictorConfig(width=8, depth=1, heads=1)},
     ):
-        assert build.architecture(config_of(**change)) != build.architecture(config)
+        assert build.build_ijepa(config_of(**change)).architecture() != build.build_ijepa(config).architecture()
 
 
 def test_blocks_carry_the_mask_section():

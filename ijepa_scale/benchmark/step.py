@@ -30,7 +30,7 @@ from ijepa_scale.models.attention_backends import Choice
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.vit import Block
 from ijepa_scale.objectives.flops import Counts
-from ijepa_scale.objectives.masks import BlockMasks
+from ijepa_scale.objectives.ijepa import IJepaObjective
 
 # (m, k, n) of the matmul rate
 LARGE_SHAPES = {
@@ -48,6 +48,7 @@ class Setting:
     """What all runs share."""
 
     config: PretrainConfig
+    objective: IJepaObjective
     device: torch.device
     precision: str  # fp32 or bf16
     attention: Choice  # of the training step; the baseline has its own
@@ -78,7 +79,7 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
         asked = config.optimization.micro_batch_size or config.optimization.global_batch_size
         attention = build.build_attention(config, device=device)
         say(f"attention: {attention.name} ({attention.why})")
-        setting = Setting(config, device, precision, attention, asked)
+        setting = Setting(config, build.build_ijepa(config), device, precision, attention, asked)
         while True:
             try:
                 return {**measure(setting, steps, say, profile), "batch_asked": asked}
@@ -99,7 +100,7 @@ def measure(setting: Setting, steps: int, say: Say, profile: Path | None) -> dic
     side = setting.config.data.image_size
     images = torch.randint(256, (setting.batch, 3, side, side)).to(torch.uint8).to(setting.device)
     equal, ragged = (
-        [sampled_masks(setting.config, setting.batch, step, context) for step in range(LAYOUTS)]
+        [sampled_masks(setting.objective, setting.batch, step, context) for step in range(LAYOUTS)]
         for context in ("batch_min", "all")
     )
     say("building both models")
@@ -118,9 +119,9 @@ def measure(setting: Setting, steps: int, say: Say, profile: Path | None) -> dic
     return found
 
 
-def sampled_masks(config: PretrainConfig, batch: int, step: int, context: str) -> Masks:
+def sampled_masks(objective: IJepaObjective, batch: int, step: int, context: str) -> Masks:
     """What training would draw at this step."""
-    return BlockMasks(build.build_blocks(config), context, config.seed)(step, range(batch))
+    return replace(objective.draw_masks, context=context)(step, range(batch))
 
 
 def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged: list[Masks]) -> list[Timed]:
@@ -132,7 +133,7 @@ def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged:
     dense_masks = [DenseMasks.of(masks).to(device) for masks in equal]
     start = allocated(device)
     with device, torch.no_grad():
-        like = build.build_model(config, initialize=False)
+        like = setting.objective.build()
         for name, parameter in like.named_parameters():
             parameter.copy_(drawn(name, parameter.shape, device))
         baseline = DenseJepa(like).to(device)
@@ -141,7 +142,7 @@ def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged:
     dense_step(0)  # makes the optimizer's state
     dense_state = allocated(device) - start
 
-    flops = build.build_flops(config)
+    flops = setting.objective.flops
     on_device = [[one.to(device) for one in masks] for masks in (equal, ragged)]
     start = allocated(device)
     engine, ema = training_engine(setting)
@@ -209,7 +210,8 @@ def autocast(setting: Setting) -> torch.autocast:
 
 def baseline_step(setting: Setting, baseline: Any, images: torch.Tensor, masks: list) -> Callable[[int], None]:
     # The implementation that training uses; on a CPU torch's two others are no faster within the noise.
-    optimizer = adamw(parameter_groups(baseline), setting.config.optimization.betas)
+    groups = parameter_groups(setting.objective.trained(baseline), baseline.pairs())
+    optimizer = adamw(groups, setting.config.optimization.betas)
 
     def step(index: int) -> None:
         set_schedules(optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY)
@@ -234,15 +236,14 @@ def training_engine(setting: Setting) -> tuple[Any, ShardedEMA]:
         clip_grad_norm=config.optimization.clip_grad_norm,
         extra=config.engine.deepspeed,
     )
-    with zero.building_context(settings), setting.device:
-        model = build.build_model(config, initialize=False, attend=setting.attention.attend)
-    engine = zero.initialize(
-        model,
-        settings,
-        lambda name, shape: drawn(name, shape, setting.device),
-        lambda module: adamw(parameter_groups(module), config.optimization.betas),
-    )
-    return engine, ShardedEMA(engine, model.twins())
+    with setting.device:
+        return build.build_engine(
+            setting.objective,
+            settings,
+            betas=config.optimization.betas,
+            attend=setting.attention.attend,
+            initial=lambda name, shape: drawn(name, shape, setting.device),
+        )
 
 
 def products(setting: Setting) -> list[Timed]:

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from ijepa_scale.data.order import BLOCKS, CONTEXT, SIZES, generator_for
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
 from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
@@ -22,13 +20,9 @@ class BlockMasks:
 
     def __call__(self, step: int, positions: range) -> Masks:
         """The packed masks of the images at positions of the global batch of a step."""
-        contexts, target_blocks = self.draw(step, positions)
-        return pack_masks(contexts, [list(blocks) for blocks in target_blocks], self.blocks.grid.num_patches)
-
-    def draw(self, step: int, positions: range) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Patch indices of each image: its context, (n,), and its M target blocks, (M, K). K is one for a step."""
         sizes = block_sizes(self.blocks, generator_for(self.seed, SIZES, step))
         placed = [place_blocks(self.blocks, sizes, generator_for(self.seed, BLOCKS, step, at)) for at in positions]
         rngs = [generator_for(self.seed, CONTEXT, step, at) for at in positions]
         contexts = limit_context([image.context for image in placed], self.context, rngs)
-        return contexts, [image.target_blocks for image in placed]
+        target_blocks = [list(image.target_blocks) for image in placed]
+        return pack_masks(contexts, target_blocks, self.blocks.grid.num_patches)

@@ -15,7 +15,7 @@ from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.evals.extract import pooled_features
 from ijepa_scale.evals.knn import knn_top1
 from ijepa_scale.evals.probes import unfit
-from ijepa_scale.run.records import is_number
+from ijepa_scale.run.records import is_number, read_records
 from ijepa_scale.run.setup import Run
 
 # Health: below these the words change. Each is far from what a run that learns has shown, so that a warning means it.
@@ -166,16 +166,17 @@ def measure_health(
     """Are the features still worth something? Collective: every rank computes its share. loss: of the step before."""
     images = run.evaluation.train
     wanted = eval_indices(run, images, run.config.logging.health_images)
-    model = run.engine.module
-    (target, context), indices = features_of(run, [model.target_encoder, model.context_encoder], images, wanted)
+    encoders = run.objective.encoders(run.engine.module)  # the best first
+    features, indices = features_of(run, list(encoders.values()), images, wanted)
+    best = features[0]
     if not run.ranks.first:
         return
     record: dict[str, Any] = {
         "kind": "health",
         "step": step,
-        "feature_std": feature_std(target),
-        "rankme": rankme(target),
-        "drift": drift(target, context),
+        "feature_std": feature_std(best),
+        "rankme": rankme(best),
+        **({"drift": drift(*features)} if len(encoders) == 2 else {}),
         "loss": loss,
     }
     for name, column in images.label_columns().items():
@@ -184,11 +185,28 @@ def measure_health(
         fit, held = np.split(labelled, [len(labelled) * 3 // 4])
         if unfit(labels[fit], labels[held], at_least=1):
             continue  # with the next
-        if bool(torch.isfinite(target).all()):
+        if bool(torch.isfinite(best).all()):
             y = torch.from_numpy(labels)
-            record["knn"] = knn_top1(target[fit], y[fit], target[held], y[held])
+            record["knn"] = knn_top1(best[fit], y[fit], best[held], y[held])
             record["knn_label"] = name
         break
     history.append(record)
     log(record)
     say(f"health at step {step}: {health_verdict(history)}")
+
+
+class HealthChecks:
+    """Measures now and then, and remembers what the run has measured before."""
+
+    def __init__(self, run: Run, log: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> None:
+        self._run, self._log, self._say = run, log, say
+        records = read_records(run.folder.metrics) if run.ranks.first else []
+        self._history = [record for record in records if record.get("kind") == "health"]
+
+    def due(self, step: int) -> bool:
+        every = self._run.config.logging.health_every_steps
+        return every > 0 and step % every == 0
+
+    def measure(self, step: int, *, loss: float | None) -> None:
+        """All ranks call it. loss: of the step before."""
+        measure_health(self._run, step, self._history, self._log, self._say, loss=loss)

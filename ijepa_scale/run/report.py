@@ -1,15 +1,11 @@
 """How good the features are: the health check during training, and the report at its end."""
 
-import itertools
-
-import numpy as np
 from rich.console import Console
 
 from ijepa_scale import build
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.evals.probes import Features, probe_scores, unfit
 from ijepa_scale.evals.scores import report_table, write_report
-from ijepa_scale.masking.packing import Packed
 from ijepa_scale.models.initial import initialize_weights
 from ijepa_scale.run.health import eval_indices, features_of
 from ijepa_scale.run.records import read_records
@@ -24,22 +20,15 @@ def preview_masks(run: Run) -> None:
     """masks.png: what the networks see of the run's first images."""
     batch = run.dataset.preview(run.start_step)
     count = min(MASK_PREVIEW_IMAGES, len(batch.indices))
-    num_patches = batch.masks.num_patches
-
-    def per_image(packed: Packed) -> list[np.ndarray]:
-        indices, bounds = packed.indices_T.numpy(), packed.cu_seqlens.numpy()
-        return [indices[low:high] % num_patches for low, high in itertools.pairwise(bounds)]
-
-    blocks = per_image(batch.masks.target_blocks)
-    each = len(blocks) // len(batch.indices)
-    grid = build.build_blocks(run.config).grid
+    shown = run.objective.shown(batch.masks)[:count]
+    grid = run.objective.grid
     draw_masks(
         run.folder.path / "masks.png",
         batch.images[:count].numpy(),
         grid.rows,
         grid.columns,
-        per_image(batch.masks.context)[:count],
-        [blocks[i * each : (i + 1) * each] for i in range(count)],
+        [one.seen for one in shown],
+        [one.hidden for one in shown],
     )
 
 

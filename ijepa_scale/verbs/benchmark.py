@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="of --config: write them to docs/measurements/DEVICE/step-CONFIG.json for the README",
+        help="of --config: write them to docs/measurements/DEVICE/step-CONFIG.json, for docs/speed.md",
     )
     parser.add_argument(
         "--profile",
