@@ -11,21 +11,32 @@ from ijepa_scale.config.sections import PretrainConfig
 
 # Full names of keys and of sections in files and checkpoints of earlier versions -> their names today.
 RENAMED: dict[str, str] = {}
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # in a checkout a link to its configs/
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> PretrainConfig:
     """Read a YAML file, then key.sub=value overrides, over the defaults.
 
-    Overrides of text keys are taken as they are typed, all others are read as YAML. Raises ValueError, in one line that
-    names the key, for a missing file, an unknown key (with the nearest valid one), a key given twice, a wrong type, or
-    values that do not fit together.
+    path: a file, or the name of one of the package's own, as vith14, vith14.yaml or configs/vith14.yaml. Overrides of
+    text keys are taken as they are typed, all others are read as YAML. Raises ValueError, in one line that names the
+    key, for a missing file, an unknown key (with the nearest valid one), a key given twice, a wrong type, or values
+    that do not fit together.
     """
-    path = Path(os.path.expanduser(path))
-    if not path.is_file():
-        near = ", ".join(sorted(str(other) for other in Path("configs").glob("*.yaml")))
-        raise ValueError(f"no config file {path}" + (f"; there are {near}" if near else ""))
+    path = find_config(path)
     config = config_reading.read(PretrainConfig, path, overrides or [], RENAMED)
     return config if config.run_dir else replace(config, run_dir=f"runs/{path.stem}")
+
+
+def find_config(path: str | Path) -> Path:
+    """The file at a path, or one of the package's own by its name. Raises ValueError, which lists them, else."""
+    path = Path(os.path.expanduser(path))
+    if path.is_file():
+        return path
+    own = CONFIGS / f"{path.name.removesuffix('.yaml')}.yaml"
+    if str(path.parent) in (".", "configs") and own.is_file():
+        return own
+    names = ", ".join(sorted(other.stem for other in CONFIGS.glob("*.yaml")))
+    raise ValueError(f"no config file {path}; give a YAML file, or one of these names: {names}")
 
 
 def from_dict(values: dict[str, Any]) -> PretrainConfig:

@@ -89,11 +89,12 @@ def _version(package: str) -> str:
 def _git_revision() -> str:
     """This source tree's revision, with "+changes" where it differs from it; "" outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
+
+    def ask(*words: str) -> str:
+        return subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
-        )
+        ask("ls-files", "--error-unmatch", __file__)  # else it is installed in somebody's checkout
+        return ask("rev-parse", "HEAD") + ("+changes" if ask("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return revision.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

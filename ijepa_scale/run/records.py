@@ -1,4 +1,4 @@
-"""What rank 0 records of a run: metrics.jsonl, wandb, the health of the features, memory.
+"""Where the records of a run go: metrics.jsonl, and wandb.
 
 A step record has kind "step" and the keys step, epoch, loss, lr, weight_decay, ema_momentum, grad_norm, context_tokens,
 target_tokens, images_per_second, data_wait_seconds, step_seconds, memory_bytes, model_flops,
@@ -138,4 +138,5 @@ class WandbWriter:
 
 
 def is_number(value: float | None) -> TypeGuard[float]:
+    """Whether a record's value is known and finite."""
     return value is not None and math.isfinite(value)

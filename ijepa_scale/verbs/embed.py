@@ -6,12 +6,13 @@ Writes embeddings.npy (images x width, float32), images.csv (which image each ro
 Exit codes: 0 done, 2 wrong input.
 """
 
-import argparse
 import sys
+
+from ijepa_scale.verbs import parser_of
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("embed", __doc__)
     parser.add_argument("run", help="a run folder (its newest checkpoint is used) or a checkpoint folder")
     parser.add_argument("source", help="as data.source, not scenes: a folder of images or data files, or a Hub id")
     parser.add_argument("--out", required=True, help="the folder to write to")

@@ -183,17 +183,20 @@ def test_mistakes_are_one_line_that_names_the_key(load, text, overrides, message
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_names_those_there_are(tmp_path, monkeypatch):
+def test_a_config_is_a_file_or_a_name(tmp_path, monkeypatch):
+    """From any folder; a file that is there goes before the package's own."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"^no config file configs/big.yaml$"):
-        load_config("configs/big.yaml")
-    (tmp_path / "configs").mkdir()
-    for name in ("b", "a"):
-        (tmp_path / "configs" / f"{name}.yaml").touch()
-    with pytest.raises(ValueError, match=r"no config file configs/big.yaml; there are configs/a.yaml, configs/b.yaml"):
-        load_config("configs/big.yaml")
-    with pytest.raises(ValueError, match="no config file configs"):
-        load_config("configs")
+    for name in ("tiny", "tiny.yaml", "configs/tiny.yaml"):
+        config = load_config(name, ["seed=3"])
+        assert (config.model.name, config.seed, config.run_dir) == ("vit_tiny", 3, "runs/tiny")
+    (tmp_path / "tiny.yaml").write_text("seed: 5")
+    assert load_config("tiny.yaml").seed == 5
+    for wrong in ("configs/big.yaml", "big", "configs", "elsewhere/tiny.yaml"):
+        with pytest.raises(
+            ValueError, match=rf"^no config file {wrong}; give a YAML file, .* tiny, .*, vith14"
+        ) as caught:
+            load_config(wrong)
+        assert "\n" not in str(caught.value)
 
 
 def values_of(section, prefix=""):
