@@ -29,7 +29,7 @@ from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.optim import adamw, parameter_groups
 from ijepa_scale.engine.schedules import Schedules
 from ijepa_scale.masking.grid import PatchGrid
-from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
+from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.attention_backends import Choice, choose_attention
 from ijepa_scale.models.attention_self_test import self_test
@@ -104,7 +104,7 @@ def load_target_encoder(encoder: VisionTransformer, found: Checkpoint) -> None:
 
 
 def build_objective(config: PretrainConfig) -> Objective:
-    """What objective.name asks for. ValueError for an unknown model, and for masks that cannot be drawn."""
+    """What objective.name asks for. ValueError for an unknown model; objective.check() refuses what cannot be met."""
     return OBJECTIVES[config.objective.name](config)
 
 
@@ -166,10 +166,10 @@ def build_engine(
 
 
 def build_blocks(config: PretrainConfig) -> MultiBlock:
-    """The mask sampler; raises ValueError where the patch grid cannot meet mask.min_keep."""
+    """The blocks that masks are made of; objective.check() refuses those that cannot be drawn."""
     side = config.data.image_size // config.model.patch_size
     mask: MaskConfig = config.mask
-    blocks = MultiBlock(
+    return MultiBlock(
         grid=PatchGrid(side, side),
         num_target_blocks=mask.num_target_blocks,
         target_scale=mask.target_scale,
@@ -178,8 +178,6 @@ def build_blocks(config: PretrainConfig) -> MultiBlock:
         min_keep=mask.min_keep,
         reference_compat=mask.reference_compat,
     )
-    check_feasible(blocks)
-    return blocks
 
 
 def check_source_given(config: PretrainConfig) -> None:
