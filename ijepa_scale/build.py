@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ijepa_scale.config import MaskConfig, ModelConfig, PretrainConfig
-from ijepa_scale.data.cache import cache_path
 from ijepa_scale.data.collate import MicroBatches
+from ijepa_scale.data.files import cache_path
 from ijepa_scale.data.images import ImageSet, check_images, open_file, open_images, splits_of
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import whole_weights

@@ -1,4 +1,4 @@
-"""Images of any source (sources.py), by index. They stay encoded until `read`."""
+"""Images of any source (sources/), by index. They stay encoded until they are read or cropped."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def open_images(
     column: str = "",
     config: str = "",
 ) -> ImageSet:
-    """The images of one split of a source (sources.py says of which kinds). Labels are not needed.
+    """The images of one split of a source (sources/ says of which kinds). Labels are not needed.
 
     Parquet and Hub data are first copied to cache_dir (None or "": that of `datasets`), to be memory-mapped from there;
     let one process a node open them before the others do. min_side, max_pixels: as of Limits. column: of the images, or

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ijepa_scale.data.cache import make_cache
+from ijepa_scale.data.files import make_cache, sync, written_whole
 from ijepa_scale.data.scenes.layout import COUNTS, DISTANCE_BIN_EDGES, VERSION, distance_bin, render_scene
 
 VALIDATION_START = 1 << 40  # index of the first validation scene: the same scenes for any num_train
@@ -57,9 +57,9 @@ def prepare_scenes(
         with closing(_rendered_rows(list(missing.values()), seed, image_size, workers or os.cpu_count() or 1)) as rows:
             for name, indices in missing.items():
                 _write_shard(partial / name, rows, len(indices))
-        _sync(partial)
+        sync(partial)
         os.rename(partial, complete)
-        _sync(complete.parent)
+        sync(complete.parent)
     return complete
 
 
@@ -160,16 +160,5 @@ def _write_shard(path: Path, rows: Iterator[Row], num_rows: int) -> None:
         distances,
     ]
     arrays = [pa.array(column, type=kind) for column, kind in zip(columns, types.values(), strict=True)]
-    unfinished = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table(arrays, schema=schema), unfinished, row_group_size=100, compression="none")
-    _sync(unfinished)
-    os.rename(unfinished, path)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with written_whole(path) as file:
+        pq.write_table(pa.table(arrays, schema=schema), file, row_group_size=100, compression="none")

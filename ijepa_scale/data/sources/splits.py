@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ijepa_scale.data.cache import make_cache
+from ijepa_scale.data.files import make_cache
 from ijepa_scale.data.sources.clones import clone_builder
 from ijepa_scale.data.sources.copies import cache_folder, copied_split, explained
 from ijepa_scale.data.sources.folders import FolderSplit, image_splits, printable, shard_splits

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from ijepa_scale.data.decoding import MAX_PIXELS
+from ijepa_scale.data.files import written_whole
 from ijepa_scale.data.images import ImageSet, is_label, open_file, open_images
 from ijepa_scale.data.sources.copies import check_copy, explained
 from ijepa_scale.data.sources.folders import printable
@@ -38,7 +39,6 @@ def sample_images(shards: Shards, path: Path, *, count: int, patience: Patience)
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     locations = list(shards.locations)
     if shard_kind(locations[0]) in ("image", None):  # one image each
         locations = locations[:: max(1, len(locations) // count)][:count]
@@ -50,18 +50,15 @@ def sample_images(shards: Shards, path: Path, *, count: int, patience: Patience)
     damage: list[str] = []
     tables = _first_tables(shards, locations, each, patience, damage)
     written = 0
-    try:
+    with written_whole(path) as file:
         if (first := next(tables, None)) is not None:
-            with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, first.schema) as writer:
+            with pa.ipc.new_stream(file, first.schema) as writer:
                 for table in itertools.chain([first], tables):
                     writer.write_table(table.cast(first.schema))
                     written += table.num_rows
         if not written:
             why = damage[0] if damage else "the first rows of its shards hold no images; check data.source"
             raise ValueError(f"{shards.name}: {why}")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
     return path
 
 

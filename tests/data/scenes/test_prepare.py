@@ -88,14 +88,14 @@ import multiprocessing, os, signal, sys
 from pathlib import Path
 from ijepa_scale.data.scenes import prepare
 
-def die(path):
+def die(partial, path):
     if "train-00001" not in path.name:
-        return
+        return rename(partial, path)
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    prepare.SCENES_PER_SHARD, prepare._sync = 5, die
+    prepare.SCENES_PER_SHARD, rename, os.replace = 5, os.replace, die
     prepare.prepare_scenes(Path(sys.argv[1]), num_train=12, num_validation=5, image_size=17, seed=6, workers=2)
 """
 
@@ -114,7 +114,8 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_no_worker_and_whole_fil
     assert killed.wait(30) == -signal.SIGKILL and len(workers) == 2
     assert sorted(path.name for path in folder.iterdir()) == [f".{prepared.name}.lock", f".{prepared.name}.partial"]
     partial, first = folder / f".{prepared.name}.partial", "train-00000-of-00003.parquet"
-    assert sorted(path.name for path in partial.iterdir()) == [".train-00001-of-00003.parquet.partial", first]
+    half, whole = sorted(path.name for path in partial.iterdir())
+    assert half.startswith(".train-00001-of-00003.parquet.") and whole == first
     deadline = time.monotonic() + 20
     while any(
         Path(f"/proc/{int(worker)}/cmdline").exists() and Path(f"/proc/{int(worker)}/cmdline").read_bytes()

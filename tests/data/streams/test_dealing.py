@@ -307,7 +307,7 @@ def test_streaming_over_a_network_that_fails_now_and_then(tars):
     with serving(Path(tars.locations[0]).parent) as server:
         server.faults = [503, None, "drop", 503, "drop", None, 500, "drop"] * 2
         remote = Shards(tars.name, [f"{server.url}/{i}.tar" for i in range(5)])
-        assert numbers(streams_of(remote), 60) == numbers(streams_of(tars), 60)
+        assert numbers(streams_of(remote, patience=Patience(30, 0.01)), 60) == numbers(streams_of(tars), 60)
         assert server.faults == []
 
 
