@@ -20,8 +20,6 @@ from ijepa_scale.data.sources.kinds import is_mapped
 from ijepa_scale.data.sources.remote import Patience
 from ijepa_scale.data.streams.opening import open_shards, sample_images, shard_locations
 from ijepa_scale.data.streams.streams import Streams
-from ijepa_scale.engine import checkpoint as checkpoints
-from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
 from ijepa_scale.models.attention import Attend
@@ -102,15 +100,6 @@ def build_encoder(config: PretrainConfig, attend: Attend | None = None) -> Visio
     return VisionTransformer(
         vit_size(config.model), image_size=config.data.image_size, patch_size=config.model.patch_size, attend=attend
     )
-
-
-def load_target_encoder(encoder: VisionTransformer, found: Checkpoint) -> None:
-    """Fill a plain encoder with a checkpoint's EMA weights."""
-    shapes = {f"context_encoder.{name}": p.shape for name, p in encoder.named_parameters()}
-    weights = checkpoints.read_weights(found, shapes, "ema")
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            parameter.copy_(weights[f"context_encoder.{name}"])
 
 
 def build_model(

@@ -25,7 +25,7 @@ from ijepa_scale.engine.signals import EXIT_SECONDS, STOP_EXIT_CODE, Stopped, St
 from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.run.data_wait import DataWait, usable_cores
-from ijepa_scale.run.health import measure_health
+from ijepa_scale.run.health import encoders_of, measure_health
 from ijepa_scale.run.incidents import (
     STRIKES,
     Log,
@@ -37,9 +37,10 @@ from ijepa_scale.run.incidents import (
     report_passes,
     report_skip,
 )
+from ijepa_scale.run.preview import preview_masks
 from ijepa_scale.run.progress import Progress
 from ijepa_scale.run.records import JsonlWriter, WandbWriter, read_records
-from ijepa_scale.run.report import preview_masks, report
+from ijepa_scale.run.report import report
 from ijepa_scale.run.setup import InputError, Run, check, set_up
 
 RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/performance.md
@@ -212,7 +213,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             faulthandler.dump_traceback_later(config.engine.hang_seconds, exit=True)
         if config.logging.health_every_steps and step % config.logging.health_every_steps == 0:
             settle()
-            measure_health(run, step, health, log, say, loss=loss)
+            measure_health(run, encoders_of(run.engine.module), step, health, log, say, loss=loss)
         if progress and progress.lost:
             stop_request.ask(progress.lost)
         outcome = train_step(run, step, feed, stop=bool(stop_request.pending()), meanwhile=settle)
@@ -243,7 +244,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             break
     else:
         if config.logging.health_every_steps:
-            measure_health(run, horizon.stop, health, log, say, loss=loss)
+            measure_health(run, encoders_of(run.engine.module), horizon.stop, health, log, say, loss=loss)
         reason = ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
         if reason:
             say(f"stopped by {reason} after the last step; the same command makes the report")
