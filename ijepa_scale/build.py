@@ -22,9 +22,7 @@ from ijepa_scale.data.sources.remote import Patience
 from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.data.streams.opening import open_shards, shard_locations
 from ijepa_scale.data.streams.samples import sample_images
-from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import zero
-from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.optim import adamw, parameter_groups
 from ijepa_scale.engine.schedules import Schedules
@@ -92,15 +90,6 @@ def build_encoder(config: PretrainConfig, attend: Attend | None = None) -> Visio
     return VisionTransformer(
         vit_size(config.model), image_size=config.data.image_size, patch_size=config.model.patch_size, attend=attend
     )
-
-
-def load_target_encoder(encoder: VisionTransformer, found: Checkpoint) -> None:
-    """Fill a plain encoder with a checkpoint's EMA weights."""
-    shapes = {f"context_encoder.{name}": p.shape for name, p in encoder.named_parameters()}
-    weights = checkpoints.read_weights(found, shapes, "ema")
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            parameter.copy_(weights[f"context_encoder.{name}"])
 
 
 def build_objective(config: PretrainConfig) -> Objective:
