@@ -22,14 +22,12 @@ from ijepa_scale.data.sources.remote import Patience
 from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.data.streams.opening import open_shards, shard_locations
 from ijepa_scale.data.streams.samples import sample_images
-from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import zero
-from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.optim import adamw, parameter_groups
 from ijepa_scale.engine.schedules import Schedules
 from ijepa_scale.masking.grid import PatchGrid
-from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
+from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.attention_backends import Choice, choose_attention
 from ijepa_scale.models.attention_self_test import self_test
@@ -94,17 +92,8 @@ def build_encoder(config: PretrainConfig, attend: Attend | None = None) -> Visio
     )
 
 
-def load_target_encoder(encoder: VisionTransformer, found: Checkpoint) -> None:
-    """Fill a plain encoder with a checkpoint's EMA weights."""
-    shapes = {f"context_encoder.{name}": p.shape for name, p in encoder.named_parameters()}
-    weights = checkpoints.read_weights(found, shapes, "ema")
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            parameter.copy_(weights[f"context_encoder.{name}"])
-
-
 def build_objective(config: PretrainConfig) -> Objective:
-    """What objective.name asks for. ValueError for an unknown model, and for masks that cannot be drawn."""
+    """What objective.name asks for. ValueError for an unknown model; objective.check() refuses what cannot be met."""
     return OBJECTIVES[config.objective.name](config)
 
 
@@ -166,10 +155,10 @@ def build_engine(
 
 
 def build_blocks(config: PretrainConfig) -> MultiBlock:
-    """The mask sampler; raises ValueError where the patch grid cannot meet mask.min_keep."""
+    """The blocks that masks are made of; objective.check() refuses those that cannot be drawn."""
     side = config.data.image_size // config.model.patch_size
     mask: MaskConfig = config.mask
-    blocks = MultiBlock(
+    return MultiBlock(
         grid=PatchGrid(side, side),
         num_target_blocks=mask.num_target_blocks,
         target_scale=mask.target_scale,
@@ -178,8 +167,6 @@ def build_blocks(config: PretrainConfig) -> MultiBlock:
         min_keep=mask.min_keep,
         reference_compat=mask.reference_compat,
     )
-    check_feasible(blocks)
-    return blocks
 
 
 def check_source_given(config: PretrainConfig) -> None:

@@ -31,9 +31,10 @@ from ijepa_scale.run.incidents import (
     report_passes,
 )
 from ijepa_scale.run.late_records import LateRecords, StepOutcome
+from ijepa_scale.run.preview import preview_masks
 from ijepa_scale.run.progress import Progress
 from ijepa_scale.run.records import JsonlWriter, WandbWriter
-from ijepa_scale.run.report import preview_masks, report
+from ijepa_scale.run.report import report
 from ijepa_scale.run.saving import Saver
 from ijepa_scale.run.setup import InputError, Run, check, set_up
 
@@ -102,8 +103,9 @@ def run_on(
         elif ranks.first:
             print("\n".join(run.notes))
             print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
+        network = next(iter(run.objective.encoders(run.engine.module)))  # the best of them
         del run.engine, run.ema  # their memory is free for the probes
-        report(run)
+        report(run, network)
     except BadImageError as error:  # of the health check or the report, on all ranks
         raise RunError(str(error)) from error
     return 0

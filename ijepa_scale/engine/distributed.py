@@ -119,6 +119,11 @@ class Ranks:
             dist.destroy_process_group()
 
 
+def alone() -> Ranks:
+    """This process by itself, on a GPU if there is one; it joins no process group."""
+    return Ranks(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 class _Total(torch.autograd.Function):
     """A sum over the ranks; backward needs no communication, as every rank already holds the gradient of the sum."""
 

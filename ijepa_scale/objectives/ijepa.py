@@ -9,6 +9,7 @@ from torch import nn
 from ijepa_kernels.ema import ema_update
 from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.masking.multiblock import check_feasible
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.initial import initial_weight
@@ -197,7 +198,10 @@ class IJepaObjective:
         statistics = bool(self.variance or self.covariance)
         return ("micro_batch_size",) * (self.draw_masks.context == "batch_min") + ("images_in_statistics",) * statistics
 
-    def check(self, *, images: int) -> None:
+    def check(self) -> None:
+        check_feasible(self.draw_masks.blocks)
+
+    def check_micro_step(self, images: int) -> None:
         if (self.variance or self.covariance) and images < 2:
             raise ValueError(
                 "loss.variance and loss.covariance compare the images of a micro-step, and it has 1; "

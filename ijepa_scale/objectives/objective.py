@@ -82,5 +82,8 @@ class Objective(Protocol):
     def batch_facts(self) -> tuple[str, ...]:
         """Which of "micro_batch_size" and "images_in_statistics" (those of all ranks) alter what is learned."""
 
-    def check(self, *, images: int) -> None:
+    def check(self) -> None:
+        """Raise ValueError for settings that cannot be met, such as masks that cannot be drawn."""
+
+    def check_micro_step(self, images: int) -> None:
         """Raise ValueError for micro-steps that it cannot learn from. images: of all ranks in one."""

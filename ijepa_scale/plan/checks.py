@@ -15,7 +15,7 @@ def settings(
 ) -> tuple[int, str, dict[str, Any]]:
     """(images a rank runs at once, precision, DeepSpeed's config). ValueError where these contradict one another."""
     micro_batch_size = build.build_micro_batch_size(config, ranks)
-    objective.check(images=micro_batch_size * ranks)
+    objective.check_micro_step(micro_batch_size * ranks)
     precision = build.training_precision(config, device)
     deepspeed = zero.deepspeed_config(
         zero_stage=config.engine.zero_stage,

@@ -28,6 +28,7 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1) -> str:
     can be read here without a copy. A config without a source passes, and what lies elsewhere is not looked up.
     """
     objective = build.build_objective(config)
+    objective.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checks.settings(config, objective, ranks=ranks, device=device)
     if device.type == "cuda":  # else it is another machine that the kernel is for

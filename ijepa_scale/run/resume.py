@@ -79,9 +79,12 @@ def given_checkpoint(path: Path, ranks: Ranks, notes: list[str]) -> tuple[Checkp
 
 
 def refuse_misfit(objective: Objective, found: Checkpoint, facts: dict[str, Any], *, allow: bool) -> None:
-    """Raise ValueError for another architecture and, unless allowed, for settings that alter training."""
+    """Raise ValueError for another architecture or objective and, unless allowed, for settings that alter training."""
     refuse_another_architecture(found, facts["architecture"])
     changed = changed_keys(found.manifest["config"], facts["config"])
+    if "objective.name" in changed:
+        theirs, ours = changed["objective.name"]
+        raise ValueError(f"{found.path} learns objective.name={theirs}, and this run {ours}; choose another run_dir")
     for key in ("images", "precision", *objective.batch_facts(), "streams"):
         if found.manifest.get(key) != facts.get(key):
             changed[key] = (found.manifest.get(key), facts.get(key))

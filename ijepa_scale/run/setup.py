@@ -61,7 +61,9 @@ class Run:
 def check(config: PretrainConfig, objective: Objective | None = None) -> Objective:
     """The objective, after all that can be seen from the config alone: before any process group, on every rank."""
     build.check_source_given(config)
-    return objective or build.build_objective(config)
+    objective = objective or build.build_objective(config)
+    objective.check()
+    return objective
 
 
 def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume: str, allow_changes: bool) -> Run:

@@ -42,6 +42,11 @@ def build_model(compiled: bool = False, recompute_every: tuple[int, int] = (0, 0
     return model
 
 
+def first_weight(name: str, shape: torch.Size, seed: int = SEED) -> torch.Tensor:
+    """As an I-JEPA's: the target encoder starts as the context encoder."""
+    return initial_weight(name.replace("target_encoder.", "context_encoder."), shape, seed)
+
+
 def groups_of(model: Any) -> list[dict[str, Any]]:
     """As training makes them of an I-JEPA."""
     networks = {"context_encoder": model.context_encoder, "predictor": model.predictor}
@@ -103,7 +108,7 @@ def start_engine(
     engine = zero.initialize(
         model,
         settings,
-        lambda name, shape: initial_weight(name, shape, seed),
+        lambda name, shape: first_weight(name, shape, seed),
         lambda module: adamw(groups_of(module), BETAS),
         whole=Block,
     )

@@ -98,7 +98,10 @@ class PixelObjective:
     def batch_facts(self) -> tuple[str, ...]:
         return ()
 
-    def check(self, *, images: int) -> None:
+    def check(self) -> None:
+        """There is nothing to refuse."""
+
+    def check_micro_step(self, images: int) -> None:
         """Any number will do."""
 
 

@@ -119,9 +119,9 @@ def test_compiled_blocks_are_recomputed_to_their_end(monkeypatch):
         block.compiled = block.recomputed = False  # the counter does not see into compiled code
     forward = Block.forward
 
-    def again(self, *arguments):
+    def again(self, *arguments, overwrite=False):
         if not torch.is_grad_enabled():  # the target encoder's
-            return forward(self, *arguments)
+            return forward(self, *arguments, overwrite=overwrite)
         return checkpoint(forward, self, *arguments, use_reentrant=True)  # repeats a block to its end
 
     monkeypatch.setattr(Block, "forward", again)

@@ -55,3 +55,10 @@ def test_what_an_older_checkpoint_does_not_say_means_the_default(tmp_path):
         resume({**facts["architecture"], "registers": 4})
     with pytest.raises(ValueError, match=r"alter training [^\n]*\n  optimization.lr: 0.5 -> 0.001"):
         resume({}, config={"model": {"name": "vit_tiny"}, "optimization": {"lr": 0.5}})
+
+
+def test_another_objective_is_refused_whatever_is_allowed(tmp_path):
+    facts = {"architecture": {}, "config": to_dict(PretrainConfig())}
+    found = Checkpoint(tmp_path, {"architecture": {}, "config": {"objective": {"name": "other"}}})
+    with pytest.raises(ValueError, match=r"learns objective.name=other, and this run ijepa; choose another run_dir"):
+        refuse_misfit(PretrainConfig(), found, facts, allow=True)
