@@ -47,7 +47,7 @@ VIT_SIZES = {
 NORM_EPS = 1e-6  # as in public checkpoints; PyTorch's 1e-5 shifts features
 
 # Where no gradient is kept, a CPU encodes about so many tokens at a time: what passes from one operation to the next
-# then stays in its caches. Measured in docs/performance.md.
+# then stays in its caches. Measured in docs/lab/speed.md.
 CPU_TOKENS = 4096
 
 Affine = tuple[torch.Tensor, torch.Tensor]  # weight and bias of a linear layer or a LayerNorm

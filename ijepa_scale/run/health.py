@@ -1,7 +1,7 @@
 """Are the features still worth something? Numbers from 512 images now and then, and what they say in words."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from ijepa_scale.data.order import permuted_index
 from ijepa_scale.evals.extract import extract
 from ijepa_scale.evals.knn import knn_top1
 from ijepa_scale.evals.probes import unfit
-from ijepa_scale.run.records import is_number
+from ijepa_scale.run.records import is_number, read_records
 from ijepa_scale.run.setup import Run
 
 # Health: below these the words change. Each is far from what a run that learns has shown, so that a warning means it.
@@ -116,7 +116,7 @@ def eval_indices(run: Run, images: ImageSet, count: int, *, skip: int = 0) -> li
 
 
 def features_of(
-    run: Run, encoders: dict[str, torch.nn.Module], images: ImageSet, indices: list[int]
+    run: Run, encoders: Mapping[str, torch.nn.Module], images: ImageSet, indices: list[int]
 ) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """Pooled features (n, D) of the images that can be read, on the first rank, and which these are, on every rank.
 
@@ -163,32 +163,30 @@ def health_record(
     return record
 
 
-def measure_health(
-    run: Run,
-    encoders: dict[str, torch.nn.Module],
-    step: int,
-    history: list[dict[str, Any]],
-    log: Callable[[dict[str, Any]], None],
-    say: Callable[[str], None],
-    *,
-    loss: float | None,
-) -> None:
-    """Are the features still worth something? All ranks call it, and compute a share each.
+class HealthChecks:
+    """Measures now and then, and remembers what the run has measured before."""
 
-    encoders: {"target": ..., "context": ...}, or one of them. history: the run's health records, to which this one is
-    added. loss: of the step before.
-    """
-    images = run.evaluation.train
-    features, indices = features_of(run, encoders, images, eval_indices(run, images, run.config.logging.health_images))
-    if not run.ranks.first:
-        return
-    labels = {name: column.values[indices] for name, column in images.label_columns().items()}
-    record = health_record(features, labels, step=step, loss=loss)
-    history.append(record)
-    log(record)
-    say(f"health at step {step}: {health_verdict(history)}")
+    def __init__(self, run: Run, log: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> None:
+        self._run, self._log, self._say = run, log, say
+        records = read_records(run.folder.metrics) if run.ranks.first else []
+        self._history = [record for record in records if record.get("kind") == "health"]
 
+    def due(self, step: int) -> bool:
+        every = self._run.config.logging.health_every_steps
+        return every > 0 and step % every == 0
 
-def encoders_of(module: Any) -> dict[str, torch.nn.Module]:
-    """The encoders of what is trained, by name."""
-    return {"target": module.target_encoder, "context": module.context_encoder}
+    def measure(self, step: int, *, loss: float | None) -> None:
+        """Are the features still worth something? All ranks call it, and compute a share each. loss: of the last step.
+
+        Of each encoder that the objective names; with both "target" and "context", also how far they are apart.
+        """
+        run, images = self._run, self._run.evaluation.train
+        wanted = eval_indices(run, images, run.config.logging.health_images)
+        features, indices = features_of(run, run.objective.encoders(run.engine.module), images, wanted)
+        if not run.ranks.first:
+            return
+        labels = {name: column.values[indices] for name, column in images.label_columns().items()}
+        record = health_record(features, labels, step=step, loss=loss)
+        self._history.append(record)
+        self._log(record)
+        self._say(f"health at step {step}: {health_verdict(self._history)}")

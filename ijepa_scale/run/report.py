@@ -11,7 +11,7 @@ from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.evals.probes import Features, probe_scores, unfit
 from ijepa_scale.evals.scores import Score, report_table, write_report
 from ijepa_scale.exchange.run import read_weights
-from ijepa_scale.models.initial import initialize_weights
+from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.run.health import eval_indices, features_of
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.setup import Run
@@ -41,7 +41,7 @@ def report(run: Run, network: str = "target") -> None:
     features = {}
     for which in ("initial", "trained"):
         if which == "initial":
-            initialize_weights(encoder, run.config.seed, prefix="context_encoder.")
+            draw_weights(encoder, run.objective)
         else:
             read_weights(found, encoder, network)
         features[which], fitted, scored = both_features(run, encoder, fit, held)
@@ -54,6 +54,13 @@ def report(run: Run, network: str = "target") -> None:
         else:
             report_without_probes(run, joined(reasons))
     run.ranks.barrier()
+
+
+@torch.no_grad()
+def draw_weights(encoder: nn.Module, objective: Objective) -> None:
+    """The weights that training started from."""
+    for name, parameter in encoder.named_parameters():
+        parameter.copy_(objective.initial_weight(f"context_encoder.{name}", parameter.shape))
 
 
 def why_unscored(labels: Labels, found: Checkpoint | None, fit: list[int], held: list[int]) -> str:

@@ -6,14 +6,15 @@ Writes embeddings.npy (images x width, float32), images.csv (which image each ro
 Exit codes: 0 done, 2 wrong input.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
+from ijepa_scale.verbs import parser_of
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("embed", __doc__)
     parser.add_argument(
         "run", help="a run folder (its newest checkpoint is used), a checkpoint, or a file of the reference"
     )

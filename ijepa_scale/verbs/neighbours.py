@@ -6,7 +6,6 @@ Without --query, six images of the embeddings themselves are shown with their ne
 Exit codes: 0 done, 2 wrong input.
 """
 
-import argparse
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+from ijepa_scale.verbs import parser_of
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("neighbours", __doc__)
     parser.add_argument("embeddings", help="a folder written by launch/embed.py")
     parser.add_argument("--query", nargs="+", default=[], metavar="IMAGE", help="image files to look up")
     parser.add_argument("--out", default="neighbours.png", help="the picture (default: neighbours.png)")

@@ -18,7 +18,7 @@ from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.evals.linear import fit_logistic
 from ijepa_scale.evals.probes import Features, probe_scores
 from ijepa_scale.run import report as assess
-from ijepa_scale.run.health import encoders_of, measure_health
+from ijepa_scale.run.health import HealthChecks
 from ijepa_scale.run.report import report, report_indices
 
 
@@ -73,6 +73,7 @@ def run(small_config, tmp_path, monkeypatch):
         config=config,
         ranks=Ranks(0, 1, 0, torch.device("cpu")),
         folder=SimpleNamespace(path=tmp_path, metrics=tmp_path / "metrics.jsonl", checkpoints=tmp_path),
+        objective=build.build_objective(config),
         engine=SimpleNamespace(module=model),
         dataset=SimpleNamespace(micro_batch_size=64),
         horizon=SimpleNamespace(stop=12),
@@ -86,8 +87,7 @@ def outcome(run, train, test=None):
     run.evaluation = EvalImages(train, test or train, held_out=test is not None)
     report(run)
     records = []
-    encoders = encoders_of(run.engine.module)
-    measure_health(run, encoders, 12, [], records.append, lambda line: None, loss=0.5)
+    HealthChecks(run, records.append, lambda line: None).measure(12, loss=0.5)
     assert (run.folder.path / "loss_curve.png").exists() and np.isfinite(records[0]["rankme"])
     return json.loads((run.folder.path / "report.json").read_text()), records[0]
 
@@ -162,9 +162,10 @@ def test_features_that_are_not_finite_are_not_probed():
 def test_health_of_an_objective_without_a_target(run):
     run.evaluation = EvalImages(image_set(label=ALTERNATING), image_set(label=ALTERNATING), held_out=False)
     records = []
-    encoders = encoders_of(run.engine.module)
+    encoders = run.objective.encoders(run.engine.module)
     for chosen in (encoders, {"context": encoders["context"]}):
-        measure_health(run, chosen, 3, [], records.append, lambda line: None, loss=None)
+        run.objective = SimpleNamespace(encoders=lambda module, chosen=chosen: chosen)
+        HealthChecks(run, records.append, lambda line: None).measure(3, loss=None)
     both, alone = records
     assert alone == {key: value for key, value in both.items() if key != "drift"}  # the target is its copy at the start
     assert abs(both["drift"]) < 1e-6
