@@ -59,12 +59,12 @@ def embed(
     return len(extracted.indices), unreadable
 
 
-def _write_images(path: Path, images: ImageSet, kept: list[int]) -> None:
+def _write_images(path: Path, images: ImageSet, kept: np.ndarray) -> None:
     labels = images.label_columns()
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "image", *labels])
-        for index in kept:
+        for index in map(int, kept):
             named = [c.names[c.values[index]] if c.values[index] >= 0 else "" for c in labels.values()]
             writer.writerow([index, images.sample_id(index), *named])
 

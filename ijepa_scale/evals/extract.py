@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import os
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -49,11 +50,12 @@ class Extracted:
     """Features of the images that could be read.
 
     features: by the encoders' names, (n, D) float32 arrays (read-only maps of files, where they went to disk); on the
-    first rank alone. indices: which image each row is of, and unreadable: why the others have none, on every rank.
+    first rank alone. indices: (n,) int64, which image each row is of, and unreadable: why the others have none, on
+    every rank.
     """
 
     features: dict[str, np.ndarray]
-    indices: list[int]
+    indices: np.ndarray
     unreadable: dict[int, str]
 
 
@@ -76,18 +78,17 @@ def extract(
     of them, batch_size at a time, in as many batches as any other: at ZeRO-3 ranks need each other in the forward.
     image_size: pixels a side that the centre is cut to (data/transforms.py). ranks: None: this process alone.
     workers: loader processes of a rank; 0: it loads itself. folder: the first rank writes NAME.npy of each encoder
-    there as they come, so that memory does not grow with the images. watch: is handed the batches to show how it goes.
+    there as they come: memory grows by 8 bytes an image, its index. watch: is handed the batches to show how it goes.
     Raises BadImageError, on every rank, where no image can be read, ValueError where there is none, and leaves no file.
     """
     ranks, chosen = ranks or alone(), range(len(images)) if indices is None else indices
     if not len(chosen):
         raise ValueError(f"no images of {images.name} to compute features of; check the split and its filter")
-    own = range(ranks.rank, math.ceil(len(chosen) / ranks.world_size) * ranks.world_size, ranks.world_size)
-    crops = _Crops(images, image_size, [chosen[place] if place < len(chosen) else None for place in own])
+    crops = _Crops(images, image_size, chosen, ranks.rank, ranks.world_size)
     # A generator of its own: a loader draws from torch's global one, even where nothing is random.
     draws = torch.Generator()
     loader = DataLoader(crops, batch_size=batch_size, num_workers=workers, collate_fn=_stacked, generator=draws)
-    kept: list[int] = []
+    kept = array("q")
     unreadable: dict[int, str] = {}
     wanted = iter(chosen)
     with contextlib.ExitStack() as stack:
@@ -108,7 +109,7 @@ def extract(
                 f"{images.sample_id(index)}: {reason}"
             )
         features = ranks.together(lambda: {name: store.close() for name, store in stores.items()})
-    return Extracted(features, kept, unreadable)
+    return Extracted(features, np.array(kept), unreadable)
 
 
 def _batches(
@@ -133,20 +134,25 @@ def _append(stores: list["_InMemory | _OnDisk"], found: list[list[np.ndarray]]) 
 
 @dataclass(frozen=True)
 class _Crops(Dataset):
-    """Item i: the centre of an image, (3, size, size) uint8, and why it cannot be read; black then, and of None."""
+    """Item i: the centre of image i of a rank's share, (3, size, size) uint8, and why it cannot be read; then black.
+
+    As is what lies past the last image: all ranks have as many items.
+    """
 
     images: ImageSet
     size: int
-    indices: Sequence[int | None]
+    indices: Sequence[int]  # of all ranks; a range of a whole set takes no memory
+    rank: int
+    ranks: int
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return math.ceil(len(self.indices) / self.ranks)
 
-    def __getitem__(self, place: int) -> tuple[np.ndarray, str]:
-        index, reason = self.indices[place], ""
-        if index is not None:
+    def __getitem__(self, item: int) -> tuple[np.ndarray, str]:
+        place, reason = item * self.ranks + self.rank, ""
+        if place < len(self.indices):
             try:
-                return center_crop(self.images.read(index), self.size), reason
+                return center_crop(self.images.read(self.indices[place]), self.size), reason
             except BadImageError as error:
                 reason = error.reason
         return np.zeros((3, self.size, self.size), np.uint8), reason

@@ -118,7 +118,7 @@ def eval_indices(run: Run, images: ImageSet, count: int, *, skip: int = 0) -> li
 
 def features_of(
     run: Run, encoders: Mapping[str, torch.nn.Module], images: ImageSet, indices: list[int]
-) -> tuple[dict[str, torch.Tensor], list[int]]:
+) -> tuple[dict[str, torch.Tensor], np.ndarray]:
     """Pooled features (n, D) of the images that can be read, on the first rank, and which these are, on every rank.
 
     All ranks call it. Raises BadImageError, on every rank, where not one can be read.

@@ -79,7 +79,7 @@ def why_unscored(labels: Labels, found: Checkpoint | None, fit: list[int], held:
 
 def both_features(
     run: Run, encoder: nn.Module, fit: list[int], held: list[int]
-) -> tuple[Features, list[int], list[int]]:
+) -> tuple[Features, np.ndarray, np.ndarray]:
     """An encoder's features of the training and the test images, and which of these could be read."""
     name = "features"
     train, fitted = features_of(run, {name: encoder}, run.evaluation.train, fit)
