@@ -61,7 +61,7 @@ def whole_state(folder):
         ("zero2", 2, []),
         ("zero3", 2, []),
         ("stream", 2, []),
-        ("zero3", 1, ["engine.zero_stage=1"]),
+        pytest.param("zero3", 1, ["engine.zero_stage=1"], marks=pytest.mark.slow),
     ],
     ids=["zero1", "zero2", "zero3", "stream", "other-ranks-and-stage"],
 )
