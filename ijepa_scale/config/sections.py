@@ -135,7 +135,7 @@ class ObjectiveConfig:
 class PredictorConfig:
     width: int = 384
     depth: int = 12
-    heads: int = 0  # 0: the encoder's, as in the paper; of a width of 384 GPUs prefer 12 or 6 (docs/performance.md)
+    heads: int = 0  # 0: the encoder's, as in the paper; of a width of 384 GPUs prefer 12 or 6 (docs/speed.md)
 
     def __post_init__(self) -> None:
         for key, least in (("width", 1), ("depth", 1), ("heads", 0)):

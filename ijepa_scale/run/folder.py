@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 import torch
 
+from ijepa_scale.data.files import write_whole
+
 PACKAGES = ("torch", "deepspeed", "triton", "datasets", "numpy", "pillow", "ijepa-scale")
 
 
@@ -45,7 +47,7 @@ class RunFolder:
 
     def describe(self, config_yaml: str, **facts: Any) -> None:
         """Write the resolved config, and what ran it: versions, git revision, command, device."""
-        (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        write_whole(self.path / "config.yaml", config_yaml)
         environment = {
             "command": sys.argv,
             "python": platform.python_version(),
@@ -55,7 +57,7 @@ class RunFolder:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
             **facts,
         }
-        (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 class BadImages:

@@ -8,9 +8,10 @@ step, feature_std, rankme, drift and, where there are labels, knn.
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Self, TypeGuard
+
+from ijepa_scale.data.files import write_whole
 
 
 class JsonlWriter:
@@ -26,12 +27,7 @@ class JsonlWriter:
         kept = []
         if resume_step is not None and path.exists():
             kept = [record for record in read_records(path) if record["step"] < resume_step]
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(_json_line(record) for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, "".join(_json_line(record) for record in kept))
         # Without a buffer, which would hold what could not be written and fail once more when it is closed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 

@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale import build
-from ijepa_scale.config import PretrainConfig, changed_keys, from_dict
-from ijepa_scale.data.streams.streams import Streams, anew
+from ijepa_scale.config import changed_keys, from_dict
+from ijepa_scale.data.streams.dealing import Streams, anew
+from ijepa_scale.data.streams.positions import saved_positions
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.run.folder import RunFolder
 
 
 def find_checkpoint(
-    config: PretrainConfig,
+    objective: Objective,
     folder: RunFolder,
     ranks: Ranks,
     facts: dict[str, Any],
@@ -57,7 +59,7 @@ def find_checkpoint(
             raise ValueError(f"--resume {resume} is at step {found.step} and this run ends at step {stop}")
     if found is None:
         return None, notes
-    refuse_misfit(config, found, facts, allow=allow)
+    refuse_misfit(objective, found, facts, allow=allow)
     later = [other for other in own if other.name > found.path.name] if inside and resume != "auto" else []
     if later:
         ranks.together(lambda: checkpoints.set_aside(later) if ranks.first else None)
@@ -76,16 +78,14 @@ def given_checkpoint(path: Path, ranks: Ranks, notes: list[str]) -> tuple[Checkp
     return checkpoints.verify(path, ranks)
 
 
-def refuse_misfit(config: PretrainConfig, found: Checkpoint, facts: dict[str, Any], *, allow: bool) -> None:
+def refuse_misfit(objective: Objective, found: Checkpoint, facts: dict[str, Any], *, allow: bool) -> None:
     """Raise ValueError for another architecture or objective and, unless allowed, for settings that alter training."""
     refuse_another_architecture(found, facts["architecture"])
     changed = changed_keys(found.manifest["config"], facts["config"])
     if "objective.name" in changed:
         theirs, ours = changed["objective.name"]
         raise ValueError(f"{found.path} learns objective.name={theirs}, and this run {ours}; choose another run_dir")
-    facts_that_count = ["images", "precision"] + ["micro_batch_size"] * (config.mask.context == "batch_min")
-    facts_that_count += ["images_in_statistics"] * bool(config.loss.variance or config.loss.covariance)
-    for key in [*facts_that_count, "streams"]:
+    for key in ("images", "precision", *objective.batch_facts(), "streams"):
         if found.manifest.get(key) != facts.get(key):
             changed[key] = (found.manifest.get(key), facts.get(key))
     if changed and not allow:
@@ -100,7 +100,7 @@ def refuse_another_architecture(found: Checkpoint, ours: dict[str, Any]) -> None
     """Raise ValueError where the weights have other shapes. What an older checkpoint lacks is as its config says."""
     theirs = dict(found.manifest["architecture"])
     if ours.keys() - theirs.keys():
-        theirs = build.architecture(from_dict(found.manifest["config"])) | theirs
+        theirs = build.build_objective(from_dict(found.manifest["config"])).architecture() | theirs
     differing = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
     if differing:
         listed = ", ".join(f"{key} {theirs.get(key)} there, {ours.get(key)} here" for key in differing)
@@ -109,13 +109,13 @@ def refuse_another_architecture(found: Checkpoint, ours: dict[str, Any]) -> None
 
 def go_on(streams: Streams, found: Checkpoint, notes: list[str]) -> Streams:
     """The streams where a checkpoint left them; anew, and noted, where they were dealt in another way."""
-    states = found.manifest.get("stream_states")
-    if not states:
+    positions = saved_positions(found.manifest)
+    if not positions:
         return streams
     if found.manifest["streams"] == streams.layout():
-        return streams.going_on(states[streams.rank])
+        return streams.going_on(positions[streams.rank])
     notes.append(
         "warning: shards are dealt in another way than before: every stream starts a new pass over its shards, so some "
         "images come again earlier than others"
     )
-    return streams.going_on(anew([state for states_of_rank in states for state in states_of_rank], streams))
+    return streams.going_on(anew([position for of_rank in positions for position in of_rank], streams))

@@ -6,20 +6,19 @@ from typing import Any
 
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig, to_dict, to_yaml
-from ijepa_scale.data.collate import MicroBatches, check_batches_fit, loader_processes, shared_memory
+from ijepa_scale.data.collate import Batch, MicroBatches, check_batches_fit, loader_processes, shared_memory
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.streams.streams import State, Streams
+from ijepa_scale.data.streams.dealing import Streams
+from ijepa_scale.data.streams.positions import StreamPosition
 from ijepa_scale.engine import checkpoint as checkpoints
-from ijepa_scale.engine import launchers, zero
+from ijepa_scale.engine import launchers
 from ijepa_scale.engine.device import device_peak
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
-from ijepa_scale.engine.optim import adamw, parameter_groups
-from ijepa_scale.masking.multiblock import MultiBlock
+from ijepa_scale.engine.schedules import Schedules
 from ijepa_scale.models.attention_backends import Choice
-from ijepa_scale.models.initial import initial_weight
-from ijepa_scale.objectives.flops import StepFlops
+from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.plan import checks
 from ijepa_scale.run.folder import BadImages, RunFolder
 from ijepa_scale.run.records import read_records
@@ -30,7 +29,7 @@ class InputError(Exception):
     """What the user gave cannot be trained on; found before training starts."""
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Run:
     """All that one process of a run holds."""
 
@@ -42,27 +41,37 @@ class Run:
     evaluation: build.EvalImages
     dataset: MicroBatches
     horizon: build.Horizon
+    schedules: Schedules
+    objective: Objective
     engine: Any
     ema: ShardedEMA
-    flops: StepFlops
     peak: float | None  # FLOP/s of this rank's device; None: not known
     bad: BadImages = field(default_factory=BadImages)
-    streams: list[State | None] = field(default_factory=list)  # where each of this rank's stands, as far as it trained
+    positions: list[StreamPosition | None] = field(default_factory=list)  # of this rank's streams, as far as it trained
     start_step: int = 0
     wandb_id: str | None = None
     notes: list[str] = field(default_factory=list)  # to be shown once there is a progress line
 
+    def keep_positions(self, batches: list[Batch]) -> None:
+        """Remember where streams go on after batches that were trained on."""
+        for stream in (batch.stream for batch in batches if batch.stream):
+            self.positions[stream.number] = stream.position
 
-def check(config: PretrainConfig) -> MultiBlock:
-    """What can be seen from the config alone, before any process group: the same on every rank."""
+
+def check(config: PretrainConfig, objective: Objective | None = None) -> Objective:
+    """The objective, after all that can be seen from the config alone: before any process group, on every rank."""
     build.check_source_given(config)
-    return checks.check(config)
+    objective = objective or build.build_objective(config)
+    objective.check()
+    return objective
 
 
-def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: str, allow_changes: bool) -> Run:
+def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume: str, allow_changes: bool) -> Run:
     """Everything else that can fail for a user's reason, in the order of its cost."""
     folder = RunFolder(config.run_dir)
-    micro_batch_size, precision, settings = checks.settings(config, ranks=ranks.world_size, device=ranks.device)
+    micro_batch_size, precision, settings = checks.settings(
+        config, objective, ranks=ranks.world_size, device=ranks.device
+    )
     attention = choose_attention(config, ranks)
     ranks.together(lambda: folder.lock() if ranks.first else None)
     images = ranks.together(lambda: build.build_images(config), on="node")
@@ -71,11 +80,11 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
     facts = {
         "seed": config.seed,
         "config": to_dict(config),
-        "architecture": build.architecture(config),
+        "architecture": objective.architecture(),
         "images": len(images),
         "precision": precision,
         "micro_batch_size": micro_batch_size,
-        "images_in_statistics": micro_batch_size * ranks.world_size,  # of the variance and covariance terms
+        "images_in_statistics": micro_batch_size * ranks.world_size,  # of terms over the images of a micro-step
     }
     dealt: list[str] = []
     if isinstance(images, Streams):
@@ -83,44 +92,36 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
         facts["streams"] = images.layout()
         dealt = images.dealing(config.data.workers)
     ranks.together(lambda: check_shared_memory(config, images, ranks))
-    found, notes = find_checkpoint(config, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
+    found, notes = find_checkpoint(objective, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
     notes += [f"attention: {attention.name} ({attention.why})", *dealt]
     if found and isinstance(images, Streams):
         images = go_on(images, found, notes)
 
-    with zero.building_context(settings):
-        model = build.build_model(config, initialize=False, attend=attention.attend, total=ranks.total)
-    engine = zero.initialize(
-        model,
-        settings,
-        lambda name, shape: initial_weight(name, shape, config.seed),
-        lambda module: adamw(parameter_groups(module), config.optimization.betas),
+    engine, ema = build.build_engine(
+        objective, settings, betas=config.optimization.betas, attend=attention.attend, total=ranks.total
     )
-    ema = ShardedEMA(engine, model.twins())
     dataset = build.build_micro_batches(
-        config, images, blocks, micro_batch_size=micro_batch_size, rank=ranks.rank, ranks=ranks.world_size
+        config, images, objective, micro_batch_size=micro_batch_size, rank=ranks.rank, ranks=ranks.world_size
     )
     run = Run(
-        *(config, ranks, folder, facts, images, evaluation, dataset, horizon, engine, ema),
-        flops=build.build_flops(config),
+        config=config,
+        ranks=ranks,
+        folder=folder,
+        facts=facts,
+        images=images,
+        evaluation=evaluation,
+        dataset=dataset,
+        horizon=horizon,
+        schedules=build.build_schedules(config, horizon),
+        objective=objective,
+        engine=engine,
+        ema=ema,
         peak=device_peak(ranks.device, precision),
         notes=notes,
     )
     if isinstance(images, Streams):
-        run.streams = list(images.states or [None] * images.num_streams)
-    earlier = ranks.together(lambda: read_records(folder.metrics) if ranks.first and folder.metrics.exists() else [])
-    if found:
-        checkpoints.restore(found, engine, ema)
-        run.start_step = found.step
-        run.bad = BadImages(ranks.from_first([r for r in earlier if r["step"] < found.step]))
-        if found.path.parent.resolve() == folder.checkpoints.resolve():  # a branch of another run gets an id of its own
-            run.wandb_id = found.manifest.get("wandb_id")
-    elif earlier and ranks.first:
-        old = folder.metrics.with_suffix(".jsonl.old")
-        folder.metrics.replace(old)
-        run.notes.append(
-            f"no checkpoint in {folder.path}: starting from scratch; the earlier metrics are in {old.name}"
-        )
+        run.positions = list(images.positions or [None] * images.num_streams)
+    take_up(run, found)
     if ranks.first:
         folder.describe(
             to_yaml(config),
@@ -131,6 +132,24 @@ def set_up(config: PretrainConfig, blocks: MultiBlock, ranks: Ranks, *, resume: 
             source=images.name,
         )
     return run
+
+
+def take_up(run: Run, found: checkpoints.Checkpoint | None) -> None:
+    """Bring a run to where a checkpoint left it; without one the metrics of earlier attempts are put aside."""
+    ranks, folder = run.ranks, run.folder
+    earlier = ranks.together(lambda: read_records(folder.metrics) if ranks.first and folder.metrics.exists() else [])
+    if found:
+        checkpoints.restore(found, run.engine, run.ema)
+        run.start_step = found.step
+        run.bad = BadImages(ranks.from_first([r for r in earlier if r["step"] < found.step]))
+        if found.path.parent.resolve() == folder.checkpoints.resolve():  # a branch of another run gets an id of its own
+            run.wandb_id = found.manifest.get("wandb_id")
+    elif earlier and ranks.first:
+        old = folder.metrics.with_suffix(".jsonl.old")
+        folder.metrics.replace(old)
+        run.notes.append(
+            f"no checkpoint in {folder.path}: starting from scratch; the earlier metrics are in {old.name}"
+        )
 
 
 def check_shared_memory(

@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("prepare", __doc__)
     parser.add_argument("source", help="as data.source, not scenes: a folder of images or data files, or a Hub id")
     parser.add_argument("out", help="the folder to write to: new, or of the same command before")
-    parser.add_argument("--shorter-side", type=int, required=True, metavar="PIXELS", help="256 is fast; see the README")
+    parser.add_argument("--shorter-side", type=int, required=True, metavar="PIXELS", help="256 is fast: docs/data.md")
     parser.add_argument("--format", default="jpeg", help="jpeg (default) or webp: smaller, slower to decode")
     parser.add_argument("--quality", type=int, default=90, help="1 to 100 (default 90)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")

@@ -1,7 +1,7 @@
-"""Writes README.md's tables from docs/measurements/*/: python kernels/benchmarks/tables.py
+"""Writes tables into the docs from docs/measurements/*/: python kernels/benchmarks/tables.py
 
-Between <!-- kernels --> and <!-- /kernels --> that of kernels.json, between <!-- step --> and <!-- /step --> that of
-step-*.json, which launch/benchmark.py --keep writes.
+Between <!-- kernels --> and <!-- /kernels --> of docs/kernels.md that of kernels.json, between <!-- step --> and
+<!-- /step --> of docs/speed.md that of step-*.json, which launch/benchmark.py --keep writes.
 """
 
 import json
@@ -101,21 +101,23 @@ def _text(milliseconds: float | None) -> str:
     return "" if milliseconds is None else f"{milliseconds:.3f}"
 
 
-def write(readme: Path, measurements: Path) -> None:
+def write(page: Path, measurements: Path) -> None:
+    """Replaces whichever of the tables the page has."""
     kernels = [json.loads(path.read_text()) for path in sorted(measurements.glob("*/kernels.json"))]
     devices: dict[Path, list[dict[str, Any]]] = {}
     for path in sorted(measurements.glob("*/step-*.json")):
         devices.setdefault(path.parent, []).append(json.loads(path.read_text()))
-    text = readme.read_text()
+    text = page.read_text()
     for mark, tables in (
         ("kernels", [kernel_table(result) for result in kernels] or [NONE]),
         ("step", [step_table(results) for results in devices.values()] or [NO_STEP]),
     ):
         pattern = rf"(?<=<!-- {mark} -->\n).*(?=\n<!-- /{mark} -->)"
         text = re.sub(pattern, lambda _, tables=tables: "\n\n".join(tables), text, flags=re.DOTALL)
-    readme.write_text(text)
+    page.write_text(text)
 
 
 if __name__ == "__main__":
-    write(ROOT / "README.md", ROOT / "docs" / "measurements")
+    for name in ("kernels.md", "speed.md"):
+        write(ROOT / "docs" / name, ROOT / "docs" / "measurements")
     sys.exit(0)

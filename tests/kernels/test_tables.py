@@ -10,18 +10,18 @@ def row(provider, milliseconds, share):
     return {"op": "ema", "shape": "vit_huge", "provider": provider, "milliseconds": median, "share_of_copy": share}
 
 
-def test_the_readme_has_what_was_measured(tmp_path):
-    readme, measured = tmp_path / "README.md", tmp_path / "measurements"
-    readme.write_text("above\n<!-- kernels -->\nold\n<!-- /kernels -->\nbelow\n")
-    write(readme, measured)
-    assert readme.read_text() == f"above\n<!-- kernels -->\n{NONE}\n<!-- /kernels -->\nbelow\n"
+def test_a_page_has_what_was_measured(tmp_path):
+    page, measured = tmp_path / "page.md", tmp_path / "measurements"
+    page.write_text("above\n<!-- kernels -->\nold\n<!-- /kernels -->\nbelow\n")
+    write(page, measured)
+    assert page.read_text() == f"above\n<!-- kernels -->\n{NONE}\n<!-- /kernels -->\nbelow\n"
     (measured / "gpu").mkdir(parents=True)
     rows = [row("ours", 2.5, 0.934), row("definition", 5.0, 0.4), row("timm ModelEmaV3", 4, 0.5), row("other", 9, 0.2)]
     result = {"device": "A GPU", "torch": "2", "triton": "3", "copy_gigabytes_per_second": 2900.4, "rows": rows}
     (measured / "gpu" / "kernels.json").write_text(json.dumps(result))
     for _ in range(2):
-        write(readme, measured)
-        text = readme.read_text()
+        write(page, measured)
+        text = page.read_text()
         assert "| ema | vit_huge | 2.500 | 93% | 5.000 |  | 4.000 (timm ModelEmaV3) |" in text
         assert "2,900 GB/s" in text and NONE not in text and text.startswith("above\n") and text.endswith("\nbelow\n")
 
@@ -44,11 +44,11 @@ def step_row(name, context, gflop, rate, **more):
     return row | more
 
 
-def test_the_readme_has_the_steps_that_were_timed(tmp_path):
-    readme, measured = tmp_path / "README.md", tmp_path / "measurements"
-    readme.write_text("a\n<!-- step -->\nold\n<!-- /step -->\nb\n<!-- kernels -->\n\n<!-- /kernels -->\n")
-    write(readme, measured)
-    assert readme.read_text().startswith(f"a\n<!-- step -->\n{NO_STEP}\n<!-- /step -->\nb\n")
+def test_a_page_has_the_steps_that_were_timed(tmp_path):
+    page, measured = tmp_path / "page.md", tmp_path / "measurements"
+    page.write_text("a\n<!-- step -->\nold\n<!-- /step -->\nb\n<!-- kernels -->\n\n<!-- /kernels -->\n")
+    write(page, measured)
+    assert page.read_text().startswith(f"a\n<!-- step -->\n{NO_STEP}\n<!-- /step -->\nb\n")
     gpu = {"gpu": "A GPU", "torch": "2.11"}
     cpu = {"cpu": "A CPU", "cores": 8, "threads": 4, "torch": "2.15"}
     memory = {"state_bytes": 3 << 30, "step_bytes": 5 << 29}
@@ -62,8 +62,8 @@ def test_the_readme_has_the_steps_that_were_timed(tmp_path):
         result = {"config": config, "machine": machine, "precision": precision, "batch": batch, "steps": rows}
         (measured / folder / f"step-{config}.json").write_text(json.dumps(result))
     for _ in range(2):
-        write(readme, measured)
-    text = readme.read_text()
+        write(page, measured)
+    text = page.read_text()
     order = [
         "A CPU, 8 cores:",
         "| tiny, 16; fp32, torch 2.15, 4 threads |",

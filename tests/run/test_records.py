@@ -272,7 +272,7 @@ def test_features_growing_alike_and_a_falling_knn():
     assert health_verdict(history).startswith("watch: k-NN is below its first value")
 
 
-HEALTH_RUNS = Path(__file__).parent / "health_runs"  # health records of real runs: docs/small_compute.md
+HEALTH_RUNS = Path(__file__).parent / "health_runs"  # health records of real runs: docs/lab/small_compute.md
 
 
 @pytest.mark.parametrize("path", sorted(HEALTH_RUNS.glob("*.jsonl")), ids=lambda path: path.stem)

@@ -9,6 +9,8 @@ from ijepa_scale.run.folder import RunFolder
 from ijepa_scale.run.resume import find_checkpoint, refuse_misfit
 from tests.engine import standin
 
+OBJECTIVE = build.build_ijepa(PretrainConfig())
+
 
 def test_resume_takes_a_checkpoint_or_a_run_folder_s_newest_whole_one(tmp_path):
     facts = {"architecture": {}, "config": to_dict(PretrainConfig()), "images": 9, "precision": "fp32"}
@@ -18,7 +20,7 @@ def test_resume_takes_a_checkpoint_or_a_run_folder_s_newest_whole_one(tmp_path):
 
     def found(resume, run="new"):
         folder = RunFolder(tmp_path / run)
-        return find_checkpoint(PretrainConfig(), folder, standin.ALONE, facts, 9, resume=str(resume), allow=False)
+        return find_checkpoint(OBJECTIVE, folder, standin.ALONE, facts, 9, resume=str(resume), allow=False)
 
     checkpoints = tmp_path / "old" / "checkpoints"
     for resume, step in ((tmp_path / "old", 2), (checkpoints, 2), (checkpoints / "step-00000001", 1)):
@@ -35,12 +37,13 @@ def test_resume_takes_a_checkpoint_or_a_run_folder_s_newest_whole_one(tmp_path):
 def test_what_an_older_checkpoint_does_not_say_means_the_default(tmp_path):
     """Of its config and of its architecture; what differs all the same is refused."""
     config = PretrainConfig(model=ModelConfig(name="vit_tiny"))
-    facts = {"architecture": build.architecture(config), "config": to_dict(config), "images": 9, "precision": "fp32"}
+    objective = build.build_ijepa(config)
+    facts = {"architecture": objective.architecture(), "config": to_dict(config), "images": 9, "precision": "fp32"}
     older = {"config": {"model": {"name": "vit_tiny"}}, "images": 9, "precision": "fp32"}
 
     def resume(architecture, **changes):
         found = Checkpoint(tmp_path, {**older, "architecture": architecture, **changes})
-        refuse_misfit(config, found, facts, allow=False)
+        refuse_misfit(objective, found, facts, allow=False)
 
     resume({})
     resume({"depth": 12})
