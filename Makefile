@@ -45,8 +45,12 @@ lock: setup
 		--exclude-newer '30 days' --custom-compile-command "make lock" \
 		pyproject.toml --output-file requirements.lock
 
+# Of the launcher its errors alone. It warns where it finds no GPU, but not where it is told that there is none.
+ifeq ($(filter-out 0,$(GPUS)),)
+pretrain: export DS_ACCELERATOR := cpu
+endif
 pretrain: setup
-	deepspeed --num_gpus $(RANKS) launch/pretrain.py --config configs/tiny.yaml $(ARGS)
+	deepspeed --quiet --num_gpus $(RANKS) launch/pretrain.py --config configs/tiny.yaml $(ARGS)
 
 benchmark: setup
 	python launch/benchmark.py --config configs/tiny.yaml --steps 40 --keep $(ARGS)

@@ -8,31 +8,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from ijepa_scale.config import MaskConfig, ModelConfig, PretrainConfig
-from ijepa_scale.data.cache import cache_path
 from ijepa_scale.data.collate import MicroBatches
+from ijepa_scale.data.files import cache_path
 from ijepa_scale.data.images import ImageSet, check_images, open_file, open_images, splits_of
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import whole_weights
-from ijepa_scale.data.scenes.scenes import prepare_scenes
-from ijepa_scale.data.sources.kinds import is_mapped
+from ijepa_scale.data.scenes.prepare import prepare_scenes
+from ijepa_scale.data.sources.inspection import is_mapped
 from ijepa_scale.data.sources.remote import Patience
-from ijepa_scale.data.streams.opening import open_shards, sample_images, shard_locations
-from ijepa_scale.data.streams.streams import Streams
-from ijepa_scale.engine import checkpoint as checkpoints
-from ijepa_scale.engine.checkpoint import Checkpoint
+from ijepa_scale.data.streams.dealing import Streams
+from ijepa_scale.data.streams.opening import open_shards, shard_locations
+from ijepa_scale.data.streams.samples import sample_images
+from ijepa_scale.engine import zero
+from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.engine.optim import adamw, parameter_groups
+from ijepa_scale.engine.schedules import Schedules
 from ijepa_scale.masking.grid import PatchGrid
-from ijepa_scale.masking.multiblock import MultiBlock, check_feasible
+from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.attention_backends import Choice, choose_attention
 from ijepa_scale.models.attention_self_test import self_test
-from ijepa_scale.models.initial import initialize_weights
-from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize, count_recomputed, recompute
-from ijepa_scale.objectives.flops import StepFlops
-from ijepa_scale.objectives.ijepa import IJepa
-from ijepa_scale.objectives.regularization import of_one_rank
+from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize
+from ijepa_scale.objectives.ijepa import IJepaObjective
+from ijepa_scale.objectives.masks import BlockMasks
+from ijepa_scale.objectives.objective import Objective, Total
 
 Opener = Callable[..., ImageSet]  # as open_images
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
@@ -83,20 +85,6 @@ def build_attention(config: PretrainConfig, *, device: torch.device) -> Choice:
     return choice
 
 
-def build_flops(config: PretrainConfig) -> StepFlops:
-    encoder, predictor = vit_size(config.model), predictor_size(config)
-    encoder_every, predictor_every = config.engine.recompute_every
-    return StepFlops(
-        encoder=encoder,
-        predictor=predictor,
-        patch_size=config.model.patch_size,
-        num_patches=(config.data.image_size // config.model.patch_size) ** 2,
-        recomputed_encoder_blocks=count_recomputed(encoder.depth, encoder_every),
-        recomputed_predictor_blocks=count_recomputed(predictor.depth, predictor_every),
-        compiled=config.engine.compile,
-    )
-
-
 def build_encoder(config: PretrainConfig, attend: Attend | None = None) -> VisionTransformer:
     """A vision transformer of the config's size, with PyTorch's own initial weights. attend: as VisionTransformer's."""
     return VisionTransformer(
@@ -104,76 +92,73 @@ def build_encoder(config: PretrainConfig, attend: Attend | None = None) -> Visio
     )
 
 
-def load_target_encoder(encoder: VisionTransformer, found: Checkpoint) -> None:
-    """Fill a plain encoder with a checkpoint's EMA weights."""
-    shapes = {f"context_encoder.{name}": p.shape for name, p in encoder.named_parameters()}
-    weights = checkpoints.read_weights(found, shapes, "ema")
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            parameter.copy_(weights[f"context_encoder.{name}"])
+def build_objective(config: PretrainConfig) -> Objective:
+    """What objective.name asks for. ValueError for an unknown model; objective.check() refuses what cannot be met."""
+    return OBJECTIVES[config.objective.name](config)
 
 
-def build_model(
-    config: PretrainConfig,
-    *,
-    initialize: bool = True,
-    attend: Attend | None = None,
-    total: Callable[[torch.Tensor], torch.Tensor] = of_one_rank,
-) -> IJepa:
-    """Context encoder, predictor and target encoder, whose forward computes the loss.
-
-    initialize: draw the weights from config.seed; the engine passes False and draws its own shards.
-    attend: the kernel that attends over packed tokens, as build_attention() chooses it; None: PyTorch's own attention.
-    total: this rank's tensor -> the sum of all ranks', for loss terms over the images of a micro-step.
-    """
-    context_encoder = build_encoder(config, attend)
-    predictor = Predictor(
-        predictor_size(config),
-        encoder_width=context_encoder.size.width,
-        grid=context_encoder.grid,
-        attend=attend,
-    )
-    encoder_every, predictor_every = config.engine.recompute_every
-    recompute(context_encoder.blocks, encoder_every)
-    recompute(predictor.predictor_blocks, predictor_every)
-    model = IJepa(
-        context_encoder,
-        predictor,
-        build_encoder(config),
+def build_ijepa(config: PretrainConfig) -> IJepaObjective:
+    return IJepaObjective(
+        encoder=vit_size(config.model),
+        predictor=predictor_size(config),
+        image_size=config.data.image_size,
+        patch_size=config.model.patch_size,
+        draw_masks=BlockMasks(build_blocks(config), config.mask.context, config.seed),
         loss_kind=config.loss.kind,
         variance=config.loss.variance,
         covariance=config.loss.covariance,
-        total=total,
+        recompute_every=config.engine.recompute_every,
+        compiled=config.engine.compile,
+        seed=config.seed,
     )
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.compiled = config.engine.compile
-    if initialize:
-        initialize_weights(model, config.seed)
-    return model
 
 
-def architecture(config: PretrainConfig) -> dict[str, int]:
-    """What fixes the shapes of the weights, for a checkpoint to be compared with."""
-    encoder, predictor = vit_size(config.model), predictor_size(config)
-    return {
-        "image_size": config.data.image_size,
-        "patch_size": config.model.patch_size,
-        "width": encoder.width,
-        "depth": encoder.depth,
-        "heads": encoder.heads,
-        "mlp_width": encoder.mlp_width,
-        "predictor_width": predictor.width,
-        "predictor_depth": predictor.depth,
-        "predictor_heads": predictor.heads,
-    }
+OBJECTIVES: dict[str, Callable[[PretrainConfig], Objective]] = {"ijepa": build_ijepa}
+
+
+def build_model(config: PretrainConfig, *, attend: Attend | None = None) -> nn.Module:
+    """The objective's networks, whole, with their initial weights; the module's forward(images, masks) gives the loss.
+
+    attend: the kernel that attends over packed tokens, as build_attention() chooses it; None: PyTorch's own attention.
+    """
+    objective = build_objective(config)
+    module = objective.build(attend=attend)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(objective.initial_weight(name, parameter.shape))
+    return module
+
+
+def build_engine(
+    objective: Objective,
+    settings: dict[str, Any],
+    *,
+    betas: tuple[float, float],
+    attend: Attend | None = None,
+    total: Total | None = None,
+    initial: Callable[[str, torch.Size], torch.Tensor] | None = None,
+) -> tuple[Any, ShardedEMA]:
+    """The objective's module under DeepSpeed, and the EMA of what it averages.
+
+    settings: DeepSpeed's, as plan.checks.settings() gives them. initial: weights by name; None: the objective's.
+    """
+    with zero.building_context(settings):
+        module = objective.build(attend=attend, total=total)
+    engine = zero.initialize(
+        module,
+        settings,
+        initial or objective.initial_weight,
+        lambda module: adamw(parameter_groups(objective.trained(module), objective.averaged(module)), betas),
+        whole=Block,
+    )
+    return engine, ShardedEMA(engine, objective.averaged(module))
 
 
 def build_blocks(config: PretrainConfig) -> MultiBlock:
-    """The mask sampler; raises ValueError where the patch grid cannot meet mask.min_keep."""
+    """The blocks that masks are made of; objective.check() refuses those that cannot be drawn."""
     side = config.data.image_size // config.model.patch_size
     mask: MaskConfig = config.mask
-    blocks = MultiBlock(
+    return MultiBlock(
         grid=PatchGrid(side, side),
         num_target_blocks=mask.num_target_blocks,
         target_scale=mask.target_scale,
@@ -182,8 +167,6 @@ def build_blocks(config: PretrainConfig) -> MultiBlock:
         min_keep=mask.min_keep,
         reference_compat=mask.reference_compat,
     )
-    check_feasible(blocks)
-    return blocks
 
 
 def check_source_given(config: PretrainConfig) -> None:
@@ -336,7 +319,7 @@ def _sampled_images(config: PretrainConfig, source: str, split: str, count: int)
 def build_micro_batches(
     config: PretrainConfig,
     images: ImageSet | Mixture | Streams,
-    blocks: MultiBlock,
+    objective: Objective,
     *,
     micro_batch_size: int,
     rank: int,
@@ -344,8 +327,7 @@ def build_micro_batches(
 ) -> MicroBatches:
     return MicroBatches(
         images=images,
-        blocks=blocks,
-        context=config.mask.context,
+        draw_masks=objective.draw_masks,
         seed=config.seed,
         image_size=config.data.image_size,
         crop_scale=config.data.crop_scale,
@@ -382,6 +364,19 @@ def build_horizon(config: PretrainConfig, num_images: int) -> Horizon:
     return Horizon(steps_per_epoch, total, stop, round(total * options.warmup_epochs / options.epochs))
 
 
+def build_schedules(config: PretrainConfig, horizon: Horizon) -> Schedules:
+    options = config.optimization
+    return Schedules(
+        total=horizon.total,
+        warmup=horizon.warmup,
+        start_lr=options.start_lr,
+        lr=options.lr,
+        final_lr=options.final_lr,
+        weight_decay=options.weight_decay,
+        ema=options.ema,
+    )
+
+
 def build_micro_batch_size(config: PretrainConfig, ranks: int) -> int:
     """Images a rank runs at once. Raises ValueError where the global batch cannot be cut evenly."""
     whole = config.optimization.global_batch_size
@@ -391,10 +386,5 @@ def build_micro_batch_size(config: PretrainConfig, ranks: int) -> int:
         raise ValueError(
             f"optimization.global_batch_size {whole} is not a multiple of micro_batch_size {max(micro, 1)} x {ranks} "
             f"ranks; use optimization.global_batch_size={near} or another micro_batch_size"
-        )
-    if (config.loss.variance or config.loss.covariance) and micro * ranks < 2:
-        raise ValueError(
-            "loss.variance and loss.covariance compare the images of a micro-step, and it has 1; "
-            "use a larger optimization.micro_batch_size, or more ranks, or set both to 0"
         )
     return micro

@@ -5,44 +5,41 @@ import faulthandler
 import gc
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ijepa_kernels.dispatch import chosen
 from ijepa_scale.config import PretrainConfig, to_dict
-from ijepa_scale.data.collate import Batch, MicroBatchStream, micro_batch_stream
-from ijepa_scale.data.images import BadImageError
-from ijepa_scale.data.sources.remote import StreamError
-from ijepa_scale.engine import checkpoint as checkpoints
+from ijepa_scale.data.collate import Batch, LoadError, MicroBatchStream, micro_batch_stream
+from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.device import memory_bytes, rates
 from ijepa_scale.engine.feed import Feed, HostCopy, collecting_by_hand
 from ijepa_scale.engine.optim import set_schedules
-from ijepa_scale.engine.schedules import cosine, ema_momentum, learning_rate
 from ijepa_scale.engine.signals import EXIT_SECONDS, STOP_EXIT_CODE, Stopped, StopRequest
-from ijepa_scale.masking.multiblock import MultiBlock
-from ijepa_scale.objectives.flops import Counts
-from ijepa_scale.run.data_wait import DataWait, usable_cores
-from ijepa_scale.run.health import measure_health
+from ijepa_scale.objectives.objective import Objective
+from ijepa_scale.run.health import HealthChecks
 from ijepa_scale.run.incidents import (
-    STRIKES,
     Log,
     RunError,
     Say,
+    Skips,
     explained_loader_errors,
     explained_memory_errors,
     report_bad_images,
     report_passes,
-    report_skip,
 )
+from ijepa_scale.run.late_records import LateRecords, StepOutcome
+from ijepa_scale.run.preview import preview_masks
 from ijepa_scale.run.progress import Progress
-from ijepa_scale.run.records import JsonlWriter, WandbWriter, read_records
-from ijepa_scale.run.report import preview_masks, report
+from ijepa_scale.run.records import JsonlWriter, WandbWriter
+from ijepa_scale.run.report import report
+from ijepa_scale.run.saving import Saver
 from ijepa_scale.run.setup import InputError, Run, check, set_up
 
 RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/performance.md
+NOT_COUNTS = ("model_flops", "hardware_flops", "data_wait_seconds", "stop", "noted")  # of what ranks agree on
 
 
 def pretrain(
@@ -51,23 +48,25 @@ def pretrain(
     resume: str = "auto",
     allow_changes: bool = False,
     stop_request: StopRequest | None = None,
+    objective: Objective | None = None,
 ) -> int:
     """Train; the exit code: 0 done, 75 stopped on request with a checkpoint.
 
     resume: "auto" (the newest good checkpoint of the run folder, or a fresh start where there is none), "never", or a
-    checkpoint's path. stop_request: the process's, where it has one since its start.
+    checkpoint's path. stop_request: the process's, where it has one since its start. objective: one of your own, in
+    place of what objective.name says.
     Raises InputError, before training, for what the user can mend, RunError during it, and Stopped where it is asked to
     stop outside of training.
     """
     stop_request, own = stop_request or StopRequest(), stop_request is None
     try:
         try:
-            blocks = check(config)
+            objective = check(config, objective)
             ranks = distributed.start()
         except ValueError as error:
             raise InputError(str(error)) from error
         try:
-            code = run_on(ranks, config, blocks, stop_request, resume=resume, allow_changes=allow_changes)
+            code = run_on(ranks, config, objective, stop_request, resume=resume, allow_changes=allow_changes)
         except BaseException:
             if ranks.world_size == 1:  # others may be in a collective, for which closing would wait
                 ranks.close()
@@ -82,7 +81,7 @@ def pretrain(
 def run_on(
     ranks: distributed.Ranks,
     config: PretrainConfig,
-    blocks: MultiBlock,
+    objective: Objective,
     stop_request: StopRequest,
     *,
     resume: str,
@@ -90,7 +89,7 @@ def run_on(
 ) -> int:
     """Set up, train, report."""
     try:
-        run = set_up(config, blocks, ranks, resume=resume, allow_changes=allow_changes)
+        run = set_up(config, objective, ranks, resume=resume, allow_changes=allow_changes)
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
     try:
@@ -104,8 +103,9 @@ def run_on(
         elif ranks.first:
             print("\n".join(run.notes))
             print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
+        network = next(iter(run.objective.encoders(run.engine.module)))  # the best of them
         del run.engine, run.ema  # their memory is free for the probes
-        report(run)
+        report(run, network)
     except BadImageError as error:  # of the health check or the report, on all ranks
         raise RunError(str(error)) from error
     return 0
@@ -135,6 +135,151 @@ def train(run: Run, stop_request: StopRequest) -> str:
         stack.enter_context(batches)
         stack.push(closing_in_time)
         return loop(run, stop_request, progress, log, batches)
+
+
+def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Log, batches: MicroBatchStream) -> str:
+    config, horizon = run.config, run.horizon
+    say: Say = progress.message if progress else lambda text: None
+    feed = Feed(batches, run.ranks.device)
+    records = LateRecords(run, log, progress, say)
+    health, skips, saver = HealthChecks(run, log, say), Skips(run, log, say), Saver(run, say)
+    introduce(run, say)
+    for step in range(run.start_step, horizon.stop):
+        if config.engine.hang_seconds:  # a rank that hangs leaves the others waiting in a collective, for ever
+            faulthandler.dump_traceback_later(config.engine.hang_seconds, exit=True)
+        if health.due(step):
+            records.settle()
+            health.measure(step, loss=records.loss)
+        if progress and progress.lost:
+            stop_request.ask(progress.lost)
+        outcome = train_step(run, step, feed, stop=bool(stop_request.pending()), meanwhile=records.settle)
+        records.add(outcome)
+        run.keep_positions(outcome.batches)
+        if outcome.noted or not outcome.applied:
+            records.settle()
+            report_passes(run, step, outcome.batches, say, log)
+            report_bad_images(run, step, outcome.batches, say, log)
+        skips.count(step, applied=outcome.applied, batches=outcome.batches)
+        done, reason = step + 1, agreed_reason(run.ranks, stop_request) if outcome.stop else ""
+        if done % config.checkpoint.every_steps == 0 or done == horizon.stop or reason:
+            records.settle()
+            saver.save(done, last=bool(reason) or done == horizon.stop)
+        if done % RELEASE_STEPS == 0:
+            gc.collect()
+            run.ranks.release_memory()
+        if reason:
+            say(f"stopped by {reason} after step {done}; the same command goes on from there")
+            return reason
+    if config.logging.health_every_steps:
+        health.measure(horizon.stop, loss=records.loss)
+    reason = agreed_reason(run.ranks, stop_request)
+    if reason:
+        say(f"stopped by {reason} after the last step; the same command makes the report")
+    return reason
+
+
+def train_step(run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callable[[], None]) -> StepOutcome:
+    """One optimizer step on all ranks. stop: whether this rank was asked to stop.
+
+    While a GPU has the forward to do, the host does its own work: the next batch, agreements of ranks, meanwhile(). It
+    waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite. (At ZeRO-2 on
+    several GPUs and at ZeRO-3 DeepSpeed also waits at the end of the backward.)
+    """
+    engine, started, waited = run.engine, time.perf_counter(), feed.waited
+    scheduled = run.schedules.at(step)
+    set_schedules(engine.optimizer.optimizer.param_groups, lr=scheduled["lr"], weight_decay=scheduled["weight_decay"])
+    terms: list[dict[str, torch.Tensor]] = []
+    batches: list[Batch] = []
+    for micro in range(run.dataset.accumulation_steps):
+        if micro:
+            engine.step()  # of the micro-step before, which DeepSpeed counts
+        batches.append(next_batch(feed))
+        with explained_memory_errors(run):
+            terms.append(engine(batches[-1].images, batches[-1].masks))
+        last = micro + 1 == run.dataset.accumulation_steps
+        if not last or step + 1 < run.horizon.stop:
+            feed.load()
+        if last:
+            meanwhile()
+            agreed = agree(run, batches, data_wait_seconds=feed.waited - waited, stop=stop)
+        with explained_memory_errors(run):
+            engine.backward(terms[-1]["loss"])
+    with explained_memory_errors(run):
+        engine.step()
+    applied = engine.was_step_applied()
+    if applied:  # a skipped step leaves the EMA as it was, too
+        run.ema.update(scheduled["ema_momentum"])
+    record = step_record(run, step, scheduled, agreed, applied=applied, seconds=time.perf_counter() - started)
+    numbers = HostCopy([value for micro in terms for value in micro.values()] + [gradient_norm(run)])
+    return StepOutcome(record, list(terms[0]), numbers, applied, batches, agreed["noted"] > 0, agreed["stop"] > 0)
+
+
+def agree(run: Run, batches: list[Batch], *, data_wait_seconds: float, stop: bool) -> dict[str, float]:
+    """Sums over all ranks: what the objective did in a step, seconds of waiting, and what somebody must be told."""
+    own = {"data_wait_seconds": data_wait_seconds, "stop": float(stop), "noted": 0.0}
+    for batch in batches:
+        for key, value in run.objective.done(batch.masks).items():
+            own[key] = own.get(key, 0.0) + value
+        own["noted"] += len(batch.bad) + (len(batch.stream.passes) if batch.stream else 0)
+    return run.ranks.sum_by_name(own)
+
+
+def step_record(
+    run: Run, step: int, scheduled: dict[str, float], agreed: dict[str, float], *, applied: bool, seconds: float
+) -> dict[str, Any]:
+    """A line of metrics.jsonl, but for the loss, its terms and the gradient norm (run/records.py names all keys)."""
+    counts = {key: int(value) for key, value in agreed.items() if key not in NOT_COUNTS}
+    return {
+        "kind": "step",
+        "step": step,
+        "epoch": step / run.horizon.steps_per_epoch,
+        **scheduled,
+        "applied": applied,
+        **counts,
+        "images_per_second": run.config.optimization.global_batch_size / seconds,
+        **rates(
+            model=agreed["model_flops"],
+            hardware=agreed["hardware_flops"],
+            seconds=seconds,
+            devices=run.ranks.world_size,
+            peak=run.peak,
+        ),
+        "data_wait_seconds": agreed["data_wait_seconds"] / run.ranks.world_size,
+        "step_seconds": seconds,
+        "memory_bytes": memory_bytes(),
+    }
+
+
+def gradient_norm(run: Run) -> torch.Tensor:
+    norm = run.engine.get_global_grad_norm()
+    if isinstance(norm, torch.Tensor):
+        return norm
+    return torch.full((), norm, device=run.ranks.device)  # infinite, of a skipped step; on the device: no wait
+
+
+def agreed_reason(ranks: distributed.Ranks, stop_request: StopRequest) -> str:
+    """Why any rank was asked to stop, on all of them; "" where none was."""
+    return ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
+
+
+def next_batch(feed: Feed) -> Batch:
+    try:
+        return feed.take()
+    except LoadError as error:
+        raise RunError(str(error), local=True) from error
+
+
+def introduce(run: Run, say: Say) -> None:
+    """What the user should know before the first step."""
+    count = f"{len(run.images):,} images" if len(run.images) else "a stream of unknown length"
+    for note in run.notes:
+        say(note)
+    say(f"operations: {chosen(run.ranks.device)}")
+    say(
+        f"{run.images.name}: {count}, {run.horizon.steps_per_epoch} steps an epoch; "
+        f"{run.ranks.world_size} x {run.dataset.micro_batch_size} x {run.dataset.accumulation_steps} images a step; "
+        f"run folder {run.folder.path}"
+    )
 
 
 def closing_in_time(kind: type[BaseException] | None, *error: object) -> None:
@@ -173,219 +318,3 @@ def open_logs(run: Run, stack: contextlib.ExitStack) -> Log:
             wandb.log(record, record["step"])
 
     return log
-
-
-def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Log, batches: MicroBatchStream) -> str:
-    config, ranks, horizon = run.config, run.ranks, run.horizon
-    say: Say = progress.message if progress else lambda text: None
-    feed = Feed(batches, ranks.device)
-    health = [r for r in read_records(run.folder.metrics) if r.get("kind") == "health"] if ranks.first else []
-    data_wait = DataWait.of_ranks(ranks.gather((ranks.local_rank, usable_cores())), workers=config.data.workers)
-    skipped_in_a_row = failed_saves = 0
-    loss: float | None = None
-    reason = ""
-    unsettled: list[StepOutcome] = []
-
-    def settle() -> None:
-        """Log the last step, once its numbers are here: a step later, while the device computes, or where one asks."""
-        nonlocal loss
-        for outcome in unsettled:
-            record = completed(run, outcome)
-            log(record)
-            loss = record["loss"]
-            if progress:
-                progress.update(record["step"] + 1, record)
-                if slow := data_wait.update(record["data_wait_seconds"], record["step_seconds"]):
-                    say(slow)
-        unsettled.clear()
-
-    for note in run.notes:
-        say(note)
-    say(f"operations: {chosen(ranks.device)}")
-    say(
-        f"{run.images.name}: {count_text(run)}, {horizon.steps_per_epoch} steps an epoch; "
-        f"{ranks.world_size} x {run.dataset.micro_batch_size} x {run.dataset.accumulation_steps} images a step; "
-        f"run folder {run.folder.path}"
-    )
-    for step in range(run.start_step, horizon.stop):
-        if config.engine.hang_seconds:  # a rank that hangs leaves the others waiting in a collective, for ever
-            faulthandler.dump_traceback_later(config.engine.hang_seconds, exit=True)
-        if config.logging.health_every_steps and step % config.logging.health_every_steps == 0:
-            settle()
-            measure_health(run, step, health, log, say, loss=loss)
-        if progress and progress.lost:
-            stop_request.ask(progress.lost)
-        outcome = train_step(run, step, feed, stop=bool(stop_request.pending()), meanwhile=settle)
-        unsettled.append(outcome)
-        for mark in (batch.mark for batch in outcome.batches if batch.mark):
-            run.streams[mark.stream] = mark.state
-        if outcome.noted or not outcome.applied:
-            settle()
-        if outcome.noted:
-            report_passes(run, step, outcome.batches, say, log)
-            report_bad_images(run, step, outcome.batches, say, log)
-        skipped_in_a_row = 0 if outcome.applied else skipped_in_a_row + 1
-        if not outcome.applied:
-            report_skip(run, step, outcome.batches, skipped_in_a_row, say, log)
-        done = step + 1
-        if outcome.stop:
-            reason = ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
-        if done % config.checkpoint.every_steps == 0 or done == horizon.stop or reason:
-            settle()
-            failed_saves = 0 if save_checkpoint(run, done, say) else failed_saves + 1
-            if failed_saves == STRIKES or (failed_saves and (reason or done == horizon.stop)):
-                raise RunError("the checkpoint could not be written (see above); free space or mend the disk")
-        if done % RELEASE_STEPS == 0:
-            gc.collect()
-            ranks.release_memory()
-        if reason:
-            say(f"stopped by {reason} after step {done}; the same command goes on from there")
-            break
-    else:
-        if config.logging.health_every_steps:
-            measure_health(run, horizon.stop, health, log, say, loss=loss)
-        reason = ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
-        if reason:
-            say(f"stopped by {reason} after the last step; the same command makes the report")
-    return reason
-
-
-@dataclass(frozen=True)
-class StepOutcome:
-    """One step: its record, whether it was applied, what this rank saw, and what any rank met (the same on all)."""
-
-    record: dict[str, Any]  # without what is in numbers
-    names: list[str]  # of the loss and its terms
-    numbers: HostCopy  # these of each micro-step, then the gradient norm
-    applied: bool
-    batches: list[Batch]
-    noted: bool  # some rank met an unreadable image, or the end of its shards (the same on all)
-    stop: bool  # some rank was asked to stop
-
-
-def train_step(
-    run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callable[[], None] = lambda: None
-) -> StepOutcome:
-    """One optimizer step on all ranks. stop: whether this rank was asked to stop.
-
-    While a GPU has the forward to do, the host does its own work: the next batch, agreements of ranks, meanwhile(). It
-    waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite. (At ZeRO-2 on
-    several GPUs and at ZeRO-3 DeepSpeed also waits at the end of the backward.)
-    """
-    engine, options, horizon, ranks = run.engine, run.config.optimization, run.horizon, run.ranks
-    started = time.perf_counter()
-    lr = learning_rate(
-        step,
-        horizon.total,
-        warmup_steps=horizon.warmup,
-        start=options.start_lr,
-        peak=options.lr,
-        final=options.final_lr,
-    )
-    weight_decay = cosine(step, horizon.total, *options.weight_decay)
-    momentum = ema_momentum(step, horizon.total, *options.ema)
-    set_schedules(engine.optimizer.optimizer.param_groups, lr=lr, weight_decay=weight_decay)
-
-    waited = feed.waited
-    losses: list[dict[str, torch.Tensor]] = []
-    seen = []
-    for micro in range(run.dataset.accumulation_steps):
-        if micro:
-            engine.step()  # of the micro-step before, which DeepSpeed counts
-        batch = next_batch(feed)
-        seen.append(batch)
-        with explained_memory_errors(run):
-            losses.append(engine(batch.images, batch.masks))
-        last = micro + 1 == run.dataset.accumulation_steps
-        if not last or step + 1 < horizon.stop:
-            feed.load()
-        if last:
-            meanwhile()
-            counts = [Counts.of(batch.masks) for batch in seen]
-            wait, model, hardware, context_tokens, target_tokens, noted, stops = ranks.sum(
-                [
-                    feed.waited - waited,
-                    sum(map(run.flops.model, counts)),
-                    sum(map(run.flops.hardware, counts)),
-                    sum(batch.masks.context.num_tokens for batch in seen),
-                    sum(batch.masks.target_blocks.num_tokens for batch in seen),
-                    sum(len(batch.bad) + (len(batch.mark.passes) if batch.mark else 0) for batch in seen),
-                    float(stop),
-                ]
-            )
-        with explained_memory_errors(run):
-            engine.backward(losses[-1]["loss"])
-    with explained_memory_errors(run):
-        engine.step()
-    applied = engine.was_step_applied()
-    if applied:  # a skipped step leaves the EMA as it was, too
-        run.ema.update(momentum)
-    norm = engine.get_global_grad_norm()
-    if not isinstance(norm, torch.Tensor):  # infinite, of a skipped step; filled in on the device, to wait for nothing
-        norm = torch.full((), norm, device=ranks.device)
-    seconds = time.perf_counter() - started
-    record = {
-        "kind": "step",
-        "step": step,
-        "epoch": step / horizon.steps_per_epoch,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "ema_momentum": momentum,
-        "applied": applied,
-        "context_tokens": int(context_tokens),
-        "target_tokens": int(target_tokens),
-        "images_per_second": options.global_batch_size / seconds,
-        **rates(model=model, hardware=hardware, seconds=seconds, devices=ranks.world_size, peak=run.peak),
-        "data_wait_seconds": wait / ranks.world_size,
-        "step_seconds": seconds,
-        "memory_bytes": memory_bytes(),
-    }
-    numbers = HostCopy([value for terms in losses for value in terms.values()] + [norm])
-    return StepOutcome(record, list(losses[0]), numbers, applied, seen, noted > 0, stops > 0)
-
-
-def completed(run: Run, outcome: StepOutcome) -> dict[str, Any]:
-    """The record of a step with its loss, over all ranks and micro-steps, and gradient norm. All ranks call it."""
-    *losses, norm = outcome.numbers.numbers()
-    micro_steps = [losses[i : i + len(outcome.names)] for i in range(0, len(losses), len(outcome.names))]
-    totals = run.ranks.sum([sum(values) for values in zip(*micro_steps, strict=True)])
-    count = run.ranks.world_size * len(micro_steps)
-    means = {
-        name if name == "loss" else f"loss_{name}": total / count
-        for name, total in zip(outcome.names, totals, strict=True)
-    }
-    return {**outcome.record, **means, "grad_norm": norm}
-
-
-def next_batch(feed: Feed) -> Batch:
-    try:
-        return feed.take()
-    except (BadImageError, StreamError) as error:
-        line = str(error).splitlines()[-1]  # a worker's comes with its traceback, and ends with the class and message
-        kind = f"{type(error).__module__}.{type(error).__qualname__}: "
-        raise RunError(line.removeprefix(kind), local=True) from error
-
-
-def count_text(run: Run) -> str:
-    return f"{len(run.images):,} images" if len(run.images) else "a stream of unknown length"
-
-
-def save_checkpoint(run: Run, step: int, say: Say) -> bool:
-    """Save and prune; False, on all ranks, when it could not be written: training then goes on without it."""
-    started = time.perf_counter()
-    meta = {**run.facts, "wandb_id": run.wandb_id}
-    if run.streams:
-        meta["stream_states"] = run.ranks.gather(run.streams)
-    try:
-        path = checkpoints.save(run.folder.checkpoints, run.engine, run.ema, run.ranks, step=step, meta=meta)
-    except OSError as error:
-        say(f"warning: no checkpoint at step {step}: {error}; earlier checkpoints are untouched")
-        return False
-    keep = run.config.checkpoint
-    checkpoints.prune(
-        run.folder.checkpoints, run.ranks, keep_last=keep.keep_last, keep_every=keep.keep_every, newest=step
-    )
-    if run.ranks.first:
-        size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
-        say(f"checkpoint {path} ({size:.1f} MB, {time.perf_counter() - started:.1f} s)")
-    return True

@@ -17,11 +17,12 @@ from PIL import Image
 
 from ijepa_scale.benchmark.timing import machine, spread
 from ijepa_scale.data.collate import MicroBatches, micro_batch_stream
-from ijepa_scale.data.images import BadImageError, ImageSet, croppable, decode, open_images
-from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.transforms import random_resized_crop
+from ijepa_scale.data.decoding import BadImageError, decode
+from ijepa_scale.data.images import ImageSet, open_images
+from ijepa_scale.data.transforms import RandomCrop
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
+from ijepa_scale.objectives.masks import BlockMasks
 
 SAMPLE = 500  # images at most, evenly spaced over the source
 TURN = 50  # images each pipeline takes before the next has its turn
@@ -129,7 +130,7 @@ def _reads(decoder: Pipeline, file: bytes) -> bool:
 
 
 def _ours(size: int) -> Callable[[int, bytes], Any]:
-    return lambda i, file: random_resized_crop(croppable(file), generator_for(0, i), size, scale=SCALE)
+    return lambda i, file: RandomCrop(size, (0, i), scale=SCALE).of(file)
 
 
 def _torchvision(size: int) -> list[Pipeline]:
@@ -164,7 +165,7 @@ def loaded_per_second(images: ImageSet, *, size: int, count: int, workers: int) 
     batch = min(BATCH, len(images))
     dataset = MicroBatches(
         images=images,
-        blocks=MultiBlock(grid=PatchGrid(14, 14)),
+        draw_masks=BlockMasks(MultiBlock(grid=PatchGrid(14, 14))),
         seed=0,
         image_size=size,
         crop_scale=SCALE,

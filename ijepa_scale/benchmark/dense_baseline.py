@@ -6,6 +6,7 @@ are named as in ijepa_scale/models, whose state dict loads here.
 B images, N patches, K tokens kept of each image, M target blocks, D width, P the predictor's.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -159,8 +160,11 @@ class DenseJepa(nn.Module):
         pred = self.predictor(self.context_encoder(pixels, masks.context_BK), masks)
         return F.smooth_l1_loss(pred, target.view_as(pred))
 
+    def pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        """Parameters and those that are their EMA."""
+        yield from zip(self.context_encoder.parameters(), self.target_encoder.parameters(), strict=True)
+
     @torch.no_grad()
     def update_target(self, momentum: float) -> None:
-        pairs = zip(self.context_encoder.parameters(), self.target_encoder.parameters(), strict=True)
-        for source, target in pairs:
+        for source, target in self.pairs():
             target.data.mul_(momentum).add_((1.0 - momentum) * source.detach().data)

@@ -21,18 +21,16 @@ from ijepa_scale.benchmark.dense_baseline import DenseJepa, DenseMasks
 from ijepa_scale.benchmark.profiling import profile_steps
 from ijepa_scale.benchmark.timing import LAYOUTS, Say, Timed, machine, spread, turns
 from ijepa_scale.config import PretrainConfig
-from ijepa_scale.data.collate import BLOCKS, CONTEXT, SIZES
-from ijepa_scale.data.order import generator_for
 from ijepa_scale.engine import distributed, zero
 from ijepa_scale.engine.device import device_peak
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.optim import adamw, parameter_groups, set_schedules
-from ijepa_scale.masking.multiblock import block_sizes, place_blocks
-from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
+from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention_backends import Choice
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.vit import Block
 from ijepa_scale.objectives.flops import Counts
+from ijepa_scale.objectives.ijepa import IJepaObjective
 
 # (m, k, n) of the matmul rate
 LARGE_SHAPES = {
@@ -50,6 +48,7 @@ class Setting:
     """What all runs share."""
 
     config: PretrainConfig
+    objective: IJepaObjective
     device: torch.device
     precision: str  # fp32 or bf16
     attention: Choice  # of the training step; the baseline has its own
@@ -80,7 +79,7 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
         asked = config.optimization.micro_batch_size or config.optimization.global_batch_size
         attention = build.build_attention(config, device=device)
         say(f"attention: {attention.name} ({attention.why})")
-        setting = Setting(config, device, precision, attention, asked)
+        setting = Setting(config, build.build_ijepa(config), device, precision, attention, asked)
         while True:
             try:
                 return {**measure(setting, steps, say, profile), "batch_asked": asked}
@@ -101,7 +100,7 @@ def measure(setting: Setting, steps: int, say: Say, profile: Path | None) -> dic
     side = setting.config.data.image_size
     images = torch.randint(256, (setting.batch, 3, side, side)).to(torch.uint8).to(setting.device)
     equal, ragged = (
-        [sampled_masks(setting.config, setting.batch, step, context) for step in range(LAYOUTS)]
+        [sampled_masks(setting.objective, setting.batch, step, context) for step in range(LAYOUTS)]
         for context in ("batch_min", "all")
     )
     say("building both models")
@@ -120,14 +119,9 @@ def measure(setting: Setting, steps: int, say: Say, profile: Path | None) -> dic
     return found
 
 
-def sampled_masks(config: PretrainConfig, batch: int, step: int, context: str) -> Masks:
+def sampled_masks(objective: IJepaObjective, batch: int, step: int, context: str) -> Masks:
     """What training would draw at this step."""
-    blocks, seed = build.build_blocks(config), config.seed
-    sizes = block_sizes(blocks, generator_for(seed, SIZES, step))
-    placed = [place_blocks(blocks, sizes, generator_for(seed, BLOCKS, step, position)) for position in range(batch)]
-    rngs = [generator_for(seed, CONTEXT, step, position) for position in range(batch)]
-    contexts = limit_context([image.context for image in placed], context, rngs)
-    return pack_masks(contexts, [list(image.target_blocks) for image in placed], blocks.grid.num_patches)
+    return replace(objective.draw_masks, context=context)(step, range(batch))
 
 
 def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged: list[Masks]) -> list[Timed]:
@@ -139,7 +133,7 @@ def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged:
     dense_masks = [DenseMasks.of(masks).to(device) for masks in equal]
     start = allocated(device)
     with device, torch.no_grad():
-        like = build.build_model(config, initialize=False)
+        like = setting.objective.build()
         for name, parameter in like.named_parameters():
             parameter.copy_(drawn(name, parameter.shape, device))
         baseline = DenseJepa(like).to(device)
@@ -148,7 +142,7 @@ def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged:
     dense_step(0)  # makes the optimizer's state
     dense_state = allocated(device) - start
 
-    flops = build.build_flops(config)
+    flops = setting.objective.flops
     on_device = [[one.to(device) for one in masks] for masks in (equal, ragged)]
     start = allocated(device)
     engine, ema = training_engine(setting)
@@ -216,7 +210,8 @@ def autocast(setting: Setting) -> torch.autocast:
 
 def baseline_step(setting: Setting, baseline: Any, images: torch.Tensor, masks: list) -> Callable[[int], None]:
     # The implementation that training uses; on a CPU torch's two others are no faster within the noise.
-    optimizer = adamw(parameter_groups(baseline), setting.config.optimization.betas)
+    groups = parameter_groups(setting.objective.trained(baseline), baseline.pairs())
+    optimizer = adamw(groups, setting.config.optimization.betas)
 
     def step(index: int) -> None:
         set_schedules(optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY)
@@ -241,15 +236,14 @@ def training_engine(setting: Setting) -> tuple[Any, ShardedEMA]:
         clip_grad_norm=config.optimization.clip_grad_norm,
         extra=config.engine.deepspeed,
     )
-    with zero.building_context(settings), setting.device:
-        model = build.build_model(config, initialize=False, attend=setting.attention.attend)
-    engine = zero.initialize(
-        model,
-        settings,
-        lambda name, shape: drawn(name, shape, setting.device),
-        lambda module: adamw(parameter_groups(module), config.optimization.betas),
-    )
-    return engine, ShardedEMA(engine, model.twins())
+    with setting.device:
+        return build.build_engine(
+            setting.objective,
+            settings,
+            betas=config.optimization.betas,
+            attend=setting.attention.attend,
+            initial=lambda name, shape: drawn(name, shape, setting.device),
+        )
 
 
 def products(setting: Setting) -> list[Timed]:

@@ -1,11 +1,10 @@
 """A YAML file and key.sub=value words -> PretrainConfig: frozen dataclasses, a section each.
 
-sections.py: the keys, their defaults and units, and what is refused. loading.py: files, dicts and what may change on
-resume. reading.py: YAML and overrides for any dataclasses.
+sections.py: the keys, their defaults and units, what may change on resume and what is refused. loading.py: files, and
+configs of earlier versions. reading.py: YAML and overrides for any dataclasses.
 """
 
 from ijepa_scale.config.loading import (
-    FREE_KEYS,
     changed_keys,
     from_dict,
     load_config,
@@ -15,6 +14,7 @@ from ijepa_scale.config.loading import (
 )
 from ijepa_scale.config.sections import (
     ATTENTION,
+    OBJECTIVE_SECTIONS,
     CheckpointConfig,
     DataConfig,
     EngineConfig,
@@ -22,6 +22,7 @@ from ijepa_scale.config.sections import (
     LossConfig,
     MaskConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimizationConfig,
     PredictorConfig,
     PretrainConfig,
@@ -30,7 +31,7 @@ from ijepa_scale.config.sections import (
 
 __all__ = [
     "ATTENTION",
-    "FREE_KEYS",
+    "OBJECTIVE_SECTIONS",
     "CheckpointConfig",
     "DataConfig",
     "EngineConfig",
@@ -38,6 +39,7 @@ __all__ = [
     "LossConfig",
     "MaskConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimizationConfig",
     "PredictorConfig",
     "PretrainConfig",

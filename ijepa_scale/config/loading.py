@@ -9,48 +9,55 @@ from typing import Any
 from ijepa_scale.config import reading as config_reading
 from ijepa_scale.config.sections import PretrainConfig
 
-# What may differ between a checkpoint and the run that resumes it: it does not change what is trained.
-FREE_KEYS = (
-    "run_dir",
-    "data.workers",
-    "data.retry_seconds",
-    "data.cache_dir",
-    "data.eval_split",
-    "data.max_bad_fraction",
-    "data.max_pixels",  # to be raised where it stops a run; which images are left out is told
-    "model.attention",  # beyond rounding
-    "optimization.micro_batch_size",
-    "optimization.stop_at_step",
-    "engine.zero_stage",
-    "engine.activation_checkpointing",
-    "engine.compile",
-    "engine.hang_seconds",
-    "checkpoint.",
-    "logging.",
-    "report.",
-)
+# Full names of keys and of sections in files and checkpoints of earlier versions -> their names today.
+RENAMED: dict[str, str] = {}
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"  # in a checkout a link to its configs/
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> PretrainConfig:
     """Read a YAML file, then key.sub=value overrides, over the defaults.
 
-    Overrides of text keys are taken as they are typed, all others are read as YAML. Raises ValueError, in one line that
-    names the key, for a missing file, an unknown key (with the nearest valid one), a key given twice, a wrong type, or
-    values that do not fit together.
+    path: a file, or the name of one of the package's own, as vith14, vith14.yaml or configs/vith14.yaml. Overrides of
+    text keys are taken as they are typed, all others are read as YAML. Raises ValueError, in one line that names the
+    key, for a missing file, an unknown key (with the nearest valid one), a key given twice, a wrong type, or values
+    that do not fit together.
     """
-    path = Path(os.path.expanduser(path))
-    if not path.is_file():
-        near = ", ".join(sorted(str(other) for other in Path("configs").glob("*.yaml")))
-        raise ValueError(f"no config file {path}" + (f"; there are {near}" if near else ""))
-    config = config_reading.read(PretrainConfig, path, overrides or [])
+    path = find_config(path)
+    config = config_reading.read(PretrainConfig, path, overrides or [], RENAMED)
     return config if config.run_dir else replace(config, run_dir=f"runs/{path.stem}")
 
 
+def find_config(path: str | Path) -> Path:
+    """The file at a path, or one of the package's own by its name. Raises ValueError, which lists them, else."""
+    path = Path(os.path.expanduser(path))
+    if path.is_file():
+        return path
+    own = CONFIGS / f"{path.name.removesuffix('.yaml')}.yaml"
+    if str(path.parent) in (".", "configs") and own.is_file():
+        return own
+    names = ", ".join(sorted(other.stem for other in CONFIGS.glob("*.yaml")))
+    raise ValueError(f"no config file {path}; give a YAML file, or one of these names: {names}")
+
+
 def from_dict(values: dict[str, Any]) -> PretrainConfig:
-    """The inverse of to_dict(); raises ValueError as load_config does."""
+    """The config that a checkpoint holds, also one of an earlier version: a key that it lacks means its default.
+
+    The inverse of to_dict(). Raises ValueError as load_config does, and for a checkpoint of a later version.
+    """
+    return config_reading.from_literal(PretrainConfig, _of_today(values))
+
+
+def _of_today(values: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's config with the names of today."""
+    values = config_reading.renamed(values, RENAMED)
     if isinstance(values.get("data"), dict) and isinstance(values["data"].get("source"), int):
-        values = values | {"data": values["data"] | {"source": str(values["data"]["source"])}}  # of earlier versions
-    return config_reading.from_literal(PretrainConfig, values)
+        values["data"]["source"] = str(values["data"]["source"])  # earlier versions kept a folder's number as one
+    if unknown := config_reading.unknown_keys(PretrainConfig, values):
+        raise ValueError(
+            f"the checkpoint's config has keys that this version of ijepa-scale does not know: {', '.join(unknown)}; "
+            "it is of a later version: install that one"
+        )
+    return values
 
 
 def to_dict(config: PretrainConfig) -> dict[str, Any]:
@@ -69,14 +76,14 @@ def valid_keys() -> list[str]:
 
 
 def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys that alter training and differ between two to_dict() results: {key: (old, new)}."""
+    """Keys that alter training and differ between a checkpoint's config and to_dict() of today's: {key: (old, new)}.
+
+    Raises ValueError for a checkpoint of a later version.
+    """
     usual = config_reading.flat(to_dict(PretrainConfig()))  # of a key that an older version did not have yet
-    before, after = usual | config_reading.flat(old), config_reading.flat(new)
-    if isinstance(before.get("data.source"), int):
-        before["data.source"] = str(before["data.source"])  # earlier versions kept a folder's number as one
+    before, after = usual | config_reading.flat(_of_today(old)), config_reading.flat(new)
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-        and not any(key == free or (free.endswith(".") and key.startswith(free)) for free in FREE_KEYS)
+        if before.get(key) != after.get(key) and not config_reading.is_free(PretrainConfig, key)
     }

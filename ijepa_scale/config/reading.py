@@ -9,6 +9,7 @@ import json
 import os.path
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,14 +21,21 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 
 NUMBERS_TOO = {"numbers too": True}  # metadata of a text key whose words include whole numbers
+FREE = {"free": True}  # metadata of a key, or of a section with all its keys, that may change on resume
 
 
-def read(schema: type[T], path: Path, overrides: list[str]) -> T:
-    """The values of a YAML file under those of overrides. Raises ValueError for all that a user can get wrong."""
+def read(schema: type[T], path: Path, overrides: list[str], names: Mapping[str, str] | None = None) -> T:
+    """The values of a YAML file under those of overrides. names: of renamed(), for the file.
+
+    Raises ValueError for all that a user can get wrong.
+    """
     try:
         path.read_bytes().decode()
         user: Any = OmegaConf.load(path)
         if isinstance(user, DictConfig):
+            given = typing.cast(dict, OmegaConf.to_container(user))
+            if (values := renamed(given, names or {})) != given:
+                user = OmegaConf.create(values)
             user = OmegaConf.merge(user, _overrides(schema, overrides))
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
@@ -86,6 +94,58 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found.update(flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
     return found
+
+
+def renamed(values: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The values with their keys and sections under today's names. names: {full old name: full new name}.
+
+    Raises ValueError for a key that is given under both.
+    """
+    found: dict[str, Any] = {}
+    for path, value in _paths(values):
+        for old, new in names.items():
+            if path[: old.count(".") + 1] == tuple(old.split(".")):
+                path = (*new.split("."), *path[old.count(".") + 1 :])
+        *sections, key = path
+        holder: Any = found
+        for section in sections:
+            holder = holder.setdefault(section, {}) if isinstance(holder, dict) else None
+        if not isinstance(holder, dict) or key in holder:
+            raise ValueError(f"config key {'.'.join(path)} is given twice, once by an old name: give it once")
+        holder[key] = value
+    return found
+
+
+def _paths(values: dict[str, Any], way: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], Any]]:
+    """(keys from the top, value) of every value; what holds none is a value itself."""
+    return [
+        leaf
+        for key, value in values.items()
+        for leaf in (_paths(value, (*way, key)) if isinstance(value, dict) and value else [((*way, key), value)])
+    ]
+
+
+def unknown_keys(schema: type, values: dict[str, Any]) -> list[str]:
+    """Full names of keys that the schema does not have."""
+    known = [name for name, _ in leaves(schema)]
+    return [
+        key
+        for key in flat(values)
+        if not any(f"{key}.".startswith(f"{name}.") or name.startswith(f"{key}.") for name in known)
+    ]
+
+
+def is_free(schema: type, key: str) -> bool:
+    """Whether a key, by its full name, or a section that it is in, is marked as FREE."""
+    section: Any = schema
+    for part in key.split("."):
+        items = {item.name: item for item in fields(section)} if is_dataclass(section) else {}
+        if part not in items:
+            return False
+        if items[part].metadata == FREE:
+            return True
+        section = typing.get_type_hints(section)[part]
+    return False
 
 
 def leaves(schema: type, prefix: str = "") -> list[tuple[str, Any]]:

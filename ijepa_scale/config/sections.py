@@ -1,10 +1,19 @@
-"""Frozen dataclasses, one per YAML section, and load_config(): YAML file + key=value overrides -> PretrainConfig."""
+"""Frozen dataclasses, one per YAML section: the keys, their defaults and units, and what is refused.
+
+A key that is free(), or lies in a section that is FREE, may change when a run is resumed. Every other key alters what
+is trained.
+"""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ijepa_scale.config.reading import NUMBERS_TOO
+from ijepa_scale.config.reading import FREE, NUMBERS_TOO
+
+
+def free(default: Any) -> Any:
+    """A key that may change on resume: it does not change what is trained."""
+    return field(default=default, metadata=FREE)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -27,20 +36,23 @@ class DataConfig:
     split: str = "train"
     column: str = ""  # of the images, where several hold some; in tars their ending, as seg.png; "": the likeliest
     config: str = ""  # of a data set that has several configurations, as its card lists them
-    eval_split: str = ""  # labelled images of the report; "": validation, val or test where there is one, else `split`
+    eval_split: str = free(
+        ""
+    )  # labelled images of the report; "": validation, val or test where there is one, else `split`
     image_size: int = 224  # pixels, side of the square crop
     crop_scale: tuple[float, float] = (0.3, 1.0)  # area of the random crop / area of the image
     horizontal_flip: bool = False
-    workers: int = 8  # loader processes a rank; 0 loads in the training process
+    workers: int = free(8)  # loader processes a rank; 0 loads in the training process
     streaming: bool = False  # read shards front to back, from disk or over the network, and copy nothing
     shuffle_buffer: int = 1000  # images a loader process holds to shuffle a stream
-    retry_seconds: float = 300.0  # how long a stream waits for a network that fails, before the run ends
+    retry_seconds: float = free(300.0)  # how long a stream waits for a network that fails, before the run ends
     num_images: int = 0  # scenes: how many to render; streams, --dry-run: images of an epoch, where that is not known
-    cache_dir: str = ""  # where rendered scenes and the copies made by `datasets` go; "": their default folders
+    cache_dir: str = free("")  # where rendered scenes and the copies made by `datasets` go; "": their default folders
     # Of an image as it is decoded; 0: any number. JPEG and JPEG 2000 are decoded at a half of their sides or less from
-    # 179 million on; a pixel takes 4 bytes or more in a loader process
-    max_pixels: int = 500_000_000
-    max_bad_fraction: float = 0.01  # of the source's images that may be unreadable before the run stops
+    # 179 million on; a pixel takes 4 bytes or more in a loader process. Free, to be raised where it stops a run: which
+    # images are left out is told
+    max_pixels: int = free(500_000_000)
+    max_bad_fraction: float = free(0.01)  # of the source's images that may be unreadable before the run stops
 
     def __post_init__(self) -> None:
         low, high = self.crop_scale
@@ -91,7 +103,8 @@ class ModelConfig:
     depth: int = 0
     heads: int = 0
     mlp_width: int = 0  # 0: as the name says, or 4 x width where width is given
-    attention: str = "auto"  # auto | fa2 | fa3 | fa4 | torch_varlen | sdpa: what attends over packed tokens
+    # auto | fa2 | fa3 | fa4 | torch_varlen | sdpa: what attends over packed tokens; beyond rounding it changes nothing
+    attention: str = free("auto")
 
     def __post_init__(self) -> None:
         _require(
@@ -101,6 +114,21 @@ class ModelConfig:
         _require(self.patch_size >= 1, f"model.patch_size must be 1 or more, got {self.patch_size}")
         for key in ("width", "depth", "heads", "mlp_width"):
             _require(getattr(self, key) >= 0, f"model.{key} must be 0 or more, got {getattr(self, key)}")
+
+
+# The sections of each objective. A config sets those of its own objective alone.
+OBJECTIVE_SECTIONS = {"ijepa": ("mask", "loss", "predictor")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    name: str = "ijepa"  # a key of OBJECTIVE_SECTIONS: what is learned from a batch
+
+    def __post_init__(self) -> None:
+        _require(
+            self.name in OBJECTIVE_SECTIONS,
+            f"objective.name must be one of {', '.join(OBJECTIVE_SECTIONS)}, got {self.name!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,10 +184,10 @@ class LossConfig:
 @dataclass(frozen=True, kw_only=True)
 class OptimizationConfig:
     global_batch_size: int = 2048  # images an optimizer step, over all ranks and accumulation steps
-    micro_batch_size: int = 0  # images one rank runs in one forward; 0: global_batch_size / ranks
+    micro_batch_size: int = free(0)  # images one rank runs in one forward; 0: global_batch_size / ranks
     epochs: int = 300
     max_steps: int = 0  # the schedules' horizon; 0: epochs x floor(images / global_batch_size)
-    stop_at_step: int = 0  # ends the run early without touching the schedules; 0: at the horizon
+    stop_at_step: int = free(0)  # ends the run early without touching the schedules; 0: at the horizon
     warmup_epochs: float = 40.0  # linear warm-up, over warmup_epochs / epochs of the horizon
     start_lr: float = 2e-4  # at step 0 of the warm-up
     lr: float = 1e-3  # at the warm-up's end, then cosine
@@ -194,12 +222,12 @@ class OptimizationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    zero_stage: int = 1  # 1, 2 or 3
+    zero_stage: int = free(1)  # 1, 2 or 3
     precision: str = "auto"  # auto (bf16 on a GPU, fp32 on CPU) | fp32 | bf16
     # none | predictor (its blocks) | every_2, every_3, ... (also every Nth of the context encoder) | full
-    activation_checkpointing: str = "none"
-    compile: bool = False  # torch.compile of the transformer blocks
-    hang_seconds: float = 1800.0  # a step with its save that takes longer prints all stacks and ends the run; 0: off
+    activation_checkpointing: str = free("none")
+    compile: bool = free(False)  # torch.compile of the transformer blocks
+    hang_seconds: float = free(1800.0)  # a step with its save that takes longer ends the run, with all stacks; 0: off
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged last into the generated DeepSpeed config
 
     def __post_init__(self) -> None:
@@ -274,15 +302,16 @@ class ReportConfig:
 class PretrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    logging: LoggingConfig = field(default_factory=LoggingConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    run_dir: str = ""  # "": runs/<name of the config file>
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
+    logging: LoggingConfig = field(default_factory=LoggingConfig, metadata=FREE)
+    report: ReportConfig = field(default_factory=ReportConfig, metadata=FREE)
+    run_dir: str = free("")  # "": runs/<name of the config file>
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -292,3 +321,15 @@ class PretrainConfig:
             self.data.image_size % self.model.patch_size == 0,
             f"data.image_size {self.data.image_size} is not a multiple of model.patch_size {self.model.patch_size}",
         )
+        self._refuse_sections_of_other_objectives()
+
+    def _refuse_sections_of_other_objectives(self) -> None:
+        own = OBJECTIVE_SECTIONS[self.objective.name]
+        usual: Any = {item.name: item.default_factory for item in fields(self)}
+        for other, sections in OBJECTIVE_SECTIONS.items():
+            for name in sections:
+                _require(
+                    name in own or getattr(self, name) == usual[name](),
+                    f"the section {name} is of objective.name={other} and this is {self.objective.name}, which takes "
+                    f"{', '.join(own)}; leave {name} out, or set objective.name",
+                )

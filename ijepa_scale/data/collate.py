@@ -17,16 +17,15 @@ import torch
 from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset
 
-from ijepa_scale.data.images import BadImage, ImageSet, Limits, Use, croppable
+from ijepa_scale.data.decoding import BadImageError
+from ijepa_scale.data.images import BadImage, ImageSet
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.order import generator_for, image_at
-from ijepa_scale.data.streams.streams import StreamMark, Streams
-from ijepa_scale.data.transforms import random_resized_crop
-from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
-from ijepa_scale.masking.packing import Masks, limit_context, map_tensors, pack_masks
+from ijepa_scale.data.order import CROP, image_at
+from ijepa_scale.data.sources.remote import StreamError
+from ijepa_scale.data.streams.dealing import StreamProgress, Streams
+from ijepa_scale.data.transforms import RandomCrop
+from ijepa_scale.masking.packing import map_tensors
 
-# Streams of random numbers, the first part of each key after the seed.
-SIZES, CROP, BLOCKS, CONTEXT = range(4)
 PREFETCH = 4  # micro-batches that a loader process makes ahead
 SHARED_MEMORY = "/dev/shm"  # where they lie until the rank has taken them
 CLOSE_SECONDS = 5.0  # for loader processes to end by themselves
@@ -38,15 +37,16 @@ class Batch:
     """One micro-batch. indices: which image each is. bad: unreadable images met.
 
     images: (B, 3, S, S) uint8; loader processes leave their channels last in memory, to be moved on the device.
-    Of a stream, indices are rows of shards, names say which, and mark is where the stream stands after the batch.
+    masks: what the objective drew for these images, a frozen dataclass of tensors.
+    Of a stream, indices are rows of shards, names say which, and stream is where it goes on after the batch.
     """
 
     images: torch.Tensor
-    masks: Masks
+    masks: Any
     indices: tuple[int, ...]
     bad: tuple[BadImage, ...] = ()
     names: tuple[str, ...] = ()
-    mark: StreamMark | None = None
+    stream: StreamProgress | None = None
 
     def map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return replace(self, images=change(self.images), masks=map_tensors(self.masks, change))
@@ -61,18 +61,28 @@ class Batch:
         return self.map_tensors(torch.Tensor.pin_memory)
 
 
+@dataclass(frozen=True)
+class FailedBatch:
+    """What comes in the place of a micro-batch that cannot be made, also out of a loader process: why, in words."""
+
+    message: str
+
+
+class LoadError(Exception):
+    """No more micro-batches can be made. The message says what failed and what to do."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MicroBatches(Dataset):
-    """Item i is this rank's micro-batch at micro-step i of the run.
+    """Item i is this rank's micro-batch at micro-step i of the run, or why there is none.
 
     The global batch of a step is cut in order: micro-step a of rank r takes the images at positions
-    (a * ranks + r) * micro_batch_size onwards. What stands at a position (image, crop, blocks) depends on the seed, the
+    (a * ranks + r) * micro_batch_size onwards. What stands at a position (image, crop, masks) depends on the seed, the
     step and the position alone, so ranks, workers, accumulation and restarts do not change what is trained on.
     """
 
     images: ImageSet | Mixture | Streams
-    blocks: MultiBlock
-    context: str = "all"  # mask.context; batch_min alone depends on the micro-batch
+    draw_masks: Callable[[int, range], Any]  # (step, positions in the global batch) -> masks of the images there
     seed: int
     image_size: int
     crop_scale: tuple[float, float]
@@ -86,48 +96,42 @@ class MicroBatches(Dataset):
     def accumulation_steps(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.ranks)
 
-    def __getitem__(self, micro_step: int) -> Batch:
+    def __getitem__(self, micro_step: int) -> Batch | FailedBatch:
+        try:
+            return self.batch(micro_step)
+        except (BadImageError, StreamError) as error:
+            return FailedBatch(str(error))
+
+    def batch(self, micro_step: int) -> Batch:
+        """Raises BadImageError where too many images are bad, StreamError where a stream cannot go on."""
         step, micro = divmod(micro_step, self.accumulation_steps)
         first = (micro * self.ranks + self.rank) * self.micro_batch_size
         positions = range(first, first + self.micro_batch_size)
-        sizes = block_sizes(self.blocks, generator_for(self.seed, SIZES, step))
         crops, batch = self._crops(micro_step, step, positions)
-        contexts, targets = [], []
-        for position in positions:
-            placed = place_blocks(self.blocks, sizes, generator_for(self.seed, BLOCKS, step, position))
-            contexts.append(placed.context)
-            targets.append(list(placed.target_blocks))
-        rngs = [generator_for(self.seed, CONTEXT, step, position) for position in positions]
-        masks = pack_masks(limit_context(contexts, self.context, rngs), targets, self.blocks.grid.num_patches)
         channels_last = torch.from_numpy(np.stack([crop.transpose(1, 2, 0) for crop in crops]))
-        return Batch(channels_last.permute(0, 3, 1, 2), masks, **batch)
+        return Batch(channels_last.permute(0, 3, 1, 2), self.draw_masks(step, positions), **batch)
 
     def _crops(self, micro_step: int, step: int, positions: range) -> tuple[list[np.ndarray], dict[str, Any]]:
         """Crops of the images at positions of a step, and what a Batch says of where they come from."""
         if isinstance(self.images, Streams):  # which are in order: streams take turns, and their processes with them
-            uses = [self._cropping(step, position) for position in positions]
-            taken, missed, mark = self.images.take(micro_step % self.images.num_streams, len(positions), uses)
+            wanted = [self._crop(step, position) for position in positions]
+            taken, missed, stream = self.images.take(micro_step % self.images.num_streams, wanted)
             rows, names, read = zip(*taken, strict=True)
-            return list(read), {"indices": rows, "names": names, "bad": tuple(missed), "mark": mark}
+            return list(read), {"indices": rows, "names": names, "bad": tuple(missed), "stream": stream}
         crops, indices = [], []
         failures: list[BadImage] = []
         for position in positions:
             index = self._index_at(step, position)
-            crop, bad = self.images.read_or_substitute(index, self._cropping(step, position))
-            crops.append(crop)
+            pixels, bad = self.images.crop_or_substitute(index, self._crop(step, position))
+            crops.append(pixels)
             indices.append(index)
             failures += bad
         return crops, {"indices": tuple(indices), "bad": tuple(failures)}
 
-    def _cropping(self, step: int, position: int) -> Use:
-        """The crop of whichever image comes to stand at a position of a step."""
-
-        def crop(file: bytes | str, limits: Limits) -> np.ndarray:
-            rng = generator_for(self.seed, CROP, step, position)
-            image = croppable(file, limits)
-            return random_resized_crop(image, rng, self.image_size, scale=self.crop_scale, flip=self.horizontal_flip)
-
-        return crop
+    def _crop(self, step: int, position: int) -> RandomCrop:
+        """That of whichever image comes to stand at a position of a step."""
+        key = (self.seed, CROP, step, position)
+        return RandomCrop(self.image_size, key, scale=self.crop_scale, flip=self.horizontal_flip)
 
     def _index_at(self, step: int, position: int) -> int:
         size = self.global_batch_size
@@ -139,8 +143,8 @@ class MicroBatches(Dataset):
         """A micro-batch to look at, which moves no stream on: of streams the first images as they are stored."""
         images = self.images
         if isinstance(images, Streams):
-            images = replace(images, shuffle_buffer=1, states=None, _open={})
-        return replace(self, images=images)[step * self.accumulation_steps]
+            images = replace(images, shuffle_buffer=1, positions=None, _open={})
+        return replace(self, images=images).batch(step * self.accumulation_steps)
 
 
 class MicroBatchStream:
@@ -159,8 +163,12 @@ class MicroBatchStream:
         return self
 
     def __next__(self) -> Batch:
+        """Raises LoadError where the micro-batch cannot be made."""
         try:
-            return next(self._batches)
+            batch = next(self._batches)
+            if isinstance(batch, FailedBatch):
+                raise LoadError(batch.message)
+            return batch
         except BaseException:  # an error would keep hold of them
             self.close()
             raise

@@ -1,11 +1,11 @@
-"""Images of any source (sources.py), by index. They stay encoded until `read`."""
+"""Images of any source (sources/), by index. They stay encoded until they are read or cropped."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from ijepa_scale.data.decoding import (
+    MAX_PIXELS,
+    USUAL,
+    BadImageError,
+    Limits,
+    decode,
+    reason_of,
+    stored_size,
+)
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.data.sources.columns import preferred, say_chosen, standing
 from ijepa_scale.data.sources.folders import printable
-from ijepa_scale.data.sources.kinds import find_split, inspect_source, map_splits
+from ijepa_scale.data.sources.inspection import find_split, inspect_source
+from ijepa_scale.data.sources.splits import map_splits
 from ijepa_scale.data.sources.tars import read_member
-from ijepa_scale.data.transforms import MAX_PIXELS, UprightJpeg, open_croppable, read_rgb, with_image
+from ijepa_scale.data.transforms import RandomCrop
 
 if TYPE_CHECKING:
     import datasets
@@ -28,26 +38,6 @@ _log = logging.getLogger(__name__)
 SUBSTITUTE_SEED = 20230119  # fixed: the substitute of an image is a property of the data set, not of the run
 MAX_SUBSTITUTES = 100
 _MAX_CLASSES = 10_000  # an integer column with larger values holds ids, not classes
-
-
-class BadImageError(ValueError):
-    """An image cannot be read. The message names the sample and the reason."""
-
-    def __init__(self, message: str, reason: str = "") -> None:  # DataLoader re-raises it with the message alone
-        super().__init__(message)
-        self.reason = reason or message
-
-
-@dataclass(frozen=True)
-class Limits:
-    """min_side: pixels; images with a shorter side are bad. max_pixels: of an image as it is decoded; 0: any number."""
-
-    min_side: int = 1
-    max_pixels: int = MAX_PIXELS
-
-
-USUAL = Limits()
-Use = Callable[[bytes | str, Limits], Any]  # (an image's file: its content or path; what it may be)
 
 
 @dataclass(frozen=True)
@@ -70,9 +60,17 @@ class ImageSet:
     """Images of one split of any map-style source, by index. Can be pickled and used in forked workers."""
 
     def __init__(
-        self, dataset: datasets.Dataset, column: str, *, name: str, split: str, limits: Limits = USUAL
+        self,
+        dataset: datasets.Dataset,
+        column: str,
+        *,
+        name: str,
+        split: str,
+        limits: Limits = USUAL,
+        num_images: int = 0,
     ) -> None:
-        self.name, self.split, self.num_images = name, split, len(dataset)
+        """num_images: that the rows stand for, each for those of the indices next to its own; 0: they are all."""
+        self.name, self.split, self.num_images = name, split, num_images or len(dataset)
         self._limits = limits
         self._dataset = dataset
         self._rows = dataset.select_columns([column]).with_format("arrow")  # a row is a slice: nothing is decoded
@@ -82,22 +80,26 @@ class ImageSet:
 
     def read(self, index: int) -> Image.Image:
         """The image in RGB, upright. BadImageError if it cannot be decoded to the end or is smaller than min_side."""
-        return self._with_file(index, lambda file: decode(file, self._limits))
+        with self._naming(index):
+            return decode(self._file(index), self._limits)
 
-    def read_or_substitute(self, index: int, use: Use | None = None) -> tuple[Any, tuple[BadImage, ...]]:
-        """The image at `index`, or another in its place if that is bad, and every bad one met.
+    def crop(self, index: int, crop: RandomCrop) -> np.ndarray:
+        """A crop of the image, (3, size, size) uint8. BadImageError as of read(), of what the crop needs of it."""
+        with self._naming(index):
+            return crop.of(self._file(index), self._limits)
+
+    def crop_or_substitute(self, index: int, crop: RandomCrop) -> tuple[np.ndarray, tuple[BadImage, ...]]:
+        """The crop of the image at `index`, or of another in its place if that is bad, and every bad one met.
 
         Which one is a function of the data set and the index alone, so all ranks, workers and restarts agree.
-        use: gives what is wanted of an image instead of the image; one for which it fails is bad.
         """
-        use = use or decode
         rng = generator_for(SUBSTITUTE_SEED, index)
         bad: dict[int, BadImage] = {}
         candidate = index
         for _ in range(1 + MAX_SUBSTITUTES):
             if candidate not in bad:
                 try:
-                    return self._with_file(candidate, lambda file: use(file, self._limits)), tuple(bad.values())
+                    return self.crop(candidate, crop), tuple(bad.values())
                 except BadImageError as error:
                     bad[candidate] = BadImage(candidate, self.sample_id(candidate), error.reason)
             candidate = int(rng.random() * self.num_images)
@@ -108,11 +110,14 @@ class ImageSet:
 
     def content(self, index: int) -> bytes:
         """The image's file as it is stored."""
-        return self._with_file(index, lambda file: file if isinstance(file, bytes) else Path(file).read_bytes())
+        with self._naming(index):
+            file = self._file(index)
+            return file if isinstance(file, bytes) else Path(file).read_bytes()
 
     def size(self, index: int) -> tuple[int, int]:
         """(width, height) as stored, from the header alone."""
-        return self._with_file(index, lambda file: _stored_size(file, self._limits))
+        with self._naming(index):
+            return stored_size(self._file(index), self._limits)
 
     def sample_id(self, index: int) -> str:
         """The path of the image where it is known, else e.g. "train[17]"."""
@@ -142,50 +147,26 @@ class ImageSet:
         return columns
 
     def _value(self, index: int) -> Any:
-        return self._rows[int(index)].column(0)[0].as_py()
+        row = int(index) * len(self._rows) // self.num_images
+        return self._rows[row].column(0)[0].as_py()
 
-    def _with_file(self, index: int, use: Callable[[bytes | str], Any]) -> Any:
+    def _file(self, index: int) -> bytes | str:
+        """The content or the path of an image as it is stored."""
+        value = self._value(index)
+        if not isinstance(value, dict):
+            return value
+        if "tar" in value:
+            return read_member(value["tar"], value["offset"], value["size"])
+        return os.fsdecode(value.get("path") or "") if value["bytes"] is None else value["bytes"]
+
+    @contextlib.contextmanager
+    def _naming(self, index: int) -> Iterator[None]:
+        """Whatever goes wrong within becomes a BadImageError that names the image."""
         try:
-            return use(_file_of(self._value(index)))
+            yield
         except Exception as error:  # decoders raise whatever the bytes lead them to
             reason = reason_of(error)
             raise BadImageError(f"{self.name}: cannot read {self.sample_id(index)}: {reason}", reason) from error
-
-
-def _file_of(value: Any) -> bytes | str:
-    """The content or the path of an image as it is stored."""
-    if not isinstance(value, dict):
-        return value
-    if "tar" in value:
-        return read_member(value["tar"], value["offset"], value["size"])
-    return os.fsdecode(value.get("path") or "") if value["bytes"] is None else value["bytes"]
-
-
-def _stored_size(file: bytes | str, limits: Limits) -> tuple[int, int]:
-    return with_image(file, lambda image: image.size, max_pixels=limits.max_pixels)
-
-
-def decode(file: bytes | str, limits: Limits = USUAL) -> Image.Image:
-    """An encoded image, its content or its path, in RGB, upright. BadImageError if a side is under limits.min_side."""
-    rgb = read_rgb(file, max_pixels=limits.max_pixels)
-    _check_size(rgb.size, limits.min_side)
-    return rgb
-
-
-def croppable(file: bytes | str, limits: Limits = USUAL) -> Image.Image | UprightJpeg:
-    """The same for `random_resized_crop`: a JPEG is decoded with its crop, and as far down as that reaches."""
-    image = open_croppable(file, max_pixels=limits.max_pixels)
-    _check_size(image.size, limits.min_side)
-    return image
-
-
-def _check_size(size: tuple[int, int], min_side: int) -> None:
-    if min(size) < min_side:
-        raise BadImageError(f"{size[0]} x {size[1]} pixels, less than {min_side} a side")
-
-
-def reason_of(error: Exception) -> str:
-    return error.reason if isinstance(error, BadImageError) else f"{type(error).__name__}: {error}"
 
 
 def open_images(
@@ -198,7 +179,7 @@ def open_images(
     column: str = "",
     config: str = "",
 ) -> ImageSet:
-    """The images of one split of a source (sources.py says of which kinds). Labels are not needed.
+    """The images of one split of a source (sources/ says of which kinds). Labels are not needed.
 
     Parquet and Hub data are first copied to cache_dir (None or "": that of `datasets`), to be memory-mapped from there;
     let one process a node open them before the others do. min_side, max_pixels: as of Limits. column: of the images, or
@@ -216,13 +197,13 @@ def open_images(
     return ImageSet(dataset, image_column(dataset, source, column), name=name, split=found, limits=limits)
 
 
-def open_file(path: str, *, name: str, max_pixels: int = MAX_PIXELS) -> ImageSet:
-    """The images of one Arrow file. name: of what they are a part of, as "source:split"."""
+def open_file(path: str, *, name: str, max_pixels: int = MAX_PIXELS, num_images: int = 0) -> ImageSet:
+    """The images of one Arrow file. name: of what they are a part of, as "source:split". num_images: as of ImageSet."""
     import datasets
 
     dataset = datasets.Dataset.from_file(path)
-    limits = Limits(max_pixels=max_pixels)
-    return ImageSet(dataset, image_column(dataset, path), name=name, split=name.rpartition(":")[2], limits=limits)
+    column, split, limits = image_column(dataset, path), name.rpartition(":")[2], Limits(max_pixels=max_pixels)
+    return ImageSet(dataset, column, name=name, split=split, limits=limits, num_images=num_images)
 
 
 def splits_of(source: str, cache_dir: str | None = None, *, column: str = "", config: str = "") -> list[str]:
@@ -236,10 +217,10 @@ def check_images(images: ImageSet, *, min_side: int, sample: int = 64) -> None:
     Reads headers only. min_side: usually the patch size.
     """
     indices = np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).round().astype(int)).tolist()
-    errors = []
+    errors, limits = [], Limits(min_side)
     for index in indices:
         try:
-            _check_size(images.size(index), min_side)
+            limits.check_side(images.size(index))
         except BadImageError as error:
             errors.append((index, error))
     if 2 * len(errors) > len(indices):

@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
-from ijepa_scale.data.images import BadImage, ImageSet, Use
+import numpy as np
+
+from ijepa_scale.data.images import BadImage, ImageSet
 from ijepa_scale.data.order import mixed_image_at
+from ijepa_scale.data.transforms import RandomCrop
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,16 @@ class Mixture:
 
     def image_at(self, seed: int, step: int, position: int, *, global_batch_size: int) -> int:
         """Index of the image at a position of the global batch of a step."""
-        place = step * global_batch_size + position
-        source, index = mixed_image_at(place, seed=seed, sizes=[len(p) for p in self.parts], weights=self.weights)
+        n = step * global_batch_size + position
+        source, index = mixed_image_at(n, seed=seed, sizes=[len(p) for p in self.parts], weights=self.weights)
         return self._first(source) + index
 
-    def read_or_substitute(self, index: int, use: Use | None = None) -> tuple[Any, tuple[BadImage, ...]]:
+    def crop_or_substitute(self, index: int, crop: RandomCrop) -> tuple[np.ndarray, tuple[BadImage, ...]]:
         """As of an ImageSet; a substitute is of the same part."""
         source, own = self._find(index)
-        image, bad = self.parts[source].read_or_substitute(own, use)
+        pixels, bad = self.parts[source].crop_or_substitute(own, crop)
         first = self._first(source)
-        return image, tuple(BadImage(first + other.index, other.sample_id, other.reason) for other in bad)
+        return pixels, tuple(BadImage(first + other.index, other.sample_id, other.reason) for other in bad)
 
     def sample_id(self, index: int) -> str:
         source, own = self._find(index)

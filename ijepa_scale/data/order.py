@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
+# Streams of random numbers, the first part of each key after the seed.
+SIZES, CROP, BLOCKS, CONTEXT = range(4)
 _ROUNDS = 8
 _MIN_SIDE = 8  # of the Feistel rectangle: smaller ones reach some permutations too often, or never (only even ones)
 _MASK64 = (1 << 64) - 1
@@ -104,7 +106,7 @@ def whole_weights(weights: Sequence[float]) -> tuple[int, ...]:
     return tuple(weight // common for weight in whole)
 
 
-def mixture_place(n: int, weights: Sequence[int]) -> tuple[int, int]:
+def mixture_turn(n: int, weights: Sequence[int]) -> tuple[int, int]:
     """(which source the n-th image of a mixture is of, how many of that source came before it), in exact integers.
 
     weights: positive integers. Of n images one half of the sources gets floor(n * its share), the other half the rest,
@@ -133,10 +135,10 @@ def source_seed(seed: int, source: int, *key: int) -> int:
 
 
 def mixed_image_at(n: int, *, seed: int, sizes: Sequence[int], weights: Sequence[int]) -> tuple[int, int]:
-    """(source, index of its image) at place n of the run. Each source goes through epochs of its own.
+    """(source, index of its image) of the n-th image of the run. Each source goes through epochs of its own.
 
-    n: in images, step * global_batch_size + position. sizes: images of each source.
+    n: step * global_batch_size + position. sizes: images of each source.
     """
-    source, place = mixture_place(n, weights)
-    epoch, index = divmod(place, sizes[source])
+    source, before = mixture_turn(n, weights)
+    epoch, index = divmod(before, sizes[source])
     return source, permuted_index(source_seed(seed, source), epoch, sizes[source], index)

@@ -18,8 +18,10 @@ from typing import Any
 
 from PIL import Image
 
-from ijepa_scale.data.images import ImageSet, LabelColumn, decode, open_images, reason_of, splits_of
-from ijepa_scale.data.sources.kinds import inspect_source
+from ijepa_scale.data.decoding import decode, reason_of
+from ijepa_scale.data.files import write_whole, written_whole
+from ijepa_scale.data.images import ImageSet, LabelColumn, open_images, splits_of
+from ijepa_scale.data.sources.inspection import inspect_source
 
 FACTS = "prepared.json"
 FORMATS = {"jpeg": 65500, "webp": 16383}  # -> the longest side that can be written, in pixels
@@ -137,7 +139,7 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
         if folder.exists() and any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty, and no unfinished run of this command; give another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(file, json.dumps(facts, indent=1).encode() + b"\n")
+        write_whole(file, json.dumps(facts, indent=1) + "\n")
         return
     try:
         before = {"column": "", "config": "", **json.loads(file.read_bytes())}  # older ones lack these
@@ -145,19 +147,13 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
         raise ValueError(f"{file} is damaged: {error}; give another folder, or delete this one") from error
     changed = [key for key in facts if before.get(key) != facts[key]]
     if changed and not any((folder / "data").glob("*.parquet")):  # refused, or stopped, before anything was written
-        _replace(file, json.dumps(facts, indent=1).encode() + b"\n")
+        write_whole(file, json.dumps(facts, indent=1) + "\n")
     elif changed:
         what = "the files of the source" if changed[0] == "files" else changed[0]
         values = "" if changed[0] == "files" else f" from {before.get(changed[0])} to {facts[changed[0]]}"
         raise ValueError(
             f"{folder} was begun with other input: {what} changed{values}; give another folder, or delete this one"
         )
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def _shards(folder: Path, split: str, count: int, size: int) -> list[Shard]:
@@ -184,6 +180,8 @@ def _write_missing(
     if len(missing) < len(shards):
         print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already", flush=True)
     shards[0].path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in shards[0].path.parent.glob(".*"):  # of a run that was killed
+        leftover.unlink()
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "images", TextColumn("{task.fields[rate]}"))
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(images,))
     # No refresh thread: a process that is forked while it runs would inherit its locks.
@@ -312,15 +310,8 @@ def _write(shard: Shard, rows: list[dict[str, Any]], features: dict[str, Any], n
     schema = datasets.Features(features).arrow_schema
     table = pa.Table.from_pylist(rows, schema)
     table = table.replace_schema_metadata({**schema.metadata, _NOTES: json.dumps(notes.__dict__).encode()})
-    partial = shard.path.with_name(f".{shard.path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            pq.write_table(table, file, row_group_size=ROW_GROUP, compression="none")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, shard.path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(shard.path) as file:
+        pq.write_table(table, file, row_group_size=ROW_GROUP, compression="none")
 
 
 def _read_notes(path: Path) -> Notes:

@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ijepa_scale.data.files import sync, write_whole
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.zero import fragments, masters, refresh_weights
@@ -111,7 +112,7 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
         try:
             save_file(pieces, path)
             path.chmod(mode)
-            _fsync(path)
+            sync(path)
             with safe_open(path, framework="pt") as file:
                 for key, values in pieces.items():
                     if not _same_bits(file.get_tensor(key), values):
@@ -131,17 +132,16 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
                 **meta,
             }
             manifest["sha256"] = _digest(manifest)
-            _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
-            _fsync(partial)
+            write_whole(partial / MANIFEST, json.dumps(manifest, indent=1))
+            sync(partial)
             replaced = folder / f"{REPLACED}{final.name}"
             if final.exists():  # left by a run that went on from an older checkpoint
                 os.rename(final, replaced)
             os.rename(partial, final)
-            _fsync(folder)
+            sync(folder)
             shutil.rmtree(replaced, ignore_errors=True)
-            _write_durably(folder / f".{LATEST}", final.name + "\n")
-            os.replace(folder / f".{LATEST}", folder / LATEST)
-            _fsync(folder)
+            write_whole(folder / LATEST, final.name + "\n")
+            sync(folder)
 
     try:
         ranks.together(prepare)
@@ -311,16 +311,3 @@ def _digest(manifest: dict[str, Any]) -> str:
     """Of all of a manifest but the digest itself: a flipped digit of its step would otherwise be believed."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    path.write_text(text)
-    _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

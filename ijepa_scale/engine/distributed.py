@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -56,6 +56,10 @@ class Ranks:
         if self.control is not None:
             dist.all_reduce(totals, group=self.control)
         return totals.tolist()
+
+    def sum_by_name(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The same of named values, whose names and order are those of every rank."""
+        return dict(zip(values, self.sum(list(values.values())), strict=True))
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
@@ -113,6 +117,11 @@ class Ranks:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def alone() -> Ranks:
+    """This process by itself, on a GPU if there is one; it joins no process group."""
+    return Ranks(0, 1, 0, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 class _Total(torch.autograd.Function):

@@ -1,33 +1,41 @@
 """Parameter groups and AdamW."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 
-def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Context encoder and predictor, each with and without weight decay (none on biases and 1-D parameters).
+def parameter_groups(
+    networks: dict[str, nn.Module], averaged: Iterable[tuple[nn.Parameter, nn.Parameter]]
+) -> list[dict[str, Any]]:
+    """Each network's parameters with and without weight decay (none on biases and 1-D parameters).
 
-    Keys besides params: name; decay, whether the weight-decay schedule applies; ema, whether the target encoder
-    follows.
+    averaged: pairs of a parameter and its EMA. Keys besides params: name; decay, whether the weight-decay schedule
+    applies; ema, whether there is an EMA of them all. ValueError for a network that is averaged in part.
     """
+    followed = {id(parameter) for parameter, _ in averaged}
     groups = []
-    for part in ("context_encoder", "predictor"):
-        parameters = list(getattr(model, part).parameters())
+    for name, network in networks.items():
+        parameters = list(network.parameters())
+        ema = {id(parameter) in followed for parameter in parameters}
+        if len(ema) > 1:
+            raise ValueError(f"an EMA follows some parameters of {name} and not the others; give these apart")
         for decay in (True, False):
             groups.append(
                 {
                     "params": [p for p in parameters if (len(_shape(p)) > 1) == decay],
-                    "name": f"{part}.{'decay' if decay else 'no_decay'}",
+                    "name": f"{name}.{'decay' if decay else 'no_decay'}",
                     "decay": decay,
-                    "ema": part == "context_encoder",
+                    "ema": True in ema,
                     "weight_decay": 0.0,
                 }
             )
     return groups
 
 
-def _shape(parameter: torch.nn.Parameter) -> torch.Size:
+def _shape(parameter: nn.Parameter) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)  # a parameter partitioned by ZeRO-3 is empty between uses
 
 

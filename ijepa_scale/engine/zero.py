@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from ijepa_scale.engine.distributed import quiet
-from ijepa_scale.models.vit import Block
 
 # Elements of gradients that are sent at once. DeepSpeed's 5e8 would take 2 GB for buffers, whatever the model's size.
 BUCKET = 50_000_000
@@ -21,8 +20,8 @@ REFUSED = {
     "train_micro_batch_size_per_gpu": "set optimization.micro_batch_size",
     "gradient_accumulation_steps": "it follows from optimization.global_batch_size and micro_batch_size",
     "gradient_clipping": "set optimization.clip_grad_norm",
-    "optimizer": "the optimizer is AdamW with the groups of ijepa_scale/optim.py",
-    "scheduler": "schedules are functions of the step (ijepa_scale/schedules.py)",
+    "optimizer": "the optimizer is AdamW with the groups of ijepa_scale/engine/optim.py",
+    "scheduler": "schedules are functions of the step (ijepa_scale/engine/schedules.py)",
     "fp16": "fp16's loss scaling would skip steps at random; set engine.precision to bf16 or fp32",
     "bf16": "set engine.precision",
     "bfloat16": "set engine.precision",
@@ -108,8 +107,13 @@ def initialize(
     config: dict[str, Any],
     initial: Callable[[str, torch.Size], torch.Tensor],
     make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
+    *,
+    whole: type[torch.nn.Module],
 ) -> Any:
-    """The DeepSpeed engine, its weights and fp32 masters at initial(name, shape): fp32, whatever the stage."""
+    """The DeepSpeed engine, its weights and fp32 masters at initial(name, shape): fp32, whatever the stage.
+
+    whole: modules of this class have their weights gathered together under ZeRO-3.
+    """
     with torch.no_grad():
         parameter: Any  # with what zero.Init attached
         for name, parameter in model.named_parameters():
@@ -131,7 +135,7 @@ def initialize(
     with quiet():
         if config["zero_optimization"]["stage"] == 3:
             # A block's weights are gathered together: its forward uses them itself, and large transfers are quicker.
-            set_z3_leaf_modules(model, [Block])
+            set_z3_leaf_modules(model, [whole])
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
     _spare_copies(engine.optimizer)
     for buffer in model.buffers():  # a model made inside zero.Init is not moved as a whole

@@ -1,55 +1,211 @@
-"""Images -> one feature vector each, from a frozen encoder."""
+"""Images -> one feature vector each, from frozen encoders: the one way, alone or over ranks, to memory or to disk."""
 
-from collections.abc import Iterable
+import contextlib
+import functools
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ijepa_scale.data.images import BadImageError, ImageSet
+from ijepa_scale.data.transforms import center_crop
+from ijepa_scale.engine.distributed import Ranks, alone
 
 
 @torch.no_grad()
-def pooled_features(encoder: nn.Module, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+def pooled(encoder: Any, images_BCHW: torch.Tensor, blocks: Sequence[int] = ()) -> torch.Tensor:
     """Average of an encoder's tokens over the patches of each image (I-JEPA, arXiv:2301.08243, A.2: no [cls] token).
 
     encoder: images -> (B, N, D) tokens after the final LayerNorm, in any float dtype.
-    batches: uint8 (B, 3, H, W) images; they are moved to the encoder's device.
-    Returns (num_images, D) float32 on the CPU. Each module's training mode is as before on return.
+    images_BCHW: (B, 3, H, W) uint8; they are moved to the encoder's device, and normalized inside it.
+    blocks: the averages of these blocks' outputs instead, each after the final LayerNorm, side by side, as with the
+    paper's last four, (-4, -3, -2, -1): as of VisionTransformer.intermediate().
+    Returns (B, D), or (B, len(blocks) * D), float32 on the CPU. Each module's training mode is as before on return.
     """
     tensor = next(chain(encoder.parameters(), encoder.buffers()), None)
-    device = torch.device("cpu") if tensor is None else tensor.device
+    images_BCHW = images_BCHW.to("cpu" if tensor is None else tensor.device, non_blocking=True)
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
-        # Averaged in fp32: a bf16 sum over hundreds of patches would lose the small differences between images.
-        pooled = [encoder(images.to(device, non_blocking=True)).float().mean(dim=1).cpu() for images in batches]
+        tokens = encoder.intermediate(images_BCHW, blocks) if len(blocks) else [encoder(images_BCHW)]
     finally:
         for module, training in modes:
             module.training = training
-    if not pooled:
-        raise ValueError("no images to compute features of: the batches are empty; check the split and its filter")
-    return torch.cat(pooled)
+    # Averaged in fp32: a bf16 sum over hundreds of patches would lose the small differences between images.
+    return torch.cat([tokens_BND.float().mean(dim=1) for tokens_BND in tokens], dim=1).cpu()
 
 
-def check_probe_data(
-    train_features: torch.Tensor, train_labels: torch.Tensor, test_features: torch.Tensor, test_labels: torch.Tensor
-) -> None:
-    """Raise ValueError unless features are finite (n, D) and labels (n,) integers from 0 up, train and test alike."""
-    for split, features, labels in (("train", train_features, train_labels), ("test", test_features, test_labels)):
-        if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
-            raise ValueError(
-                f"{split} features and labels must be (n, D) and (n,) with n >= 1, "
-                f"got {tuple(features.shape)} and {tuple(labels.shape)}"
+@dataclass(frozen=True)
+class Extracted:
+    """Features of the images that could be read.
+
+    features: by the encoders' names, (n, D) float32 arrays (read-only maps of files, where they went to disk); on the
+    first rank alone. indices: which image each row is of, and unreadable: why the others have none, on every rank.
+    """
+
+    features: dict[str, np.ndarray]
+    indices: list[int]
+    unreadable: dict[int, str]
+
+
+def extract(
+    encoders: Mapping[str, nn.Module],
+    images: ImageSet,
+    indices: Sequence[int] | None = None,
+    *,
+    image_size: int,
+    batch_size: int,
+    ranks: Ranks | None = None,
+    workers: int = 0,
+    blocks: Sequence[int] = (),
+    folder: Path | None = None,
+    watch: Callable[[Iterable], Iterable] = iter,
+) -> Extracted:
+    """Pooled features, as pooled() has them, of the centre of each image. All ranks call it.
+
+    Images are read once for all encoders, in the order of indices (None: all of the set). Each rank computes its share
+    of them, batch_size at a time, in as many batches as any other: at ZeRO-3 ranks need each other in the forward.
+    image_size: pixels a side that the centre is cut to (data/transforms.py). ranks: None: this process alone.
+    workers: loader processes of a rank; 0: it loads itself. folder: the first rank writes NAME.npy of each encoder
+    there as they come, so that memory does not grow with the images. watch: is handed the batches to show how it goes.
+    Raises BadImageError, on every rank, where no image can be read, ValueError where there is none, and leaves no file.
+    """
+    ranks, chosen = ranks or alone(), range(len(images)) if indices is None else indices
+    if not len(chosen):
+        raise ValueError(f"no images of {images.name} to compute features of; check the split and its filter")
+    own = range(ranks.rank, math.ceil(len(chosen) / ranks.world_size) * ranks.world_size, ranks.world_size)
+    crops = _Crops(images, image_size, [chosen[place] if place < len(chosen) else None for place in own])
+    # A generator of its own: a loader draws from torch's global one, even where nothing is random.
+    draws = torch.Generator()
+    loader = DataLoader(crops, batch_size=batch_size, num_workers=workers, collate_fn=_stacked, generator=draws)
+    kept: list[int] = []
+    unreadable: dict[int, str] = {}
+    wanted = iter(chosen)
+    with contextlib.ExitStack() as stack:
+        stores = {name: stack.enter_context(_store(folder, name)) for name in encoders} if ranks.first else {}
+        for rows in _batches(list(encoders.values()), watch(loader), ranks, blocks):
+            found = []
+            for (vectors, reason), index in zip(rows, wanted, strict=False):  # the last ranks may be an image short
+                if reason:
+                    unreadable[index] = reason
+                else:
+                    kept.append(index)
+                    found.append(vectors)
+            ranks.together(functools.partial(_append, list(stores.values()), found))
+        if not kept:
+            index, reason = next(iter(unreadable.items()))
+            raise BadImageError(
+                f"{images.name}: none of {len(chosen)} images can be read, the first because: cannot read "
+                f"{images.sample_id(index)}: {reason}"
             )
-        if labels.is_floating_point() or int(labels.min()) < 0:
-            raise ValueError(
-                f"{split} labels must be integers from 0 up, got {labels.dtype} from {labels.min().item()}; "
-                "drop images without a label"
-            )
-        if not bool(torch.isfinite(features).all()):
-            raise ValueError(
-                f"{split} features hold NaN or infinity: the encoder has diverged; use an older checkpoint"
-            )
-    if train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(
-            f"train and test features must be equally wide, got {train_features.shape[1]} and {test_features.shape[1]}"
-        )
+        features = ranks.together(lambda: {name: store.close() for name, store in stores.items()})
+    return Extracted(features, kept, unreadable)
+
+
+def _batches(
+    encoders: list[nn.Module], loader: Iterable, ranks: Ranks, blocks: Sequence[int]
+) -> Iterator[list[tuple[list[np.ndarray], str]]]:
+    """For each batch, of all ranks' images in order: every encoder's vector of it, and why it cannot be read."""
+    for batch, reasons in loader:
+        values = [pooled(encoder, batch, blocks).numpy() for encoder in encoders]
+        shares = ranks.gather((values, reasons))
+        yield [
+            ([vectors[row] for vectors in values_there], reasons_there[row])
+            for row in range(len(reasons))
+            for values_there, reasons_there in shares
+        ]
+
+
+def _append(stores: list["_InMemory | _OnDisk"], found: list[list[np.ndarray]]) -> None:
+    """found: of each image a vector for every store."""
+    for store, rows in zip(stores, zip(*found, strict=True), strict=False):  # none was read, or not the first rank
+        store.append(np.stack(rows))
+
+
+@dataclass(frozen=True)
+class _Crops(Dataset):
+    """Item i: the centre of an image, (3, size, size) uint8, and why it cannot be read; black then, and of None."""
+
+    images: ImageSet
+    size: int
+    indices: Sequence[int | None]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> tuple[np.ndarray, str]:
+        index, reason = self.indices[place], ""
+        if index is not None:
+            try:
+                return center_crop(self.images.read(index), self.size), reason
+            except BadImageError as error:
+                reason = error.reason
+        return np.zeros((3, self.size, self.size), np.uint8), reason
+
+
+def _stacked(items: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, list[str]]:
+    return torch.from_numpy(np.stack([crop for crop, _ in items])), [reason for _, reason in items]
+
+
+@contextlib.contextmanager
+def _store(folder: Path | None, name: str) -> Iterator["_InMemory | _OnDisk"]:
+    if folder is None:
+        yield _InMemory()
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}.npy.partial"
+    try:
+        with open(partial, "w+b") as file:
+            yield _OnDisk(file, folder / f"{name}.npy")
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@dataclass
+class _InMemory:
+    parts: list[np.ndarray] = field(default_factory=list)
+
+    def append(self, rows: np.ndarray) -> None:
+        self.parts.append(rows)
+
+    def close(self) -> np.ndarray:
+        return np.concatenate(self.parts)
+
+
+@dataclass
+class _OnDisk:
+    """Rows go to the end of a .npy file; how many they are is written at its beginning last."""
+
+    file: Any
+    path: Path
+    rows: int = 0
+    width: int = 0
+    start: int = 0
+
+    def append(self, rows: np.ndarray) -> None:
+        if not self.rows:
+            self.width = rows.shape[1]
+            self._write_header()
+            self.start = self.file.tell()
+        rows.tofile(self.file)
+        self.rows += len(rows)
+
+    def close(self) -> np.ndarray:
+        self.file.seek(0)
+        self._write_header()
+        assert self.file.tell() == self.start, "NumPy keeps room for the number of rows to grow"
+        self.file.close()
+        os.replace(self.file.name, self.path)
+        return np.load(self.path, mmap_mode="r")
+
+    def _write_header(self) -> None:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.width)}
+        np.lib.format.write_array_header_1_0(self.file, header)

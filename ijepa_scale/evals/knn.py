@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ijepa_scale.evals.extract import check_probe_data
+from ijepa_scale.evals.probe_data import check_probe_data
 
 CHUNK_SIMILARITIES = 1 << 24  # similarities held at once; in fp64, 128 MiB
 TIE_STEP = 1e-15  # a neighbour's place in the training set counts this much, so that equals rank by it

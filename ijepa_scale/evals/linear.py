@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from ijepa_scale.evals.extract import check_probe_data
+from ijepa_scale.evals.probe_data import check_probe_data
 
 MAX_ITERATIONS = 100  # L-BFGS iterations a fit; the accuracy settles long before the loss does
 HELD_OUT_EVERY = 5  # each fifth training image chooses the strength

@@ -2,11 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ijepa_scale.data.files import write_whole
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,6 +94,4 @@ def write_report(path: str | Path, scores: Sequence[Score], **facts: Any) -> Non
     rows = [asdict(score) | {name: getattr(score, name) for name in derived} for score in scores]
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps({**facts, "scores": rows}, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps({**facts, "scores": rows}, indent=2, allow_nan=False) + "\n")

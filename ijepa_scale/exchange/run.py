@@ -1,37 +1,72 @@
-"""The target encoder of a run of our own."""
+"""Networks of runs of our own."""
 
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig, from_dict
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
-from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.models.vit import VisionTransformer
+from ijepa_scale.engine.distributed import alone
+from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.models.predictor import Predictor
+
+# network -> (its name in the weights, which of a parameter's values): the target encoder is the context encoder's EMA.
+_STORED = {
+    "target": ("context_encoder.", "ema"),
+    "context": ("context_encoder.", "master"),
+    "predictor": ("predictor.", "master"),
+}
 
 
-def load_run(path: str | Path) -> tuple[VisionTransformer, PretrainConfig, Checkpoint]:
-    """The target encoder of a run folder's newest whole checkpoint, or of a checkpoint folder; on a GPU if any.
+def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint in a folder, or the newest whole one of a run folder; and warnings of those that were skipped.
 
-    The weights are the fp32 EMA. Raises ValueError where there is no checkpoint that can be read.
+    Raises ValueError where there is no checkpoint that can be read.
     """
-    path = Path(path)
-    alone = Ranks(0, 1, 0, torch.device("cpu"))
-    found: Checkpoint | None
-    if (path / checkpoints.MANIFEST).is_file():
-        found, complaint = checkpoints.verify(path, alone)
-        if found is None:
-            raise ValueError(f"{path} cannot be used: {complaint}")
-    else:
-        if not checkpoints.candidates(path / "checkpoints"):
-            raise ValueError(f"{path} is no run: there is no checkpoint in {path / 'checkpoints'}; give a run folder")
-        found, skipped = checkpoints.newest_good(path / "checkpoints", alone)
-        for complaint in skipped:
-            print(f"warning: skipped a checkpoint that is not whole: {complaint}", flush=True)
-    assert found is not None  # newest_good() raises where checkpoints exist and none is whole
-    config = from_dict(found.manifest["config"])
-    encoder = build.build_encoder(config)
-    build.load_target_encoder(encoder, found)
-    return encoder.to("cuda" if torch.cuda.is_available() else "cpu"), config, found
+    for folder in (path / "checkpoints", path):
+        if checkpoints.candidates(folder):
+            found, skipped = checkpoints.newest_good(folder, alone())
+            assert found is not None  # newest_good() raises where checkpoints exist and none is whole
+            return found, [f"warning: skipped a checkpoint that is not whole: {complaint}" for complaint in skipped]
+    if not (path / checkpoints.MANIFEST).is_file():
+        raise ValueError(f"{path} is no run: there is no checkpoint in {path / 'checkpoints'}; give a run folder")
+    found, complaint = checkpoints.verify(path, alone())
+    if found is None:
+        raise ValueError(f"{path} cannot be used: {complaint}")
+    return found, []
+
+
+def read_network(found: Checkpoint, network: str) -> tuple[nn.Module, PretrainConfig]:
+    """A network of a checkpoint, on the CPU in fp32, and the config that it was trained with.
+
+    network: "target", "context" or "predictor". What an older checkpoint's config lacks means its default.
+    Raises ValueError for a config that cannot be read, and for weights that are not there.
+    """
+    try:
+        if not isinstance(found.manifest.get("config"), dict):
+            raise ValueError(f"{checkpoints.MANIFEST} says nothing of its config")
+        config = from_dict(found.manifest["config"])
+        module = _predictor(config) if network == "predictor" else build.build_encoder(config)
+        read_weights(found, module, network)
+    except ValueError as error:
+        raise ValueError(f"{found.path} cannot be loaded: {error}") from error
+    return module, config
+
+
+def _predictor(config: PretrainConfig) -> nn.Module:
+    side, patch_size = config.data.image_size, config.model.patch_size
+    grid, width = PatchGrid.of_image(side, side, patch_size), build.vit_size(config.model).width
+    return Predictor(build.predictor_size(config), encoder_width=width, grid=grid)
+
+
+def read_weights(found: Checkpoint, module: nn.Module, network: str) -> None:
+    """Fill a plain network of the right size with a checkpoint's weights. ValueError where one is not there."""
+    prefix, kind = _STORED[network]
+    shapes = {prefix + name: parameter.shape for name, parameter in module.named_parameters()}
+    weights = checkpoints.read_weights(found, shapes, kind)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(weights[prefix + name])

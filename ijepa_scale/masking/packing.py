@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -38,6 +39,11 @@ class Packed:
     @property
     def num_tokens(self) -> int:
         return self.indices_T.shape[0]
+
+    def patches(self, num_patches: int) -> list[np.ndarray]:
+        """The patches of each sequence, numbered within its image. On the CPU."""
+        indices, bounds = self.indices_T.numpy() % num_patches, self.cu_seqlens.numpy()
+        return [indices[low:high] for low, high in pairwise(bounds)]
 
     def to(self, device: torch.device | str) -> "Packed":
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))

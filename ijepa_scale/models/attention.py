@@ -110,6 +110,18 @@ def _padded_attention(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Ten
     return out.transpose(1, 2).reshape(-1, heads, width).index_select(0, rows)
 
 
+def attention_weights(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    """The softmax that packed_attention() weighs values with, (S, H, L, L), for sequences of one length L.
+
+    qkv_T3HE: (T, 3, H, E). Row i of a sequence's matrix is what its token i attends to; it sums to 1. In fp32, or fp64
+    for fp64 input.
+    """
+    assert sequences.equal_lengths
+    q, k, _ = qkv_T3HE.unflatten(0, (sequences.count, sequences.max_seqlen)).permute(2, 0, 3, 1, 4)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1, dtype=dtype)
+
+
 def packed_attention_reference(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     """The definition, one sequence at a time."""
     bounds = sequences.cu_seqlens.tolist()

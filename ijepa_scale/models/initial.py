@@ -11,18 +11,10 @@ def initial_weight(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
     So it is the same at every ZeRO stage and world size, and no rank needs the whole model. Matrices and the mask
     token: normal with std 0.02, cut at +-2 (the reference's, which re-applies it over its depth-dependent rescaling);
-    biases 0; norm weights 1. The target encoder starts as the context encoder.
+    biases 0; norm weights 1.
     """
-    name = name.replace("target_encoder.", "context_encoder.")
     if len(shape) <= 1:
         return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return nn.init.trunc_normal_(torch.empty(shape), std=0.02, generator=generator)
-
-
-@torch.no_grad()
-def initialize_weights(module: nn.Module, seed: int, prefix: str = "") -> None:
-    """Draw every parameter of a plain module (ZeRO-3's partitioned ones: engine/zero.py). prefix: its name in IJepa."""
-    for name, parameter in module.named_parameters():
-        parameter.copy_(initial_weight(prefix + name, parameter.shape, seed))

@@ -1,21 +1,22 @@
 """The vision transformer on packed tokens, and its table of sizes. B images, N patches, T packed tokens, D width."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from ijepa_kernels.gather import gather_rows
 from ijepa_kernels.patchify import patchify
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Packed
-from ijepa_scale.models.attention import Attend, Sequences, packed_attention
+from ijepa_scale.models.attention import Attend, Sequences, attention_weights, packed_attention
+from ijepa_scale.models.positions import resized_pos_embed, sincos_pos_embed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,33 +53,19 @@ CPU_TOKENS = 4096
 Affine = tuple[torch.Tensor, torch.Tensor]  # weight and bias of a linear layer or a LayerNorm
 
 
-def sincos_pos_embed(width: int, grid: PatchGrid) -> torch.Tensor:
-    """Fixed 2-D sine-cosine position embedding, (N, width) float32.
-
-    The first half of the width encodes the column, the second the row, each as [sin(omega * x), cos(omega * x)] with
-    omega_k = 10000 ** (-k / (width / 4)), as in the reference's checkpoints.
-    """
-    # In NumPy: inside zero.Init torch's constructors round to the model's dtype, and bf16 angles are wrong by 0.02.
-    omega = 10000.0 ** (-np.arange(width // 4) / (width / 4))
-    rows, columns = np.divmod(np.arange(grid.num_patches), grid.columns)
-    angles = [axis[:, None] * omega for axis in (columns, rows)]
-    parts = [part for angle in angles for part in (np.sin(angle), np.cos(angle))]
-    return torch.from_numpy(np.concatenate(parts, axis=1).astype(np.float32))
-
-
 def _residual_linear(
-    x_TK: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor, residual_TD: torch.Tensor
+    x_TK: torch.Tensor, weight_DK: torch.Tensor, bias_D: torch.Tensor, residual_TD: torch.Tensor, overwrite: bool
 ) -> torch.Tensor:
     """x @ weight.T + bias + residual: the product is accumulated onto the sum of the others, in one pass.
 
-    Where no gradient is kept the sum takes the residual's place in memory, unless it awaits one (it is a block's input
-    that will be computed again).
+    overwrite: where no gradient is kept the sum takes the residual's place in memory, unless it awaits one (it is a
+    block's input that will be computed again).
     """
     # torch.compile fuses the sum with what follows; a product onto it would copy it first. Under autocast the product
     # is of a lower precision than what it is added to.
     if torch.compiler.is_compiling() or not x_TK.dtype == weight_DK.dtype == residual_TD.dtype:
         return F.linear(x_TK, weight_DK, bias_D) + residual_TD
-    kept = torch.is_grad_enabled() or residual_TD.requires_grad
+    kept = not overwrite or torch.is_grad_enabled() or residual_TD.requires_grad
     return (residual_TD + bias_D if kept else residual_TD.add_(bias_D)).addmm_(x_TK, weight_DK.t())
 
 
@@ -92,12 +79,21 @@ def _before_attention(tokens_TD: torch.Tensor, norm: Affine, qkv: Affine) -> tor
 
 
 def _after_attention(
-    mixed_TD: torch.Tensor, residual_TD: torch.Tensor, proj: Affine, norm: Affine, fc1: Affine, fc2: Affine
+    mixed_TD: torch.Tensor,
+    residual_TD: torch.Tensor,
+    proj: Affine,
+    norm: Affine,
+    fc1: Affine,
+    fc2: Affine,
+    overwrite: bool = False,
 ) -> torch.Tensor:
-    """The projection, LayerNorm and the MLP, each half added to what it came from, (T, D)."""
-    tokens_TD = _residual_linear(mixed_TD, *proj, residual_TD)
+    """The projection, LayerNorm and the MLP, each half added to what it came from, (T, D).
+
+    overwrite: the result may take the place of residual_TD.
+    """
+    tokens_TD = _residual_linear(mixed_TD, *proj, residual_TD, overwrite)
     hidden_TK = F.gelu(F.linear(F.layer_norm(tokens_TD, tokens_TD.shape[-1:], *norm, NORM_EPS), *fc1))
-    return _residual_linear(hidden_TK, *fc2, tokens_TD)
+    return _residual_linear(hidden_TK, *fc2, tokens_TD, overwrite=True)  # which nobody else holds
 
 
 @cache
@@ -126,6 +122,10 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(mlp_width, width)
 
 
+def _affine(layer: nn.Linear | nn.LayerNorm) -> Affine:
+    return layer.weight, layer.bias
+
+
 class Block(nn.Module):
     """A pre-norm transformer block on packed tokens.
 
@@ -144,22 +144,37 @@ class Block(nn.Module):
         self.mlp = Mlp(size.width, size.mlp_width)
 
     def forward(
-        self, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None = None
+        self,
+        tokens_TD: torch.Tensor,
+        sequences: Sequences,
+        rows_K: torch.Tensor | None = None,
+        *,
+        overwrite: bool = False,
     ) -> torch.Tensor:
-        """rows_K: (K,) integers, the rows wanted, each once; all attend, what follows is computed for these alone.
+        """The block's output, (T, D), or its rows (K, D).
 
-        Where no gradient is kept and all rows are wanted, the result may be written over tokens_TD.
+        rows_K: (K,) integers, the rows wanted, each once; all attend, what follows is computed for these alone.
+        overwrite: where no gradient is kept the result may be written over tokens_TD.
         """
-        before, after = _compiled_halves() if self.compiled else (_before_attention, _after_attention)
-        norm1, qkv, proj, norm2, fc1, fc2 = (
-            (layer.weight, layer.bias)
-            for layer in (self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
-        )
-        qkv_TF = before(self._any_length(tokens_TD), norm1, qkv)
-        mixed_TD = packed_attention(qkv_TF.unflatten(-1, (3, self.attn.heads, -1)), sequences).flatten(1)
+        layers = (self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
+        proj, norm2, fc1, fc2 = (_affine(layer) for layer in layers)
+        mixed_TD = packed_attention(self._qkv(tokens_TD), sequences).flatten(1)
         if rows_K is not None:
             mixed_TD, tokens_TD = (gather_rows(rows, rows_K, unique=True) for rows in (mixed_TD, tokens_TD))
-        return after(self._any_length(mixed_TD), self._any_length(tokens_TD), proj, norm2, fc1, fc2)
+        if self.compiled:
+            _, after = _compiled_halves()
+            return after(self._any_length(mixed_TD), self._any_length(tokens_TD), proj, norm2, fc1, fc2)
+        return _after_attention(mixed_TD, tokens_TD, proj, norm2, fc1, fc2, overwrite or rows_K is not None)
+
+    def attention_weights(self, tokens_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """How much each token attends to each other of its sequence, (S, H, L, L): see attention.attention_weights."""
+        return attention_weights(self._qkv(tokens_TD), sequences)
+
+    def _qkv(self, tokens_TD: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values, (T, 3, H, E)."""
+        before = _compiled_halves()[0] if self.compiled else _before_attention
+        qkv_TF = before(self._any_length(tokens_TD), _affine(self.norm1), _affine(self.attn.qkv))
+        return qkv_TF.unflatten(-1, (3, self.attn.heads, -1))
 
     def _any_length(self, rows_TD: torch.Tensor) -> torch.Tensor:
         """The same; compiled code then takes any number of rows, and no batch compiles it again."""
@@ -195,15 +210,34 @@ def bytes_kept(size: ViTSize, every: int, itemsize: int) -> int:
 def run_blocks(
     blocks: nn.ModuleList, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """All blocks in turn. rows_K: (K,) integers, rows of the result, each once; None: all."""
+    """All blocks in turn; where no gradient is kept they may write over tokens_TD, unless hooks look at them.
+
+    rows_K: (K,) integers, rows of the result, each once; None: all.
+    """
+    overwrite = not _hooked(blocks)
     for i, block in enumerate(blocks, 1):
-        rows = rows_K if i == len(blocks) else None
-        if block.recomputed and torch.is_grad_enabled():
-            # No block draws random numbers, and to save a GPU's generator is to wait for it.
-            tokens_TD = checkpoint(block, tokens_TD, sequences, rows, use_reentrant=False, preserve_rng_state=False)
-        else:
-            tokens_TD = block(tokens_TD, sequences, rows)
+        tokens_TD = _run_block(block, tokens_TD, sequences, rows_K if i == len(blocks) else None, overwrite=overwrite)
     return tokens_TD
+
+
+def _run_block(
+    block: Any,
+    tokens_TD: torch.Tensor,
+    sequences: Sequences,
+    rows_K: torch.Tensor | None = None,
+    *,
+    overwrite: bool = False,
+) -> torch.Tensor:
+    """As block(), but computed again in the backward where it is to be."""
+    if block.recomputed and torch.is_grad_enabled():
+        # No block draws random numbers, and to save a GPU's generator is to wait for it.
+        return checkpoint(block, tokens_TD, sequences, rows_K, use_reentrant=False, preserve_rng_state=False)
+    return block(tokens_TD, sequences, rows_K, overwrite=overwrite)
+
+
+def _hooked(blocks: nn.ModuleList) -> bool:
+    """Whether forward hooks are given what goes in or comes out of a block, and may keep it."""
+    return _has_any_global_hook() or any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
 
 
 class PatchProjection(nn.Conv2d):
@@ -224,7 +258,11 @@ class PatchEmbed(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT without a class token, with fixed position embeddings; its final LayerNorm is part of it."""
+    """ViT without a class token, with fixed position embeddings; its final LayerNorm is part of it.
+
+    It is made for square images of one size, and takes whole images of any other whose sides are multiples of the
+    patch: see positions.resized_pos_embed().
+    """
 
     pos_embed: torch.Tensor
 
@@ -233,7 +271,7 @@ class VisionTransformer(nn.Module):
         super().__init__()
         self.size = size
         self.attend = attend
-        self.grid = PatchGrid(image_size // patch_size, image_size // patch_size)
+        self.grid = PatchGrid.of_image(image_size, image_size, patch_size)
         self.patch_embed = PatchEmbed(patch_size, size.width)
         self.register_buffer("pos_embed", sincos_pos_embed(size.width, self.grid)[None])  # (1, N, D), as checkpoints
         self.blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
@@ -243,47 +281,108 @@ class VisionTransformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.norm.weight.dtype
 
+    def grid_of(self, images_BCHW: torch.Tensor) -> PatchGrid:
+        """The patch grid of such images. ValueError for sides that are not multiples of the patch."""
+        return PatchGrid.of_image(images_BCHW.shape[-2], images_BCHW.shape[-1], self.patch_embed.patch_size)
+
     def forward(
         self, images_BCHW: torch.Tensor, packed: Packed | None = None, rows_K: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Encode the tokens named by packed, or all of them.
 
-        images_BCHW: (B, 3, H, W) uint8 of the model's image size. rows_K: (K,) integers in ascending order, the rows
-        wanted of the tokens. Returns (K, D) where rows are given, else (T, D) for packed tokens, else (B, N, D).
+        images_BCHW: (B, 3, H, W) uint8, of the model's image size where packed is given, else of any whose sides are
+        multiples of the patch. rows_K: (K,) integers in ascending order, the rows wanted of the tokens.
+        Returns (K, D) where rows are given, else (T, D) for packed tokens, else (B, N, D).
+        Raises ValueError for images of another size.
         """
-        batch, _, height, width = images_BCHW.shape
-        expected = [side * self.patch_embed.patch_size for side in (self.grid.rows, self.grid.columns)]
-        if [height, width] != expected:
-            raise ValueError(f"the model takes images of {expected} pixels, got {[height, width]}")
-        num_patches = self.grid.num_patches
+        batch, grid = images_BCHW.shape[0], self.grid_of(images_BCHW)
         if packed is not None:
+            if grid != self.grid:
+                raise ValueError(
+                    f"packed tokens are of images of {self.grid.shape} patches, got images of {grid.shape}; whole "
+                    "images may be of any size"
+                )
             tokens_TD = self.patch_embed(images_BCHW, packed.indices_T, self.dtype)
-            tokens_TD = tokens_TD + self.pos_embed[0].to(self.dtype).index_select(0, packed.indices_T % num_patches)
+            positions_ND = self.pos_embed[0].to(self.dtype)
+            tokens_TD = tokens_TD + positions_ND.index_select(0, packed.indices_T % grid.num_patches)
             sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens, self.attend)
             return self.norm(run_blocks(self.blocks, tokens_TD, sequences, rows_K))
-        part = max(1, CPU_TOKENS // num_patches)
-        if images_BCHW.device.type == "cpu" and not torch.is_grad_enabled() and batch > part:
-            tokens_TD = torch.cat(
-                [
-                    self._encode_whole(
-                        images_BCHW[start : start + part], _rows_between(rows_K, start, part, num_patches)
-                    )
-                    for start in range(0, batch, part)
-                ]
-            )
-        else:
-            tokens_TD = self._encode_whole(images_BCHW, rows_K)
-        return tokens_TD if rows_K is not None else tokens_TD.view(batch, num_patches, -1)
+        part, encoded = self._images_at_once(images_BCHW), []
+        for start in range(0, batch, part):
+            tokens_TD, sequences = self._embed(images_BCHW[start : start + part])
+            # All at once: the rows are not looked at, which on a device would be waited for.
+            rows = rows_K if part >= batch else _rows_between(rows_K, start, part, grid.num_patches)
+            encoded.append(self.norm(run_blocks(self.blocks, tokens_TD, sequences, rows)))
+        tokens_TD = encoded[0] if len(encoded) == 1 else torch.cat(encoded)
+        return tokens_TD if rows_K is not None else tokens_TD.view(batch, grid.num_patches, -1)
 
-    def _encode_whole(self, images_BCHW: torch.Tensor, rows_K: torch.Tensor | None) -> torch.Tensor:
-        """All patches of the images, (B * N, D), or of these tokens the rows wanted."""
-        batch, num_patches = images_BCHW.shape[0], self.grid.num_patches
-        starts = torch.arange(batch + 1, device=images_BCHW.device, dtype=torch.int32) * num_patches
+    def intermediate(
+        self, images_BCHW: torch.Tensor, blocks: Sequence[int], *, norm: bool = True, maps: bool = False
+    ) -> list[torch.Tensor]:
+        """Outputs of chosen blocks, in the order asked for: each (B, N, D), or as maps (B, rows, columns, D).
+
+        images_BCHW: (B, 3, H, W) uint8, of any size whose sides are multiples of the patch. blocks: from 0, or from the
+        end with -1 for the last; later ones are not computed. norm: with the final LayerNorm on each, as the paper's
+        concatenation of the last four has it (I-JEPA, arXiv:2301.08243, A.2). Raises ValueError for a block that is not
+        there.
+        """
+        grid = self.grid_of(images_BCHW)
+
+        def output(block: int, tokens_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+            return (self.norm(tokens_TD) if norm else tokens_TD).view(sequences.count, grid.num_patches, -1)
+
+        tokens = self._before(images_BCHW, [number + 1 for number in self._numbers(blocks)], output)
+        return [tokens_BND.unflatten(1, grid.shape) for tokens_BND in tokens] if maps else tokens
+
+    def attention_weights(self, images_BCHW: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+        """Attention weights of chosen blocks, in the order asked for: each (B, H, N, N), rows attend to columns.
+
+        images_BCHW, blocks, errors: as of intermediate(). In fp32 (fp64 of an fp64 model). They are computed for this
+        alone, from weights held whole, as attention itself never holds them: H * N * N numbers an image and block.
+        """
+
+        def weights(block: int, tokens_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+            chosen: Any = self.blocks[block]
+            return chosen.attention_weights(tokens_TD, sequences)
+
+        return self._before(images_BCHW, self._numbers(blocks), weights)
+
+    def _numbers(self, blocks: Sequence[int]) -> list[int]:
+        depth = len(self.blocks)
+        if not len(blocks) or not all(-depth <= block < depth for block in blocks):
+            raise ValueError(f"blocks must be one or more of {-depth}..{depth - 1}, got {list(blocks)}")
+        return [block % depth for block in blocks]
+
+    def _before(
+        self, images_BCHW: torch.Tensor, blocks: list[int], look: Callable[[int, torch.Tensor, Sequences], torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """look(block, what goes into it (T, D), its sequences) for each of blocks; block `depth` is past the last."""
+        parts = []
+        for images in images_BCHW.split(self._images_at_once(images_BCHW)):
+            tokens_TD, sequences = self._embed(images)
+            found = {}
+            for block in range(max(blocks) + 1):
+                if block:  # which writes over nothing: what was looked at stays
+                    tokens_TD = _run_block(self.blocks[block - 1], tokens_TD, sequences)
+                if block in blocks:
+                    found[block] = look(block, tokens_TD, sequences)
+            parts.append([found[block] for block in blocks])
+        return [torch.cat(outputs) for outputs in zip(*parts, strict=True)]
+
+    def _images_at_once(self, images_BCHW: torch.Tensor) -> int:
+        batch = max(1, images_BCHW.shape[0])
+        if images_BCHW.device.type == "cpu" and not torch.is_grad_enabled():
+            return min(batch, max(1, CPU_TOKENS // self.grid_of(images_BCHW).num_patches))
+        return batch
+
+    def _embed(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
+        """All patches of whole images with their positions, (B * N, D), a sequence an image."""
+        batch, grid = images_BCHW.shape[0], self.grid_of(images_BCHW)
+        starts = torch.arange(batch + 1, device=images_BCHW.device, dtype=torch.int32) * grid.num_patches
         tokens_TD = self.patch_embed(images_BCHW, None, self.dtype)
-        tokens_TD = (tokens_TD.view(batch, num_patches, -1) + self.pos_embed.to(self.dtype)).flatten(0, 1)
-        return self.norm(
-            run_blocks(self.blocks, tokens_TD, Sequences(starts, num_patches, batch * num_patches), rows_K)
-        )
+        positions_1ND = resized_pos_embed(self.pos_embed, self.grid, grid).to(self.dtype)
+        tokens_TD = (tokens_TD.view(batch, grid.num_patches, -1) + positions_1ND).flatten(0, 1)
+        return tokens_TD, Sequences(starts, grid.num_patches, batch * grid.num_patches)
 
 
 def _rows_between(rows_K: torch.Tensor | None, image: int, images: int, num_patches: int) -> torch.Tensor | None:

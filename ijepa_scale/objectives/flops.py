@@ -1,10 +1,11 @@
-"""FLOPs of a training step, from sizes and token counts on the host, and the most that a device can do.
+"""FLOPs of I-JEPA's training step, from sizes and token counts on the host.
 
 Counted are matrix products and attention, two FLOPs a multiply-add; left out are pointwise operations, the optimizer,
 the EMA and the terms against collapse.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.vit import ViTSize
@@ -35,6 +36,12 @@ class Counts:
             prediction=masks.prediction.num_tokens,
             prediction_pairs=masks.prediction.num_pairs,
         )
+
+    @classmethod
+    def mean(cls, counts: Sequence["Counts"]) -> "Counts":
+        """Means an image over micro-batches."""
+        images = sum(one.images for one in counts)
+        return cls(*(sum(values) / images for values in zip(*map(astuple, counts), strict=True)))
 
 
 @dataclass(frozen=True, kw_only=True)

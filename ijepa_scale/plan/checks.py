@@ -7,18 +7,15 @@ import torch
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.engine import zero
-from ijepa_scale.masking.multiblock import MultiBlock
+from ijepa_scale.objectives.objective import Objective
 
 
-def check(config: PretrainConfig) -> MultiBlock:
-    """The mask sampler; raises ValueError for an unknown model and for masks that cannot be drawn."""
-    build.vit_size(config.model)
-    return build.build_blocks(config)
-
-
-def settings(config: PretrainConfig, *, ranks: int, device: torch.device) -> tuple[int, str, dict[str, Any]]:
+def settings(
+    config: PretrainConfig, objective: Objective, *, ranks: int, device: torch.device
+) -> tuple[int, str, dict[str, Any]]:
     """(images a rank runs at once, precision, DeepSpeed's config). ValueError where these contradict one another."""
     micro_batch_size = build.build_micro_batch_size(config, ranks)
+    objective.check_micro_step(micro_batch_size * ranks)
     precision = build.training_precision(config, device)
     deepspeed = zero.deepspeed_config(
         zero_stage=config.engine.zero_stage,

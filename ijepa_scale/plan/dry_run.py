@@ -5,51 +5,20 @@ import tempfile
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.sources.kinds import inspect_source
+from ijepa_scale.data.sources.inspection import inspect_source
 from ijepa_scale.data.sources.remote import is_remote
-from ijepa_scale.data.streams.opening import PREVIEWED, preview_images
-from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.data.streams.dealing import Streams
+from ijepa_scale.data.streams.samples import PREVIEWED, preview_images
 from ijepa_scale.engine.zero import BUCKET
-from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
-from ijepa_scale.models.vit import bytes_kept
-from ijepa_scale.objectives.flops import Counts
+from ijepa_scale.objectives.objective import Expected, Objective
 from ijepa_scale.plan import checks
 
 SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are taken over
-
-
-def count_tokens(blocks: MultiBlock, context: str) -> Counts:
-    """Means an image over layouts."""
-    lengths, block_tokens, targets = [], [], []
-    for step in range(SAMPLED_STEPS):
-        sizes = block_sizes(blocks, generator_for(0, 0, step))
-        placed = [place_blocks(blocks, sizes, generator_for(0, 1, step, image)) for image in range(SAMPLED_IMAGES)]
-        kept = [image.context.size for image in placed]
-        targets.append([np.unique(image.target_blocks).size for image in placed])
-        if context == "batch_min":
-            kept = [min(kept)] * SAMPLED_IMAGES
-        elif context != "all":
-            kept = [min(length, int(context)) for length in kept]
-        lengths.append(kept)
-        block_tokens.append([sizes.target[0] * sizes.target[1]] * SAMPLED_IMAGES)
-    seen, block = np.array(lengths, dtype=float), np.array(block_tokens, dtype=float)
-    both, number = seen + block, blocks.num_target_blocks
-    return Counts(
-        images=1,
-        targets=float(np.mean(targets)),
-        context=float(seen.mean()),
-        context_pairs=float((seen**2).mean()),
-        blocks=float(number * block.mean()),
-        prediction=float(number * both.mean()),
-        prediction_pairs=float(number * (both**2).mean()),
-    )
 
 
 def dry_run(config: PretrainConfig, *, ranks: int = 1) -> str:
@@ -58,48 +27,57 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1) -> str:
     ValueError where a run of as many ranks would be refused on a machine of the right kind: by the same checks, of what
     can be read here without a copy. A config without a source passes, and what lies elsewhere is not looked up.
     """
-    blocks = checks.check(config)
+    objective = build.build_objective(config)
+    objective.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checks.settings(config, ranks=ranks, device=device)
+    checks.settings(config, objective, ranks=ranks, device=device)
     if device.type == "cuda":  # else it is another machine that the kernel is for
         build.build_attention(config, device=device)
     images, said = _images(config)
     with torch.device("meta"):
-        model = build.build_model(config, initialize=False)
-    parameters = {
-        name: sum(p.numel() for p in part.parameters())
-        for name, part in (("context encoder", model.context_encoder), ("predictor", model.predictor))
-    }
-    tokens = count_tokens(blocks, config.mask.context)
-    flops = build.build_flops(config).parts(tokens)
-    total, number = sum(flops.values()), config.mask.num_target_blocks
-    size = model.context_encoder.size
+        module = objective.build()
+    expected = objective.expected([objective.draw_masks(step, range(SAMPLED_IMAGES)) for step in range(SAMPLED_STEPS)])
+    total = sum(expected.flops.values())
+    size, grid = build.vit_size(config.model), objective.grid
     lines = [
         f"encoder        {config.model.name}/{config.model.patch_size}: width {size.width}, depth {size.depth}, "
         f"heads {size.heads}, MLP {size.mlp_width}; {config.data.image_size} px, "
-        f"{blocks.grid.rows} x {blocks.grid.columns} patches",
-        f"parameters     context encoder {parameters['context encoder'] / 1e6:,.1f} M, predictor "
-        f"{parameters['predictor'] / 1e6:,.1f} M, target encoder as the context encoder (EMA)",
-        _state_line(config, parameters),
-        f"tokens         an image, means: target encoder {blocks.grid.num_patches}, context {tokens.context:.1f} "
-        f"(mask.context={config.mask.context}), {number} target blocks of {tokens.blocks / number:.1f}, "
-        f"predictor {number} x {tokens.prediction / number:.1f}",
+        f"{grid.rows} x {grid.columns} patches",
+        *_parameter_lines(config, objective, module),
+        f"tokens         an image, means: {expected.tokens}",
         f"model FLOPs    {total / 1e9:,.2f} G an image: "
-        + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in flops.items()),
-        _kept_line(config, tokens),
+        + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in expected.flops.items()),
+        _kept_line(config, expected),
         f"images         {said}",
         _steps_line(config, images, total),
     ]
     return "\n".join(lines)
 
 
-def state_bytes(zero_stage: int, *, trained: int, encoder: int) -> tuple[int, int]:
+def _parameter_lines(config: PretrainConfig, objective: Objective, module: torch.nn.Module) -> list[str]:
+    trained = {
+        name: sum(parameter.numel() for parameter in network.parameters())
+        for name, network in objective.trained(module).items()
+    }
+    averaged = sum(parameter.numel() for parameter, _ in objective.averaged(module))
+    stage = config.engine.zero_stage
+    whole, cut = state_bytes(stage, trained=sum(trained.values()), averaged=averaged)
+    return [
+        "parameters     "
+        + ", ".join(f"{name.replace('_', ' ')} {count / 1e6:,.1f} M" for name, count in trained.items())
+        + f", an EMA of {averaged / 1e6:,.1f} M of them" * bool(averaged),
+        f"state          in bf16 {whole / 2**30:,.2f} GiB on each GPU, {cut / 2**30:,.2f} GiB cut among them "
+        f"(ZeRO-{stage}): weights, gradients, masters, moments" + ", EMA" * bool(averaged),
+    ]
+
+
+def state_bytes(zero_stage: int, *, trained: int, averaged: int) -> tuple[int, int]:
     """What lies on a GPU at the end of a backward in bf16 beside the activations: on each, and cut among them.
 
-    trained, encoder: parameters that are trained, and those of them that have an EMA.
+    trained, averaged: parameters that are trained, and those of them that have an EMA.
     """
-    weights, targets, gradients, halves = 2 * trained, 2 * encoder, 4 * trained, 2 * trained
-    masters = 12 * trained + 4 * encoder  # and two moments; EMA
+    weights, targets, gradients, halves = 2 * trained, 2 * averaged, 4 * trained, 2 * trained
+    masters = 12 * trained + 4 * averaged  # and two moments; EMA
     return {
         1: (weights + targets + gradients + halves, masters),  # gradients in bf16, and added up in fp32
         2: (weights + targets + 2 * 2 * BUCKET, masters + gradients),  # two buckets in bf16
@@ -107,30 +85,11 @@ def state_bytes(zero_stage: int, *, trained: int, encoder: int) -> tuple[int, in
     }[zero_stage]
 
 
-def _state_line(config: PretrainConfig, parameters: dict[str, int]) -> str:
-    stage = config.engine.zero_stage
-    whole, cut = state_bytes(stage, trained=sum(parameters.values()), encoder=parameters["context encoder"])
-    return (
-        f"state          in bf16 {whole / 2**30:,.2f} GiB on each GPU, {cut / 2**30:,.2f} GiB cut among them "
-        f"(ZeRO-{stage}): weights, gradients, masters, moments, EMA"
-    )
-
-
-def _kept_line(config: PretrainConfig, tokens: Counts) -> str:
-    every = config.engine.recompute_every
+def _kept_line(config: PretrainConfig, expected: Expected) -> str:
     images = config.optimization.micro_batch_size or config.optimization.global_batch_size
-    encoder, predictor = (
-        images * count * bytes_kept(size, n, itemsize=2) / 2**30
-        for count, size, n in zip(
-            (tokens.context, tokens.prediction),
-            (build.vit_size(config.model), build.predictor_size(config)),
-            every,
-            strict=True,
-        )
-    )
+    parts = ", ".join(f"{name} {images * kept / 2**30:,.2f} GiB" for name, kept in expected.kept_bytes.items())
     return (
-        f"activations    kept in bf16 for the backward: context encoder {encoder:,.2f} GiB, predictor "
-        f"{predictor:,.2f} GiB of {images} image{'s' * (images > 1)} "
+        f"activations    kept in bf16 for the backward: {parts} of {images} image{'s' * (images > 1)} "
         f"(engine.activation_checkpointing={config.engine.activation_checkpointing})"
     )
 

@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 import torch
 
+from ijepa_scale.data.files import write_whole
+
 PACKAGES = ("torch", "deepspeed", "triton", "datasets", "numpy", "pillow", "ijepa-scale")
 
 
@@ -45,7 +47,7 @@ class RunFolder:
 
     def describe(self, config_yaml: str, **facts: Any) -> None:
         """Write the resolved config, and what ran it: versions, git revision, command, device."""
-        (self.path / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        write_whole(self.path / "config.yaml", config_yaml)
         environment = {
             "command": sys.argv,
             "python": platform.python_version(),
@@ -55,7 +57,7 @@ class RunFolder:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
             **facts,
         }
-        (self.path / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+        write_whole(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 class BadImages:
@@ -87,11 +89,12 @@ def _version(package: str) -> str:
 def _git_revision() -> str:
     """This source tree's revision, with "+changes" where it differs from it; "" outside a git checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]
+
+    def ask(*words: str) -> str:
+        return subprocess.run([*git, *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        revision = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        changes = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, timeout=10, check=True
-        )
+        ask("ls-files", "--error-unmatch", __file__)  # else it is installed in somebody's checkout
+        return ask("rev-parse", "HEAD") + ("+changes" if ask("status", "--porcelain") else "")
     except (OSError, subprocess.SubprocessError):
         return ""
-    return revision.stdout.strip() + ("+changes" if changes.stdout.strip() else "")

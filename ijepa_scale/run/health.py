@@ -1,8 +1,7 @@
 """Are the features still worth something? Numbers from 512 images now and then, and what they say in words."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,10 @@ import torch.nn.functional as F
 
 from ijepa_scale.data.images import BadImageError, ImageSet
 from ijepa_scale.data.order import permuted_index
-from ijepa_scale.data.transforms import center_crop
-from ijepa_scale.evals.extract import pooled_features
+from ijepa_scale.evals.extract import extract
 from ijepa_scale.evals.knn import knn_top1
 from ijepa_scale.evals.probes import unfit
-from ijepa_scale.run.records import is_number
+from ijepa_scale.run.records import is_number, read_records
 from ijepa_scale.run.setup import Run
 
 # Health: below these the words change. Each is far from what a run that learns has shown, so that a warning means it.
@@ -108,44 +106,7 @@ def _known(history: list[dict[str, Any]], key: str) -> list[float]:
 
 
 EVAL_STREAM = 1_000_003  # the "epoch" of the permutation that picks evaluation images
-
-
-def eval_crops(run: Run, images: ImageSet, own: list[int], bad: dict[int, str]) -> Iterator[torch.Tensor]:
-    """Centre crops in batches; of an image that cannot be read a black one, and into bad why."""
-    size, batch = run.config.data.image_size, run.dataset.micro_batch_size
-    for start in range(0, len(own), batch):
-        crops = np.zeros((len(own[start : start + batch]), 3, size, size), np.uint8)
-        for place, index in enumerate(own[start : start + batch]):
-            try:
-                crops[place] = center_crop(images.read(index), size)
-            except BadImageError as error:
-                bad[index] = str(error)
-        yield torch.from_numpy(crops)
-
-
-def features_of(
-    run: Run, encoders: Sequence[torch.nn.Module], images: ImageSet, indices: list[int]
-) -> tuple[torch.Tensor, list[int]]:
-    """Pooled features (len(encoders), n, D) of the images that can be read, and their indices, on every rank.
-
-    Images are read once for all encoders. Each rank computes its share, in as many batches as any other: at ZeRO-3
-    ranks need each other in the forward. Raises BadImageError, on every rank, where not one can be read.
-    """
-    bad: dict[int, str] = {}
-    own = indices[run.ranks.rank :: run.ranks.world_size]
-    crops = itertools.tee(eval_crops(run, images, own, bad), len(encoders))
-    share = torch.stack([pooled_features(encoder, batches) for encoder, batches in zip(encoders, crops, strict=True)])
-    features = torch.empty(len(encoders), len(indices), share.shape[-1])
-    for rank, (there, bad_there) in enumerate(run.ranks.gather((share, bad))):
-        features[:, rank :: run.ranks.world_size] = there
-        bad.update(bad_there)
-    kept = [place for place, index in enumerate(indices) if index not in bad]
-    if not kept:
-        raise BadImageError(
-            f"{images.name}: none of {len(indices)} images can be read, the first because: {bad[indices[0]]}; the "
-            "checkpoints are whole: bring the images back, then start the same command again"
-        )
-    return features[:, kept], [indices[place] for place in kept]
+MEASURED = ("target", "context")  # the encoder whose features count: the first of these that there is
 
 
 def eval_indices(run: Run, images: ImageSet, count: int, *, skip: int = 0) -> list[int]:
@@ -154,41 +115,78 @@ def eval_indices(run: Run, images: ImageSet, count: int, *, skip: int = 0) -> li
     return [permuted_index(0, EVAL_STREAM, len(images), skip + i) for i in range(count)]
 
 
-def measure_health(
-    run: Run,
-    step: int,
-    history: list[dict[str, Any]],
-    log: Callable[[dict[str, Any]], None],
-    say: Callable[[str], None],
-    *,
-    loss: float | None,
-) -> None:
-    """Are the features still worth something? Collective: every rank computes its share. loss: of the step before."""
-    images = run.evaluation.train
-    wanted = eval_indices(run, images, run.config.logging.health_images)
-    model = run.engine.module
-    (target, context), indices = features_of(run, [model.target_encoder, model.context_encoder], images, wanted)
-    if not run.ranks.first:
-        return
-    record: dict[str, Any] = {
-        "kind": "health",
-        "step": step,
-        "feature_std": feature_std(target),
-        "rankme": rankme(target),
-        "drift": drift(target, context),
-        "loss": loss,
-    }
-    for name, column in images.label_columns().items():
-        labels = column.values[indices]
-        labelled = np.flatnonzero(labels >= 0)
+def features_of(
+    run: Run, encoders: Mapping[str, torch.nn.Module], images: ImageSet, indices: list[int]
+) -> tuple[dict[str, torch.Tensor], list[int]]:
+    """Pooled features (n, D) of the images that can be read, on the first rank, and which these are, on every rank.
+
+    All ranks call it. Raises BadImageError, on every rank, where not one can be read.
+    """
+    try:
+        found = extract(
+            encoders,
+            images,
+            indices,
+            image_size=run.config.data.image_size,
+            batch_size=run.dataset.micro_batch_size,
+            ranks=run.ranks,
+        )
+    except BadImageError as error:
+        advice = "the checkpoints are whole: bring the images back, then start the same command again"
+        raise BadImageError(f"{error}; {advice}") from error
+    return {name: torch.from_numpy(features) for name, features in found.features.items()}, found.indices
+
+
+def health_record(
+    features: dict[str, torch.Tensor], labels: dict[str, np.ndarray], *, step: int, loss: float | None
+) -> dict[str, Any]:
+    """What a health check writes down, of features of the same images by one encoder or more, each (n, D).
+
+    features: by the encoders' names; with both "target" and "context" also how far they are apart. labels: name ->
+    (n,) classes of the images, -1 where one has none; k-NN is of the first that can be probed. loss: of the last step.
+    """
+    measured = next(features[name] for name in MEASURED if name in features)
+    record = {"kind": "health", "step": step, "feature_std": feature_std(measured), "rankme": rankme(measured)}
+    if features.keys() >= {"target", "context"}:
+        record["drift"] = drift(features["target"], features["context"])
+    record["loss"] = loss
+    for name, values in labels.items():
+        labelled = np.flatnonzero(values >= 0)
         fit, held = np.split(labelled, [len(labelled) * 3 // 4])
-        if unfit(labels[fit], labels[held], at_least=1):
+        if unfit(values[fit], values[held], at_least=1):
             continue  # with the next
-        if bool(torch.isfinite(target).all()):
-            y = torch.from_numpy(labels)
-            record["knn"] = knn_top1(target[fit], y[fit], target[held], y[held])
+        if bool(torch.isfinite(measured).all()):
+            y = torch.from_numpy(values)
+            record["knn"] = knn_top1(measured[fit], y[fit], measured[held], y[held])
             record["knn_label"] = name
         break
-    history.append(record)
-    log(record)
-    say(f"health at step {step}: {health_verdict(history)}")
+    return record
+
+
+class HealthChecks:
+    """Measures now and then, and remembers what the run has measured before."""
+
+    def __init__(self, run: Run, log: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> None:
+        self._run, self._log, self._say = run, log, say
+        records = read_records(run.folder.metrics) if run.ranks.first else []
+        self._history = [record for record in records if record.get("kind") == "health"]
+
+    def due(self, step: int) -> bool:
+        every = self._run.config.logging.health_every_steps
+        return every > 0 and step % every == 0
+
+    def measure(self, step: int, *, loss: float | None) -> None:
+        """Are the features still worth something? All ranks call it, and compute a share each. loss: of the last step.
+
+        Of each encoder that the objective names; with both "target" and "context", also how far they are apart.
+        """
+        run, images = self._run, self._run.evaluation.train
+        wanted = eval_indices(run, images, run.config.logging.health_images)
+        features, indices = features_of(run, run.objective.encoders(run.engine.module), images, wanted)
+        if not run.ranks.first:
+            return
+        labels = {name: column.values[indices] for name, column in images.label_columns().items()}
+        record = health_record(features, labels, step=step, loss=loss)
+        self._history.append(record)
+        self._log(record)
+        self._say(f"health at step {step}: {health_verdict(self._history)}")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ijepa_scale.data.collate import SHARED_MEMORY, Batch
-from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.run.setup import Run
 
@@ -95,7 +95,7 @@ def images_met(run: Run, step: int) -> int:
 
 def report_passes(run: Run, step: int, batches: list[Batch], say: Say, log: Log) -> None:
     """Say which streams came to the end of their shards, and read them again."""
-    own = [(batch.mark.stream, *again) for batch in batches if batch.mark for again in batch.mark.passes]
+    own = [(batch.stream.number, *begun) for batch in batches if batch.stream for begun in batch.stream.passes]
     every = [(rank, *again) for rank, passes in enumerate(run.ranks.gather(own)) for again in passes]
     for rank, stream, source, number, images in every:
         record = {"kind": "stream_pass", "step": step, "rank": rank, "stream": stream, "source": source}
@@ -106,24 +106,34 @@ def report_passes(run: Run, step: int, batches: list[Batch], say: Say, log: Log)
         say(f"step {step}: {source}: stream {stream} of rank {rank} starts pass {number} after {images} images{others}")
 
 
-def report_skip(run: Run, step: int, batches: list[Batch], in_a_row: int, say: Say, log: Log) -> None:
-    """Say which images a skipped step was made of; stop after STRIKES in a row."""
-    own = [(batch.indices, batch.names) for batch in batches]
-    every = [batch for rank in run.ranks.gather(own) for batch in rank]
-    if run.ranks.first:
-        indices = [index for batch in every for index in batch[0]]
-        samples = [name for batch in every for name in batch[1]]
-        if not isinstance(run.images, Streams):  # whose batches bring the names along
-            samples = [run.images.sample_id(index) for index in indices]
-        log({"kind": "skipped", "step": step, "images": indices, "samples": samples})
-        few = ", ".join(samples[:4]) + (", ..." if len(samples) > 4 else "")
-        say(
-            f"warning: step {step}: loss or gradients not finite: weights, moments and EMA are left as they were; "
-            f'images {few} (all in {run.folder.metrics}, kind "skipped")'
-        )
-    if in_a_row == STRIKES:
-        there = run.ranks.from_first(checkpoints.candidates(run.folder.checkpoints))
-        raise RunError(
-            f"{STRIKES} steps in a row were not finite; the last good checkpoint is "
-            f"{there[0] if there else 'none yet'}. Lower optimization.lr or look at the images named above"
-        )
+class Skips:
+    """Counts steps that were skipped: says which images each was made of, and stops after STRIKES in a row."""
+
+    def __init__(self, run: Run, log: Log, say: Say) -> None:
+        self._run, self._log, self._say, self._in_a_row = run, log, say, 0
+
+    def count(self, step: int, *, applied: bool, batches: list[Batch]) -> None:
+        """All ranks call it. Raises RunError, on all of them, where it stops."""
+        self._in_a_row = 0 if applied else self._in_a_row + 1
+        if applied:
+            return
+        run = self._run
+        own = [(batch.indices, batch.names) for batch in batches]
+        every = [batch for rank in run.ranks.gather(own) for batch in rank]
+        if run.ranks.first:
+            indices = [index for batch in every for index in batch[0]]
+            samples = [name for batch in every for name in batch[1]]
+            if not isinstance(run.images, Streams):  # whose batches bring the names along
+                samples = [run.images.sample_id(index) for index in indices]
+            self._log({"kind": "skipped", "step": step, "images": indices, "samples": samples})
+            few = ", ".join(samples[:4]) + (", ..." if len(samples) > 4 else "")
+            self._say(
+                f"warning: step {step}: loss or gradients not finite: weights, moments and EMA are left as they were; "
+                f'images {few} (all in {run.folder.metrics}, kind "skipped")'
+            )
+        if self._in_a_row == STRIKES:
+            there = run.ranks.from_first(checkpoints.candidates(run.folder.checkpoints))
+            raise RunError(
+                f"{STRIKES} steps in a row were not finite; the last good checkpoint is "
+                f"{there[0] if there else 'none yet'}. Lower optimization.lr or look at the images named above"
+            )

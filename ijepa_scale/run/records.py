@@ -1,4 +1,4 @@
-"""What rank 0 records of a run: metrics.jsonl, wandb, the health of the features, memory.
+"""Where the records of a run go: metrics.jsonl, and wandb.
 
 A step record has kind "step" and the keys step, epoch, loss, lr, weight_decay, ema_momentum, grad_norm, context_tokens,
 target_tokens, images_per_second, data_wait_seconds, step_seconds, memory_bytes, model_flops,
@@ -8,9 +8,10 @@ step, feature_std, rankme, drift and, where there are labels, knn.
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any, Self, TypeGuard
+
+from ijepa_scale.data.files import write_whole
 
 
 class JsonlWriter:
@@ -26,12 +27,7 @@ class JsonlWriter:
         kept = []
         if resume_step is not None and path.exists():
             kept = [record for record in read_records(path) if record["step"] < resume_step]
-        temporary = path.with_name(path.name + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(_json_line(record) for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        write_whole(path, "".join(_json_line(record) for record in kept))
         # Without a buffer, which would hold what could not be written and fail once more when it is closed.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by close()
 
@@ -142,4 +138,5 @@ class WandbWriter:
 
 
 def is_number(value: float | None) -> TypeGuard[float]:
+    """Whether a record's value is known and finite."""
     return value is not None and math.isfinite(value)

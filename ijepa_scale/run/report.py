@@ -1,110 +1,107 @@
-"""How good the features are: the health check during training, and the report at its end."""
-
-import itertools
+"""The report at a run's end: curves, and scores of the trained encoder beside the same one at initialisation."""
 
 import numpy as np
+import torch
 from rich.console import Console
+from torch import nn
 
 from ijepa_scale import build
 from ijepa_scale.engine import checkpoint as checkpoints
+from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.evals.probes import Features, probe_scores, unfit
-from ijepa_scale.evals.scores import report_table, write_report
-from ijepa_scale.masking.packing import Packed
-from ijepa_scale.models.initial import initialize_weights
+from ijepa_scale.evals.scores import Score, report_table, write_report
+from ijepa_scale.exchange.run import read_weights
+from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.run.health import eval_indices, features_of
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.setup import Run
 from ijepa_scale.visualize.curves import draw_loss_curve, draw_scores
-from ijepa_scale.visualize.masks import draw_masks
 
-MASK_PREVIEW_IMAGES = 8
-
-
-def preview_masks(run: Run) -> None:
-    """masks.png: what the networks see of the run's first images."""
-    batch = run.dataset.preview(run.start_step)
-    count = min(MASK_PREVIEW_IMAGES, len(batch.indices))
-    num_patches = batch.masks.num_patches
-
-    def per_image(packed: Packed) -> list[np.ndarray]:
-        indices, bounds = packed.indices_T.numpy(), packed.cu_seqlens.numpy()
-        return [indices[low:high] % num_patches for low, high in itertools.pairwise(bounds)]
-
-    blocks = per_image(batch.masks.target_blocks)
-    each = len(blocks) // len(batch.indices)
-    grid = run.dataset.blocks.grid
-    draw_masks(
-        run.folder.path / "masks.png",
-        batch.images[:count].numpy(),
-        grid.rows,
-        grid.columns,
-        per_image(batch.masks.context)[:count],
-        [blocks[i * each : (i + 1) * each] for i in range(count)],
-    )
+Labels = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> classes of the training and of the test images
 
 
-def report(run: Run) -> None:
-    """Curves, and scores of the target encoder beside the same model at initialisation. Collective."""
-    config, ranks, folder = run.config, run.ranks, run.folder
-    if ranks.first:
+def report(run: Run, network: str = "target") -> None:
+    """Write the curves and the scores. All ranks call it. network: the one to score, as of exchange.load()."""
+    folder = run.folder
+    if run.ranks.first:
         records = read_records(folder.metrics) if folder.metrics.exists() else []
         if records:
             draw_loss_curve(folder.path / "loss_curve.png", records)
-    train_images, test_images = run.evaluation.train, run.evaluation.test
-    of_train, of_test = train_images.label_columns(), test_images.label_columns()
-    found, _ = checkpoints.newest_good(folder.checkpoints, ranks)
-    fit, held = report_indices(run)
+    of_train, of_test = run.evaluation.train.label_columns(), run.evaluation.test.label_columns()
     labels = {name: (of_train[name].values, of_test[name].values) for name in of_test if name in of_train}
-    reasons = {name: unfit(train[fit], test[held]) for name, (train, test) in labels.items()}
-    why = ""
-    if not labels:
-        why = "the source has no labels to probe with"
-    elif not fit or not held:
-        why = f"{len(fit)} images to fit on and {len(held)} to score on; see report.train_images and report.test_images"
-    elif not found:
-        why = "there is no checkpoint of the target encoder"
-    elif all(reasons.values()):
-        why = joined(reasons)
+    found, _ = checkpoints.newest_good(folder.checkpoints, run.ranks)
+    fit, held = report_indices(run)
+    why = why_unscored(labels, found, fit, held)
     if why or not found:
         report_without_probes(run, why)
         return
-    if ranks.first:
-        print("probing the target encoder and the same encoder at initialisation ...", flush=True)
-    encoder = build.build_encoder(config).to(ranks.device)
+    if run.ranks.first:
+        print("probing the trained encoder and the same encoder at initialisation ...", flush=True)
+    encoder = build.build_encoder(run.config).to(run.ranks.device)
     features = {}
     for which in ("initial", "trained"):
         if which == "initial":
-            initialize_weights(encoder, config.seed, prefix="context_encoder.")
+            draw_weights(encoder, run.objective)
         else:
-            build.load_target_encoder(encoder, found)
-        (train_features,), fitted = features_of(run, [encoder], train_images, fit)
-        (test_features,), scored = features_of(run, [encoder], test_images, held)
-        features[which] = Features(train_features, test_features)
-    if ranks.first:
-        both = {name: (train[fitted], test[scored]) for name, (train, test) in labels.items()}
-        scores, reasons = probe_scores(both, **features)
-        if not scores:
+            read_weights(found, encoder, network)
+        features[which], fitted, scored = both_features(run, encoder, fit, held)
+    if run.ranks.first:
+        chosen = {name: (train[fitted], test[scored]) for name, (train, test) in labels.items()}
+        scores, reasons = probe_scores(chosen, **features)
+        if scores:
+            facts = {"step": found.step, "checkpoint": found.path.name, "train_images": len(fitted)}
+            tell(run, scores, reasons, facts, unread=len(fit) + len(held) - len(fitted) - len(scored))
+        else:
             report_without_probes(run, joined(reasons))
-    if ranks.first and scores:
-        facts = {
-            "step": found.step,
-            "checkpoint": found.path.name,
-            "seed": config.seed,
-            "train_images": len(fitted),
-            "held_out": run.evaluation.held_out,
-            "not_probed": reasons,
-        }
-        write_report(folder.path / "report.json", scores, **facts)
-        draw_scores(folder.path / "scores.png", scores)
-        Console(emoji=False).print(report_table(scores))
-        for name, reason in reasons.items():
-            print(f"no probes of {name}: {reason}")
-        if unread := len(fit) + len(held) - len(fitted) - len(scored):
-            print(f"{unread} of {len(fit) + len(held)} images cannot be read and were left out of the probes")
-        if not run.evaluation.held_out:
-            print("the source has no validation split: the probes' test images were among the training images")
-        print(f"report: {folder.path}/report.json, loss_curve.png, scores.png, masks.png")
-    ranks.barrier()
+    run.ranks.barrier()
+
+
+@torch.no_grad()
+def draw_weights(encoder: nn.Module, objective: Objective) -> None:
+    """The weights that training started from."""
+    for name, parameter in encoder.named_parameters():
+        parameter.copy_(objective.initial_weight(f"context_encoder.{name}", parameter.shape))
+
+
+def why_unscored(labels: Labels, found: Checkpoint | None, fit: list[int], held: list[int]) -> str:
+    """Why nothing can be probed; "" if something can."""
+    reasons = {name: unfit(train[fit], test[held]) for name, (train, test) in labels.items()}
+    if not labels:
+        return "the source has no labels to probe with"
+    if not fit or not held:
+        return (
+            f"{len(fit)} images to fit on and {len(held)} to score on; see report.train_images and report.test_images"
+        )
+    if not found:
+        return "there is no checkpoint"
+    return joined(reasons) if all(reasons.values()) else ""
+
+
+def both_features(
+    run: Run, encoder: nn.Module, fit: list[int], held: list[int]
+) -> tuple[Features, list[int], list[int]]:
+    """An encoder's features of the training and the test images, and which of these could be read."""
+    name = "features"
+    train, fitted = features_of(run, {name: encoder}, run.evaluation.train, fit)
+    test, scored = features_of(run, {name: encoder}, run.evaluation.test, held)
+    empty = torch.empty(0)  # on ranks that score nothing
+    return Features(train.get(name, empty), test.get(name, empty)), fitted, scored
+
+
+def tell(run: Run, scores: list[Score], reasons: dict[str, str], facts: dict[str, object], *, unread: int) -> None:
+    """report.json, scores.png and a table. reasons: why other labels have no scores. unread: images that are bad."""
+    path, held_out = run.folder.path, run.evaluation.held_out
+    facts = {**facts, "seed": run.config.seed, "held_out": held_out, "not_probed": reasons}
+    write_report(path / "report.json", scores, **facts)
+    draw_scores(path / "scores.png", scores)
+    Console(emoji=False).print(report_table(scores))
+    for name, reason in reasons.items():
+        print(f"no probes of {name}: {reason}")
+    if unread:
+        print(f"{unread} of {sum(map(len, report_indices(run)))} images cannot be read and were left out of the probes")
+    if not held_out:
+        print("the source has no validation split: the probes' test images were among the training images")
+    print(f"report: {path}/report.json, loss_curve.png, scores.png, masks.png")
 
 
 def report_without_probes(run: Run, why: str) -> None:

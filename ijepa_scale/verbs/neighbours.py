@@ -6,22 +6,72 @@ Without --query, six images of the embeddings themselves are shown with their ne
 Exit codes: 0 done, 2 wrong input.
 """
 
-import argparse
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+from ijepa_scale.verbs import parser_of
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("neighbours", __doc__)
     parser.add_argument("embeddings", help="a folder written by launch/embed.py")
     parser.add_argument("--query", nargs="+", default=[], metavar="IMAGE", help="image files to look up")
     parser.add_argument("--out", default="neighbours.png", help="the picture (default: neighbours.png)")
     parser.add_argument("--count", type=int, default=8, help="neighbours of each query (default: 8)")
     options = parser.parse_args(arguments)
-    from ijepa_scale.evals.embed import neighbours
-
     try:
-        neighbours(options.embeddings, options.query, options.out, count=options.count)
+        show_neighbours(options.embeddings, options.query, options.out, count=options.count)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def show_neighbours(folder: str, paths: list[str], out: str, *, count: int) -> None:
+    """Print, and draw to `out`, the images of a folder of embeddings that are nearest to image files, or to its own."""
+    from ijepa_scale.data.images import open_images
+    from ijepa_scale.data.sources.folders import printable
+    from ijepa_scale.evals.embed import Embeddings
+    from ijepa_scale.visualize.neighbours import draw_neighbours
+
+    embeddings = Embeddings.read(Path(folder))
+    facts, table = embeddings.facts, embeddings.table
+    images = open_images(
+        facts["source"],
+        split=facts["split"],
+        cache_dir=facts["cache_dir"],
+        column=facts.get("column", ""),  # not in older ones
+        config=facts.get("config", ""),
+    )
+    queries = embeddings.file_queries(paths, encoder_of(facts)) if paths else embeddings.own_queries(images)
+    shown = []
+    for query in queries:
+        nearest = embeddings.nearest(query, count)
+        print(f"{printable(query.name)}:")
+        for row, similarity in nearest:
+            print(f"  {similarity:.3f}  {table[row]['image']}")
+        pictures = [(embeddings.picture(row, images), f"{similarity:.2f}") for row, similarity in nearest]
+        shown.append((query.pixels, printable(Path(query.name).name), pictures))
+    draw_neighbours(out, shown)
+    print(f"picture: {out}")
+
+
+def encoder_of(facts: dict[str, Any]) -> "nn.Module":
+    """The encoder that made the embeddings: another one's features are no neighbours of theirs."""
+    from ijepa_scale.engine.distributed import alone
+    from ijepa_scale.exchange.load import load
+
+    path = Path(facts["checkpoint"])
+    advice = (
+        f"a query needs it: embed {facts['source']} again with launch/embed.py {facts['run']}, or leave out --query"
+    )
+    if not path.exists():
+        raise ValueError(f"the checkpoint of these embeddings, {path}, is no longer there: a run keeps few; {advice}")
+    loaded = load(path)
+    if facts.get("checkpoint_sha256", loaded.sha256) != loaded.sha256:
+        raise ValueError(f"the checkpoint of these embeddings, {path}, has been replaced by another one; {advice}")
+    return loaded.network.to(alone().device)

@@ -7,15 +7,16 @@ Stopped, the same command goes on.
 Exit codes: 0 done, 2 wrong input, 75 stopped on request: start it again.
 """
 
-import argparse
 import os
 import signal
 import sys
 import time
 
+from ijepa_scale.verbs import parser_of
+
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of("prepare", __doc__)
     parser.add_argument("source", help="as data.source, not scenes: a folder of images or data files, or a Hub id")
     parser.add_argument("out", help="the folder to write to: new, or of the same command before")
     parser.add_argument("--shorter-side", type=int, required=True, metavar="PIXELS", help="256 is fast: docs/data.md")

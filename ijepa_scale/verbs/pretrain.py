@@ -3,6 +3,8 @@
 deepspeed launch/pretrain.py --config configs/vith14.yaml data.source=/data/imagenet     many GPUs, or CPU processes
 python launch/pretrain.py --config configs/tiny.yaml optimization.max_steps=100          one process
 torchrun --nproc-per-node 8 launch/pretrain.py --config configs/vitb16.yaml data.source=/data/images
+ijepa-scale pretrain --config tiny                                                       installed: one process
+deepspeed --module ijepa_scale.verbs.command pretrain --config vith14                    installed: many
 
 Exit codes: 0 finished, 1 training failed, 2 wrong input, 75 stopped by a signal, with a checkpoint if it had begun to
 train (run again to go on).
@@ -15,6 +17,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, NoReturn
 
+from ijepa_scale.verbs import parser_of
+
 if TYPE_CHECKING:
     from ijepa_scale.engine.signals import StopRequest
 
@@ -24,13 +28,13 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="a YAML file of configs/")
+    parser = parser_of("pretrain", __doc__)
+    parser.add_argument("--config", required=True, help="a YAML file, or the name of one of configs/, such as vith14")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key.sub=value",
-        help="config values over the file's, e.g. optimization.lr=5e-4; all keys: ijepa_scale/config.py",
+        help="config values over the file's, e.g. optimization.lr=5e-4; all keys: ijepa_scale/config/sections.py",
     )
     parser.add_argument(
         "--resume",

@@ -5,9 +5,10 @@ import torch
 
 from ijepa_scale.benchmark.dense_baseline import DenseJepa, DenseMasks
 from ijepa_scale.benchmark.step import sampled_masks
-from ijepa_scale.build import build_model
+from ijepa_scale.build import build_ijepa, build_model
 from ijepa_scale.config import load_config
-from ijepa_scale.engine.optim import adamw, parameter_groups, set_schedules
+from ijepa_scale.engine.optim import adamw, set_schedules
+from tests.engine.tiny import groups_of
 from tests.processes import ROOT
 
 SMALL = ["model.depth=2", "model.width=48", "predictor.width=48", "predictor.depth=2"]
@@ -24,7 +25,7 @@ def batches(config):
     generator = torch.Generator().manual_seed(0)
     for step in range(STEPS):
         images = torch.randint(256, (BATCH, 3, 64, 64), generator=generator).to(torch.uint8)
-        yield images, sampled_masks(config, BATCH, step, "batch_min")
+        yield images, sampled_masks(build_ijepa(config), BATCH, step, "batch_min")
 
 
 def test_loss_gradients_and_three_steps_are_those_of_the_model(config):
@@ -32,7 +33,7 @@ def test_loss_gradients_and_three_steps_are_those_of_the_model(config):
     dense = DenseJepa(ours)
     assert dense.state_dict().keys() == ours.state_dict().keys()
     start = {name: p.detach().clone() for name, p in ours.named_parameters()}
-    optimizers = [adamw(parameter_groups(model), (0.9, 0.999)) for model in (ours, dense)]
+    optimizers = [adamw(groups_of(model), (0.9, 0.999)) for model in (ours, dense)]
     for images, masks in batches(config):
         losses = ours(images, masks)["loss"], dense(images, DenseMasks.of(masks))
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
@@ -58,4 +59,4 @@ def test_loss_gradients_and_three_steps_are_those_of_the_model(config):
 
 def test_contexts_of_unequal_lengths_are_refused(config):
     with pytest.raises(ValueError, match="batch_min"):
-        DenseMasks.of(sampled_masks(config, BATCH, 0, "all"))
+        DenseMasks.of(sampled_masks(build_ijepa(config), BATCH, 0, "all"))

@@ -1,7 +1,6 @@
 """launch/benchmark.py, end to end at a small size. How fast anything is, is not asked here."""
 
 import json
-import runpy
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from ijepa_scale.benchmark import step as benchmark
+from ijepa_scale.benchmark.tables import show_steps
 from ijepa_scale.engine.device import peak_flops
 from tests import processes
 from tests.benchmark import worker_benchmark
@@ -141,8 +141,7 @@ def test_what_is_shown_of_a_gpu(capsys):
     found = {"machine": machine, "batch": 64, "batch_asked": 128, "precision": "bf16", "zero_stage": 1, "rounds": 6}
     found |= {"operations": "Triton kernels", "attention": "fa3", "activation_checkpointing": "none"}
     found |= {"matmuls": {"matmul 1 x 2 x 3": spread}, "allocator_retries": 7}
-    show = runpy.run_path(str(processes.BENCHMARK))["show"]
-    show({"config": "vith14", **found, "steps": [{**row, "mfu": 0.412}, row]})
+    show_steps({"config": "vith14", **found, "steps": [{**row, "mfu": 0.412}, row]})
     said = capsys.readouterr().out
     for words in (
         "A GPU",
@@ -156,7 +155,7 @@ def test_what_is_shown_of_a_gpu(capsys):
     ):
         assert words in said
     assert "128 images did not fit" in said and "7 times" in " ".join(said.split()) and "CPU" not in said
-    show({"config": "vith14", **found, "steps": [row], "batch_asked": 64, "allocator_retries": 0})
+    show_steps({"config": "vith14", **found, "steps": [row], "batch_asked": 64, "allocator_retries": 0})
     said = capsys.readouterr().out
     assert "did not fit" not in said and "nearly full" not in said
 

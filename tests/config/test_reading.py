@@ -141,7 +141,7 @@ def test_a_key_given_twice_is_refused_with_both_values(tmp_path):
     ],
 )
 def test_braces_that_the_shell_expanded_are_shown_in_quotes(tmp_path, names, quoted):
-    from ijepa_scale.data.sources.kinds import expand_braces
+    from ijepa_scale.data.sources.inspection import expand_braces
 
     with pytest.raises(ValueError) as caught:
         read_as(tmp_path, "", *(f"label={name}" for name in names))

@@ -6,11 +6,12 @@ import typing
 import pytest
 
 from ijepa_scale.config import (
-    FREE_KEYS,
     PretrainConfig,
     changed_keys,
     from_dict,
     load_config,
+    loading,
+    sections,
     to_dict,
     to_yaml,
     valid_keys,
@@ -89,7 +90,7 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("", ["mask.contxt=all"], r"unknown config key mask.contxt; did you mean mask.context\?"),
         ("", ["lr=1e-3"], r"unknown config key lr; did you mean optimization.lr\?"),
         ("", ["data.image_sise=3"], r"unknown config key data.image_sise; did you mean data.image_size\?"),
-        ("qqq: 1", [], r"unknown config key qqq; valid here: data, model, predictor"),
+        ("qqq: 1", [], r"unknown config key qqq; valid here: data, model, objective, predictor"),
         ("loss: {qqq: 1}", [], r"unknown config key loss.qqq; valid here: kind"),
         ("1: 2", [], "unknown config key 1;"),
         # a wrong type
@@ -139,6 +140,7 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("model: {patch_size: 0}", [], "model.patch_size must be 1 or more, got 0"),
         ("model: {attention: fa5}", [], "model.attention must be one of auto, fa2, .*, torch_varlen, sdpa, got 'fa5'"),
         ("model: {depth: -2}", [], "model.depth must be 0 or more, got -2"),
+        ("objective: {name: ijeba}", [], "objective.name must be one of ijepa, got 'ijeba'"),
         ("predictor: {width: 0}", [], "predictor.width must be 1 or more, got 0"),
         ("mask: {target_scale: [0.3, 0.2]}", [], "mask.target_scale must satisfy"),
         ("mask: {context_scale: [0.3, 1.2]}", [], "mask.context_scale must satisfy"),
@@ -181,17 +183,20 @@ def test_mistakes_are_one_line_that_names_the_key(load, text, overrides, message
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_names_those_there_are(tmp_path, monkeypatch):
+def test_a_config_is_a_file_or_a_name(tmp_path, monkeypatch):
+    """From any folder; a file that is there goes before the package's own."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=r"^no config file configs/big.yaml$"):
-        load_config("configs/big.yaml")
-    (tmp_path / "configs").mkdir()
-    for name in ("b", "a"):
-        (tmp_path / "configs" / f"{name}.yaml").touch()
-    with pytest.raises(ValueError, match=r"no config file configs/big.yaml; there are configs/a.yaml, configs/b.yaml"):
-        load_config("configs/big.yaml")
-    with pytest.raises(ValueError, match="no config file configs"):
-        load_config("configs")
+    for name in ("tiny", "tiny.yaml", "configs/tiny.yaml"):
+        config = load_config(name, ["seed=3"])
+        assert (config.model.name, config.seed, config.run_dir) == ("vit_tiny", 3, "runs/tiny")
+    (tmp_path / "tiny.yaml").write_text("seed: 5")
+    assert load_config("tiny.yaml").seed == 5
+    for wrong in ("configs/big.yaml", "big", "configs", "elsewhere/tiny.yaml"):
+        with pytest.raises(
+            ValueError, match=rf"^no config file {wrong}; give a YAML file, .* tiny, .*, vith14"
+        ) as caught:
+            load_config(wrong)
+        assert "\n" not in str(caught.value)
 
 
 def values_of(section, prefix=""):
@@ -239,7 +244,10 @@ def test_round_trips(load, tmp_path):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"data": {"imagesize": 3}}, "unknown config key data.imagesize; did you mean data.image_size"),
+        (
+            {"data": {"imagesize": 3}, "new": {"a": 1}},
+            "not know: data.imagesize, new.a; .* later version",
+        ),
         ({"data": {"image_size": "x"}}, "^config key data.image_size: .*could not be converted to Integer$"),
         ({"mask": {"target_scale": [0.1]}}, "config key mask.target_scale: .*length 1"),
         ({"data": None}, "config key data is a section"),
@@ -298,9 +306,35 @@ def test_a_key_is_free_to_change_or_it_is_reported(key):
     assert list(changed_keys(old, new)) == ([] if key in FREE else [reported])
 
 
-def test_free_keys_name_keys_and_sections_that_exist():
-    for free in FREE_KEYS:
-        assert any(key.startswith(free) if free.endswith(".") else key == free for key in valid_keys()), free
+def test_names_of_earlier_versions_are_read_in_checkpoints_and_files(load, monkeypatch):
+    """A key, a whole section, and a section whose last key moved away."""
+    names = {"mask.keep": "mask.min_keep", "terms": "loss", "optimizer.rate": "optimization.lr"}
+    monkeypatch.setattr(loading, "RENAMED", names)
+    old = {"mask": {"keep": 3, "context": "64"}, "terms": {"kind": "l2", "variance": 0.5}, "optimizer": {"rate": 0.5}}
+    config = from_dict(old)
+    assert (config.mask.min_keep, config.mask.context, config.loss.kind, config.loss.variance) == (3, "64", "l2", 0.5)
+    assert config.optimization.lr == 0.5
+    assert changed_keys(old, to_dict(config)) == {}
+    assert changed_keys(old, to_dict(PretrainConfig()))["loss.kind"] == ("l2", "smooth_l1")
+    text = "mask: {keep: 3, context: 64}\nterms: {kind: l2, variance: 0.5}\noptimizer: {rate: 0.5}"
+    assert load(text, "run_dir=") == dataclasses.replace(config, run_dir="runs/run")
+    for both in ({"mask": {"keep": 3, "min_keep": 3}}, {"loss": {"kind": "l2"}, "terms": {"kind": "l2"}}):
+        with pytest.raises(ValueError, match="is given twice, once by an old name"):
+            from_dict(both)
+
+
+def test_a_checkpoint_of_a_later_version_is_refused():
+    with pytest.raises(ValueError, match=r"does not know: mask.new; it is of a later version: install that one"):
+        changed_keys({"mask": {"new": 1}}, to_dict(PretrainConfig()))
+
+
+def test_a_config_takes_the_sections_of_its_own_objective_alone(monkeypatch):
+    monkeypatch.setitem(sections.OBJECTIVE_SECTIONS, "other", ("loss",))
+    other = sections.ObjectiveConfig(name="other")
+    assert PretrainConfig(objective=other).objective.name == "other"
+    message = r"^the section mask is of objective.name=ijepa and this is other, which takes loss; leave mask out"
+    with pytest.raises(ValueError, match=message):
+        PretrainConfig(objective=other, mask=sections.MaskConfig(min_keep=3))
 
 
 def test_every_misspelt_key_is_answered_with_a_near_one(load):

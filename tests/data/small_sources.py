@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from ijepa_scale.data.streams.opening import preview_images
+from ijepa_scale.data.decoding import USUAL, decode
+from ijepa_scale.data.streams.samples import preview_images
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -21,9 +22,27 @@ def picture(number: int) -> Image.Image:
     return Image.new("RGB", (10, 8), (number // 250, number % 250, 77))
 
 
-def number_of(image: Image.Image) -> int:
+class Whole:
+    """In the place of a crop: all of an image, (height, width, 3) uint8."""
+
+    def of(self, file, limits=USUAL):
+        return np.asarray(decode(file, limits))
+
+
+WHOLE = Whole()
+
+
+def number_of(image) -> int:
     red, green, _ = np.asarray(image)[4, 4]
     return int(red) * 250 + int(green)
+
+
+def photo(width, height, seed=0):
+    """Smooth colours with sharp edges and some noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([128 + 100 * np.sin(x / 7), 255 * y / height, 255 * ((x // 9 + y // 5) % 2)], -1)
+    return Image.fromarray(np.clip(pixels + rng.normal(0, 10, pixels.shape), 0, 255).astype(np.uint8))
 
 
 def encoded(number: int) -> bytes:

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 
 from ijepa_scale.data import collate
-from ijepa_scale.data.collate import BLOCKS, CROP, SIZES, MicroBatches, check_batches_fit, micro_batch_stream
+from ijepa_scale.data.collate import MicroBatches, check_batches_fit, micro_batch_stream
 from ijepa_scale.data.images import open_images
-from ijepa_scale.data.order import generator_for, image_at
+from ijepa_scale.data.order import CROP, generator_for, image_at
 from ijepa_scale.data.transforms import random_resized_crop
 from ijepa_scale.engine.feed import collecting_by_hand
 from ijepa_scale.masking.grid import PatchGrid
-from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
+from ijepa_scale.masking.multiblock import MultiBlock
+from ijepa_scale.objectives.masks import BlockMasks
 
-GRID = PatchGrid(4, 4)
-BLOCKS_SPEC = MultiBlock(grid=GRID, min_keep=2)
+BLOCKS = MultiBlock(grid=PatchGrid(4, 4), min_keep=2)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def images(tmp_path_factory):
 def micro_batches(images, **changes):
     values = dict(
         images=images,
-        blocks=BLOCKS_SPEC,
+        draw_masks=BlockMasks(BLOCKS, seed=3),
         seed=3,
         image_size=32,
         crop_scale=(0.3, 1.0),
@@ -53,7 +53,8 @@ def sequences(packed):
 
 @pytest.mark.parametrize("context", ["all", "3"])
 def test_any_cut_of_the_global_batch_holds_the_same_images_crops_and_masks(images, context):
-    whole = micro_batches(images, context=context)
+    draw = BlockMasks(BLOCKS, context, seed=3)
+    whole = micro_batches(images, draw_masks=draw)
     for step in (0, 1, 5):
         expected = whole[step]
         for ranks, micro in ((2, 4), (2, 2), (4, 1), (1, 2)):
@@ -61,7 +62,7 @@ def test_any_cut_of_the_global_batch_holds_the_same_images_crops_and_masks(image
             accumulation = 8 // (ranks * micro)
             for a in range(accumulation):
                 for rank in range(ranks):
-                    cut = micro_batches(images, context=context, micro_batch_size=micro, rank=rank, ranks=ranks)
+                    cut = micro_batches(images, draw_masks=draw, micro_batch_size=micro, rank=rank, ranks=ranks)
                     assert cut.accumulation_steps == accumulation
                     parts.append(cut[step * accumulation + a])
             assert sum((part.indices for part in parts), ()) == expected.indices
@@ -73,15 +74,13 @@ def test_any_cut_of_the_global_batch_holds_the_same_images_crops_and_masks(image
 
 
 def test_a_batch_is_what_the_position_says(images):
-    batch = micro_batches(images)[4]
-    sizes = block_sizes(BLOCKS_SPEC, generator_for(3, SIZES, 4))
+    batch = micro_batches(images, draw_masks=lambda step, positions: (step, positions))[4]
+    assert batch.masks == (4, range(8))
     for position in range(8):
         index = image_at(3, 4, position, num_images=21, global_batch_size=8)
         crop = random_resized_crop(images.read(index), generator_for(3, CROP, 4, position), 32, scale=(0.3, 1.0))
-        placed = place_blocks(BLOCKS_SPEC, sizes, generator_for(3, BLOCKS, 4, position))
         assert batch.indices[position] == index
         assert np.array_equal(batch.images[position].numpy(), crop)
-        assert np.array_equal(sequences(batch.masks.context)[position] % 16, placed.context)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -106,13 +105,6 @@ def test_workers_collect_garbage_although_the_rank_does_not(images):
     with collecting_by_hand():
         assert list(micro_batch_stream(dataset, start_step=0, stop_step=2, workers=1)) == [True, True]
         assert list(micro_batch_stream(dataset, start_step=0, stop_step=1, workers=0)) == [False]
-
-
-def test_batch_min_cuts_every_context_to_the_shortest(images):
-    full, cut = micro_batches(images)[0], micro_batches(images, context="batch_min")[0]
-    shortest = min(len(s) for s in sequences(full.masks.context))
-    for whole, kept in zip(sequences(full.masks.context), sequences(cut.masks.context), strict=True):
-        assert torch.equal(kept, whole[:shortest])
 
 
 def test_an_unreadable_image_is_reported_and_replaced(images, tmp_path):

@@ -18,6 +18,7 @@ from ijepa_scale.data.images import (
     check_images,
     open_images,
 )
+from tests.data.small_sources import WHOLE
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -155,7 +156,7 @@ def test_bad_images_are_named(tmp_path, name):
     assert error.value.reason and error.value.reason in str(error.value) and "0x" not in str(error.value)
     again = pickle.loads(pickle.dumps(error.value))
     assert (str(again), again.reason) == (str(error.value), error.value.reason)
-    assert np.array_equal(np.asarray(images.read_or_substitute(index)[0]), pixels(1))
+    assert np.array_equal(np.asarray(images.crop_or_substitute(index, WHOLE)[0]), pixels(1))
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -168,7 +169,7 @@ def test_an_image_may_be_large_up_to_a_limit(tmp_path):
             BadImageError, match=r"bomb\.png: .*600000000 pixels\): more than the 500,000,000 of data\.max_pi"
         ):
             use(0)
-    assert [bad.sample_id for bad in images.read_or_substitute(0)[1]] == [str(tmp_path / "bomb.png")]
+    assert [bad.sample_id for bad in images.crop_or_substitute(0, WHOLE)[1]] == [str(tmp_path / "bomb.png")]
     for max_pixels in (600_000_000, 0):
         assert open_images(str(tmp_path), max_pixels=max_pixels).size(0) == (30_000, 20_000)
     with pytest.raises(BadImageError, match=r"10 x 8 pixels.*more than the 79 of"):
@@ -214,7 +215,8 @@ def test_images_are_upright_and_rgb(tmp_path):
 
 def test_an_index_outside_is_an_error_not_a_bad_image(tmp_path):
     write_files(tmp_path, {"1.png": 1})
-    for read in (open_images(str(tmp_path)).read, open_images(str(tmp_path)).read_or_substitute):
+    images = open_images(str(tmp_path))
+    for read in (images.read, lambda index: images.crop_or_substitute(index, WHOLE)):
         with pytest.raises(IndexError):
             read(1)
 
@@ -230,7 +232,7 @@ def half_bad(folder, count=40):
 def read_all(images, order):
     found = {}
     for i in order:
-        image, bad = images.read_or_substitute(i)
+        image, bad = images.crop_or_substitute(i, WHOLE)
         found[i] = (np.asarray(image).tobytes(), [(b.index, Path(b.sample_id).name, b.reason) for b in bad])
     return [found[i] for i in sorted(found)]
 
@@ -262,10 +264,11 @@ def test_substitutes_are_the_same_in_workers_and_in_another_process(tmp_path):
 import sys, hashlib
 sys.path.insert(0, {str(REPOSITORY)!r})
 from ijepa_scale.data.images import open_images
+from tests.data.small_sources import WHOLE
 images = open_images({str(tmp_path / "set")!r})
 import json
-print(json.dumps([[images.read_or_substitute(i)[0].tobytes().hex(), [b.index for b in images.read_or_substitute(i)[1]]]
-    for i in reversed(range(20))]))
+found = [images.crop_or_substitute(i, WHOLE) for i in reversed(range(20))]
+print(json.dumps([[pixels.tobytes().hex(), [b.index for b in bad]] for pixels, bad in found]))
 """
     output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     fresh = [(bytes.fromhex(content), bad) for content, bad in reversed(json.loads(output))]
@@ -286,7 +289,7 @@ class _Reader(torch.utils.data.Dataset):
 def test_no_image_is_good(tmp_path):
     write_files(tmp_path, {"1.png": b"bad", "2.png": b""})
     with pytest.raises(BadImageError, match=r"1\.png is bad \(.*\) and so are 100 random images drawn in its place"):
-        open_images(str(tmp_path)).read_or_substitute(0)
+        open_images(str(tmp_path)).crop_or_substitute(0, WHOLE)
 
 
 # What users get wrong

@@ -6,11 +6,12 @@ import torch
 from PIL import Image
 
 from ijepa_scale.data import transforms
-from ijepa_scale.data.images import BadImageError, croppable, open_images
+from ijepa_scale.data.decoding import BadImageError, UprightJpeg, open_croppable, open_encoded, to_rgb
+from ijepa_scale.data.images import open_images
 from ijepa_scale.data.jpeg import decode_rows, read_header
 from ijepa_scale.data.order import generator_for
-from ijepa_scale.data.transforms import UprightJpeg, open_croppable, open_encoded, random_resized_crop, to_rgb
-from tests.data.test_transforms import photo
+from ijepa_scale.data.transforms import RandomCrop, random_resized_crop
+from tests.data.small_sources import photo
 
 TURNED = Image.Exif()
 TURNED[0x0112] = 6
@@ -133,18 +134,15 @@ def test_folders_of_files(tmp_path):
     (tmp_path / "0.jpg").write_bytes(jpeg(photo(60, 200)))
     (tmp_path / "1.jpg").write_bytes(jpeg(photo(60, 200))[:900])
     images = open_images(str(tmp_path), min_side=60)
-
-    def crop(file, min_side):
-        return random_resized_crop(croppable(file, min_side), generator_for(0), 8)
-
+    crop = RandomCrop(8, key=(0,))
     expected = random_resized_crop(photo_again(tmp_path / "0.jpg"), generator_for(0), 8)
     for index, bad in ((0, []), (1, [1])):
-        found, met = images.read_or_substitute(index, crop)
+        found, met = images.crop_or_substitute(index, crop)
         np.testing.assert_array_equal(found, expected)
         assert [image.index for image in met] == bad
     assert images.content(0) == (tmp_path / "0.jpg").read_bytes()
     with pytest.raises(BadImageError, match="60 x 200 pixels, less than 61 a side"):
-        open_images(str(tmp_path), min_side=61).read_or_substitute(0, crop)
+        open_images(str(tmp_path), min_side=61).crop_or_substitute(0, crop)
 
 
 def photo_again(path):

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from ijepa_scale.data.images import BadImageError, Limits, croppable, decode, open_images
+from ijepa_scale.data.decoding import BadImageError, Limits, decode, open_croppable, with_image
+from ijepa_scale.data.images import open_images
 from ijepa_scale.data.metadata import without_metadata
-from ijepa_scale.data.transforms import with_image
 
 TURNED = Image.Exif()
 TURNED[0x0112], TURNED[0x010E] = 6, "a description"
@@ -118,7 +118,7 @@ def test_metadata_never_stops_pixels(file_format):
     assert files and expected.shape == (20, 30, 3)
     for number, content in enumerate(files):
         upright = [expected, np.rot90(expected, -1)]  # an Exif that is broken further down may still be read
-        for read in (decode, lambda file: croppable(file).crop((0, 0, *croppable(file).size))):
+        for read in (decode, lambda file: open_croppable(file).crop((0, 0, *open_croppable(file).size))):
             found = np.asarray(read(content))
             assert any(np.array_equal(found, image) for image in upright), (number, found.shape)
         assert with_image(content, lambda image: image.size) == (30, 20)
@@ -201,7 +201,7 @@ def test_large_images_are_decoded_at_a_part_of_their_size(file_format, factor):
     for max_pixels in (301 * 203, 301 * 203 - 1, 301 * 203 // 4 + 200):
         part = 1 if max_pixels == 301 * 203 else 2
         found = decode(content, Limits(max_pixels=max_pixels))
-        assert found.size == (-(-301 // part), -(-203 // part)) == croppable(content, Limits(1, max_pixels)).size
+        assert found.size == (-(-301 // part), -(-203 // part)) == open_croppable(content, Limits(1, max_pixels)).size
         assert np.abs(np.asarray(found)[:100, :150] - whole[::part, ::part][:100, :150]).mean() < 4
     smallest = -(-301 // factor) * -(-203 // factor)
     assert min(decode(content, Limits(max_pixels=smallest)).size) == -(-203 // factor)
@@ -216,7 +216,7 @@ def test_pillows_own_limit_is_as_before_and_nothing_is_printed_for_each_image():
     before = Image.MAX_IMAGE_PIXELS
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", module=r"PIL\.")  # as importing ijepa_scale.data.transforms leaves it
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # as importing ijepa_scale.data.decoding leaves it
         assert decode(encoded("PNG"), Limits(max_pixels=601)).size == (30, 20)
     with pytest.raises(ValueError):
         decode(encoded("PNG"), Limits(max_pixels=599))

@@ -8,10 +8,11 @@ import pytest
 from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.order import mixed_image_at, mixture_place, permuted_index, source_seed, whole_weights
+from ijepa_scale.data.order import mixed_image_at, mixture_turn, permuted_index, source_seed, whole_weights
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
-from tests.data.small_sources import number_of, write_images
+from ijepa_scale.objectives.masks import BlockMasks
+from tests.data.small_sources import WHOLE, number_of, write_images
 
 WEIGHTS = [(1,), (1, 1), (3, 1), (1, 3), (2, 3, 5), (1, 1, 1, 1), (1, 999), (999, 1), (7, 1, 2, 90)]
 
@@ -22,19 +23,19 @@ def test_places_are_counted_up_and_even(weights):
     bound = max(1, math.ceil(math.log2(len(weights))))
     counts = [0] * len(weights)
     for n in range(2 * sum(weights) + 100):
-        source, place = mixture_place(n, weights)
+        source, place = mixture_turn(n, weights)
         assert place == counts[source]
         counts[source] += 1
         for count, weight in zip(counts, weights, strict=True):
             assert abs(count - Fraction((n + 1) * weight, sum(weights))) < bound
-    assert [mixture_place(n, weights)[0] for n in range(sum(weights))].count(0) == weights[0]
+    assert [mixture_turn(n, weights)[0] for n in range(sum(weights))].count(0) == weights[0]
 
 
 def test_places_are_exact_far_out():
     """Also where floats are not: the counts of a period after 10^15 images are the weights."""
     weights = (3, 7, 1)
     start = 10**15 + 7
-    seen = [mixture_place(n, weights) for n in range(start, start + 11)]
+    seen = [mixture_turn(n, weights) for n in range(start, start + 11)]
     assert [[s for s, _ in seen].count(source) for source in range(3)] == [3, 7, 1]
     for source in range(3):
         places = [place for s, place in seen if s == source]
@@ -84,7 +85,7 @@ def mixture(tmp_path):
 
 def test_a_mixture_reads_its_parts_end_to_end(mixture):
     assert len(mixture) == 10 and mixture.name == "75% a:train + 25% b:train"
-    whole = [mixture.read_or_substitute(i) for i in range(10)]
+    whole = [mixture.crop_or_substitute(i, WHOLE) for i in range(10)]
     assert [number_of(image) for image, _ in whole[:4]] == [0, 1, 2, 3]
     assert [number_of(image) for image, _ in whole[4:]][:2] == [10, 11]
     ((bad,),) = [bad for _, bad in whole if bad]
@@ -96,7 +97,7 @@ def test_a_batch_of_a_mixture(mixture):
     assert datasets.__name__  # imported here, not while a batch is timed
     batches = MicroBatches(
         images=mixture,
-        blocks=MultiBlock(grid=PatchGrid(2, 2), min_keep=1),
+        draw_masks=BlockMasks(MultiBlock(grid=PatchGrid(2, 2), min_keep=1)),
         seed=3,
         image_size=8,
         crop_scale=(0.9, 1.0),

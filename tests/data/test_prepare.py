@@ -17,8 +17,7 @@ from ijepa_scale.build import build_images
 from ijepa_scale.config import load_config
 from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.data.prepare import FACTS, FORMATS, Options, prepare, resized
-from tests.data.small_sources import IMAGE, encoded, number_of, write_parquet
-from tests.data.test_transforms import photo
+from tests.data.small_sources import IMAGE, encoded, number_of, photo, write_parquet
 from tests.processes import ROOT, run_ranks, start_ranks
 
 SMALL = Options(shorter_side=32)

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from ijepa_scale.benchmark.step import sampled_masks
-from ijepa_scale.build import build_flops
+from ijepa_scale.build import build_ijepa
 from ijepa_scale.config import load_config
 from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.train import RunError, explained_memory_errors
@@ -106,7 +106,7 @@ def test_a_folder_of_unlabelled_images_on_two_ranks_with_one_torn_file(config, t
     loaded = load_config(config)
     for record in steps:  # of both ranks' images; a CPU's peak is not known
         masks = sampled_masks(loaded, 16, record["step"], "all")
-        assert record["model_flops"] == build_flops(loaded).model(Counts.of(masks))
+        assert record["model_flops"] == build_ijepa(loaded).flops.model(Counts.of(masks))
         assert record["flops_per_second_per_device"] == record["model_flops"] / record["step_seconds"] / 2
         assert not {"mfu", "hfu"} & record.keys()
     assert all(0 < record["loss"] < 2 and record["grad_norm"] > 0 for record in steps)

@@ -59,8 +59,8 @@ def test_stopping_and_resuming_changes_nothing(runs, whole_run, tmp_path):
     assert "step-00000005, step 5" in ends[0].output
     assert_same_run(run, whole_run, STEPS)
     assert names_of(run) == names_of(whole_run) and len(names_of(run)) == 2 * STEPS
-    states = read_manifest(run / "checkpoints" / "step-00000012")["stream_states"]
-    assert states == read_manifest(whole_run / "checkpoints" / "step-00000012")["stream_states"]
+    positions = read_manifest(run / "checkpoints" / "step-00000012")["stream_positions"]
+    assert positions == read_manifest(whole_run / "checkpoints" / "step-00000012")["stream_positions"]
 
 
 def test_every_image_of_uneven_shards_comes_once_a_pass_and_passes_are_told(whole_run):
@@ -89,8 +89,8 @@ def test_how_shards_are_dealt_is_said_and_must_stay(runs, whole_run, tmp_path):
     assert "streams: {'ranks': 2, 'streams': 1, 'shards': [3]} -> {'ranks': 1," in ends[0].output
     ends = runs(run, *options, "--allow-changes", ranks=1)
     assert "every stream starts a new pass" in ends[0].output
-    (state,) = read_manifest(run / "checkpoints" / "step-00000010")["stream_states"][0]
-    assert state["sources"][0]["place"][0] == 1 + 2  # rank 1 was in its third pass at step 8
+    (position,) = read_manifest(run / "checkpoints" / "step-00000010")["stream_positions"][0]
+    assert position["sources"][0]["pass_number"] == 1 + 2  # rank 1 was in its third pass at step 8
     assert steps_of(run)[:8] == steps_of(whole_run)[:8]
 
 

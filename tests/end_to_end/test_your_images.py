@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from omegaconf import OmegaConf
 
 from tests.processes import ENVIRONMENT, free_port
@@ -23,6 +24,7 @@ SMALLER = [
 ]
 
 
+@pytest.mark.slow  # six cold starts; what each does, quicker tests ask of it
 def test_each_command_runs_and_leaves_what_the_text_says(image_folder, tmp_path):
     for name in ("launch", "ijepa_scale", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)

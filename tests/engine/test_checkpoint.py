@@ -54,13 +54,13 @@ def test_any_stage_and_number_of_ranks_restores_any_other_bit_for_bit(resharded,
         (1, "half a file", 1, 1),
         (0, "fsync", 1, 1),
         (1, "fsync", 1, 1),
-        (0, "half a manifest", 1, 1),
         (0, "fsync", 2, 1),
+        (0, "replace", 1, 1),  # of the manifest
         (0, "fsync", 3, 1),
         (0, "rename", 1, 1),
         (0, "fsync", 4, 2),
-        (0, "half a manifest", 2, 2),  # the pointer, written by the same function
-        (0, "replace", 1, 2),
+        (0, "fsync", 5, 2),
+        (0, "replace", 2, 2),  # of the pointer
         (0, "fsync", 6, 2),
         (0, "rename", 2, 2),  # in prune(), before the old checkpoint is set aside
         (0, "half a deletion", 2, 2),  # the first is of what a save replaced

@@ -8,7 +8,6 @@ import pytest
 from tests.engine import worker_compile as worker
 from tests.processes import assert_all, run_ranks
 
-STAGES = (1, 2, 3)
 VARIANTS = {
     "plain": {},
     "full": {"recompute_every": (1, 1)},
@@ -16,38 +15,47 @@ VARIANTS = {
     "compiled": {"compiled": True},
     "compiled full": {"compiled": True, "recompute_every": (1, 1)},
 }
+QUICK = [("plain", 1), ("full", 1), ("compiled full", 1), ("plain", 3), ("full", 3), ("compiled full", 3)]
+ALL = [(variant, stage) for variant in VARIANTS for stage in (1, 2, 3)]
 ROUNDING = 1e-6  # relative; measured on one rank: 1.5e-7
+
+
+def cases(*variants):
+    """(variant, stage) of these, those that compile more than make test has time for marked slow."""
+    return [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in ALL if case[0] in variants]
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("compile")
-    assert_all(run_ranks(worker.run, 2, folder, str(folder / "facts.json"), STAGES, VARIANTS, timeout=400))
-    return json.loads((folder / "facts.json").read_text())
+    """What the worker found of a variant at a stage; the quick ones are run apart from all."""
+    runs = {}
+
+    def found(variant, stage):
+        wanted = QUICK if (variant, stage) in QUICK else ALL
+        if len(wanted) not in runs:
+            folder = tmp_path_factory.mktemp("compile")
+            named = [(name, of, VARIANTS[name]) for name, of in wanted]
+            assert_all(run_ranks(worker.run, 2, folder, str(folder / "facts.json"), named, timeout=400))
+            runs[len(wanted)] = json.loads((folder / "facts.json").read_text())
+        return runs[len(wanted)][f"{variant} {stage}"]
+
+    return found
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("variant", ["full", "every_2"])
+@pytest.mark.parametrize("variant, stage", cases("full", "every_2"))
 def test_recomputation_changes_no_bit(facts, variant, stage):
-    found, plain = facts[f"{variant} {stage}"], facts[f"plain {stage}"]
-    assert found["losses"] == plain["losses"]
-    assert found["norms"] == plain["norms"]
+    found = facts(variant, stage)
+    assert found["losses"] == found["plain losses"]
+    assert found["norms"] == found["plain norms"]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("variant", ["compiled", "compiled full"])
-def test_compiled_blocks_train_alike(facts, variant, stage):
-    found, plain = facts[f"{variant} {stage}"], facts[f"plain {stage}"]
-    np.testing.assert_allclose(found["losses"], plain["losses"], rtol=ROUNDING)
-    np.testing.assert_allclose(found["norms"], plain["norms"], rtol=ROUNDING)
-
-
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("variant", ["compiled", "compiled full"])
-def test_no_batch_compiles_anything_again(facts, variant, stage):
+@pytest.mark.parametrize("variant, stage", cases("compiled", "compiled full"))
+def test_compiled_blocks_train_alike_and_no_batch_compiles_anything_again(facts, variant, stage):
     """Two halves of a block, each for the target encoder, the context encoder and the predictor; then 20 batches."""
-    found = facts[f"{variant} {stage}"]
+    found = facts(variant, stage)
+    np.testing.assert_allclose(found["losses"], found["plain losses"], rtol=ROUNDING)
+    np.testing.assert_allclose(found["norms"], found["plain norms"], rtol=ROUNDING)
     assert found["warm_graphs"] == 6
     assert found["later_graphs"] == 0
     assert found["breaks"] == 0
-    assert facts[f"plain {stage}"]["warm_graphs"] == 0
+    assert facts("plain", stage)["warm_graphs"] == 0

@@ -3,10 +3,11 @@ import math
 import pytest
 import torch
 
-from ijepa_scale.engine.optim import adamw, parameter_groups, set_schedules
+from ijepa_scale.engine.optim import adamw, set_schedules
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VisionTransformer, ViTSize
 from ijepa_scale.objectives.ijepa import IJepa
+from tests.engine.tiny import groups_of
 
 
 def tiny_model():
@@ -20,7 +21,7 @@ def tiny_model():
 
 def test_each_trained_parameter_is_in_one_group_and_the_target_in_none():
     model = tiny_model()
-    groups = parameter_groups(model)
+    groups = groups_of(model)
     assert [group["name"] for group in groups] == [
         "context_encoder.decay",
         "context_encoder.no_decay",
@@ -47,7 +48,7 @@ def test_partitioned_parameters_are_grouped_by_their_whole_shape():
         parameter.ds_shape = parameter.shape
         parameter.data = torch.empty(0)
     names = [
-        [[names[p] for p in group["params"]] for group in parameter_groups(model)]
+        [[names[p] for p in group["params"]] for group in groups_of(model)]
         for model in (whole, partitioned)
         for names in [{parameter: name for name, parameter in model.named_parameters()}]
     ]
@@ -55,7 +56,7 @@ def test_partitioned_parameters_are_grouped_by_their_whole_shape():
 
 
 def test_set_schedules():
-    groups = parameter_groups(tiny_model())
+    groups = groups_of(tiny_model())
     set_schedules(groups, lr=0.3, weight_decay=0.1)
     assert [group["lr"] for group in groups] == [0.3] * 4
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1, 0.0]
@@ -77,7 +78,7 @@ def naive_adamw(value, grads, lrs, decays, beta1, beta2, eps=1e-8):
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.8, 0.95)])
 def test_adamw_matches_the_formula_under_changing_schedules(betas):
     model = tiny_model().double()
-    groups = parameter_groups(model)
+    groups = groups_of(model)
     optimizer = adamw(groups, betas)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
@@ -100,7 +101,7 @@ def test_adamw_matches_the_formula_under_changing_schedules(betas):
 
 def test_nothing_moves_before_the_first_schedule_is_set():
     model = tiny_model()
-    optimizer = adamw(parameter_groups(model), (0.9, 0.999))
+    optimizer = adamw(groups_of(model), (0.9, 0.999))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

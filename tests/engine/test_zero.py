@@ -8,7 +8,8 @@ import torch
 
 from ijepa_scale.engine import distributed, zero
 from ijepa_scale.masking.grid import PatchGrid
-from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, sincos_pos_embed
+from ijepa_scale.models.positions import sincos_pos_embed
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 from tests.engine import tiny
 from tests.processes import assert_all, run_ranks
 

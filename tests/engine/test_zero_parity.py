@@ -27,10 +27,12 @@ OPTIMIZERS = {
 }
 # Launches: (ranks, stages, ((precision, accumulation steps, clip), ...)); the variance and covariance terms are in the
 # loss where nothing is accumulated: their statistics over two ranks equal those of one process.
-ONE_RANK = (1, STAGES, (("fp32", 2, worker.CLIP), ("fp32", 1, 0.0), ("bf16", 1, 0.0)))
+ONE_RANK = (1, (1, 3), (("fp32", 2, worker.CLIP), ("bf16", 1, 0.0)))
 TWO_RANKS = (2, STAGES, (("fp32", 2, worker.CLIP), ("fp32", 1, 0.0), ("bf16", 2, 0.0)))
+MORE_OF_ONE_RANK = (1, STAGES, (("fp32", 1, 0.0), ("bf16", 2, 0.0)))
 OTHER_CASES = (2, STAGES, (("bf16", 1, worker.CLIP),))
 FOUR_RANKS = (4, (2,), (("fp32", 2, worker.CLIP), ("bf16", 1, 0.0)))
+SLOW = (MORE_OF_ONE_RANK, OTHER_CASES, FOUR_RANKS)
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +53,12 @@ def measured(tmp_path_factory):
 
 def launches(precision=None):
     """(launch, key of its facts, stage, precision), those of more than quick ones marked slow."""
-    for launch in (ONE_RANK, TWO_RANKS, OTHER_CASES, FOUR_RANKS):
+    for launch in (ONE_RANK, TWO_RANKS, *SLOW):
         ranks, stages, cases = launch
         for stage in stages:
             for case in cases:
                 if precision in (None, case[0]):
-                    marks = [pytest.mark.slow] if launch in (OTHER_CASES, FOUR_RANKS) else []
+                    marks = [pytest.mark.slow] if launch in SLOW else []
                     words = f"{ranks}ranks-zero{stage}-{case[0]}-accumulate{case[1]}-clip{case[2]:g}"
                     key = f"{stage} {case[0]} {case[1]} {case[2]}"
                     yield pytest.param(launch, key, stage, case[0], id=words, marks=marks)

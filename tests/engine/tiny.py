@@ -42,6 +42,18 @@ def build_model(compiled: bool = False, recompute_every: tuple[int, int] = (0, 0
     return model
 
 
+def first_weight(name: str, shape: torch.Size, seed: int = SEED) -> torch.Tensor:
+    """As an I-JEPA's: the target encoder starts as the context encoder."""
+    return initial_weight(name.replace("target_encoder.", "context_encoder."), shape, seed)
+
+
+def groups_of(model: Any) -> list[dict[str, Any]]:
+    """As training makes them of an I-JEPA."""
+    networks = {"context_encoder": model.context_encoder, "predictor": model.predictor}
+    pairs = zip(model.context_encoder.parameters(), model.target_encoder.parameters(), strict=True)
+    return parameter_groups(networks, pairs)
+
+
 def global_batch(step: int) -> tuple[torch.Tensor, list, list]:
     """Images (GLOBAL_BATCH, 3, 32, 32) uint8, contexts of 3 to 8 patches and two target blocks of 4 an image."""
     rng = np.random.default_rng(step)
@@ -96,8 +108,9 @@ def start_engine(
     engine = zero.initialize(
         model,
         settings,
-        lambda name, shape: initial_weight(name, shape, seed),
-        lambda module: adamw(parameter_groups(module), BETAS),
+        lambda name, shape: first_weight(name, shape, seed),
+        lambda module: adamw(groups_of(module), BETAS),
+        whole=Block,
     )
     before_ema(engine)
     return engine, ShardedEMA(engine, model.twins())

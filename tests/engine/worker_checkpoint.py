@@ -34,7 +34,6 @@ def die_at(point: str, count: int) -> Any:
         "replace": (checkpoint.os, "replace"),
         "save_file": (checkpoint, "save_file"),
         "half a file": (checkpoint, "save_file"),
-        "half a manifest": (checkpoint, "_write_durably"),
         "half a deletion": (checkpoint.shutil, "rmtree"),
     }[point]
     original = getattr(owner, name)
@@ -47,8 +46,6 @@ def die_at(point: str, count: int) -> Any:
         if point == "half a file":
             original(*arguments)
             os.truncate(arguments[1], os.path.getsize(arguments[1]) // 2)
-        if point == "half a manifest":
-            arguments[0].write_text(arguments[1][: len(arguments[1]) // 2])
         if point == "half a deletion":
             next(Path(arguments[0]).iterdir()).unlink()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -117,7 +114,7 @@ def cannot_write(way: str) -> Any:
     return {
         "file size limit": _FileSizeLimit,
         "full at fsync": lambda: mock.patch.object(checkpoint.os, "fsync", full),
-        "full at the manifest": lambda: mock.patch.object(checkpoint, "_write_durably", full),
+        "full at the manifest": lambda: mock.patch.object(checkpoint, "write_whole", full),
         "too little free": lambda: mock.patch.object(
             checkpoint.shutil, "disk_usage", lambda folder: mock.Mock(free=1000)
         ),

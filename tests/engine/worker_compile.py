@@ -41,12 +41,13 @@ def steps(ranks: Ranks, zero_stage: int, **options: Any) -> dict[str, Any]:
     }
 
 
-def run(result: str, stages: tuple[int, ...], variants: dict[str, dict[str, Any]]) -> None:
-    """variants: options of tiny.build_model by name; each at every stage."""
+def run(result: str, cases: list[tuple[str, int, dict[str, Any]]]) -> None:
+    """cases: (name, ZeRO stage, options of tiny.build_model); at each stage one of them is called plain."""
     ranks = distributed.start()
-    facts = {
-        f"{name} {stage}": steps(ranks, stage, **options) for stage in stages for name, options in variants.items()
-    }
+    facts = {f"{name} {stage}": steps(ranks, stage, **options) for name, stage, options in cases}
+    for name, stage, _ in cases:
+        plain = facts[f"plain {stage}"]
+        facts[f"{name} {stage}"] |= {"plain losses": plain["losses"], "plain norms": plain["norms"]}
     if ranks.first:
         Path(result).write_text(json.dumps(facts))
     ranks.close()

@@ -10,7 +10,6 @@ import torch
 from ijepa_scale.engine import distributed, zero
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.optim import set_schedules
-from ijepa_scale.models.initial import initial_weight
 from tests.engine import tiny
 
 STEPS = 20
@@ -33,7 +32,7 @@ class Plain:
         self.model = tiny.build_model(**terms)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
-                parameter.copy_(initial_weight(name, parameter.shape, tiny.SEED))
+                parameter.copy_(tiny.first_weight(name, parameter.shape))
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.decayed = {"params": [p for p in trained if p.ndim > 1]}
         rest = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
@@ -122,7 +121,7 @@ def compare(ranks: Ranks, *, zero_stage: int, precision: str, accumulation: int,
     plain = Plain(clip, terms)
     optimizer = engine.optimizer
     initial = tiny.gathered(engine, ranks, zero.masters(optimizer))
-    expected = {name: initial_weight(name, p.shape, tiny.SEED) for name, p in plain.masters().items()}
+    expected = {name: tiny.first_weight(name, p.shape) for name, p in plain.masters().items()}
     ema_by_hand = {name: w.clone() for name, w in initial.items() if name.startswith("context_encoder.")}
     facts: dict[str, Any] = {
         "optimizer": type(optimizer).__name__,

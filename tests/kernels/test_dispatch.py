@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -16,7 +17,6 @@ from tests.kernels.accuracy import INTERPRETED
 from tests.objectives.test_ijepa import PATCHES, images_of, random_masks, tiny_model
 
 CASES = """
-import torch
 from ijepa_kernels.dispatch import chosen
 from ijepa_kernels.gather import gather_rows
 print(chosen(torch.device("cpu")))
@@ -26,46 +26,7 @@ except (ValueError, IndexError) as error:
     print(type(error).__name__, error)
 """
 
-
-def lines_with(code=CASES, **environment):
-    """What a new Python prints, in which these environment variables are set."""
-    settings = {"PYTHONPATH": ":".join(sys.path), "PATH": "", **environment}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
-    return done.stdout.splitlines() or done.stderr.splitlines()[-1:]
-
-
-def test_the_environment_decides():
-    assert lines_with()[0] == "PyTorch definitions (tensors are on cpu)"
-    assert lines_with(IJEPA_KERNELS="off", TRITON_INTERPRET="1")[0] == "PyTorch definitions (IJEPA_KERNELS=off)"
-    assert lines_with(TRITON_INTERPRET="1")[0] == "Triton kernels (TRITON_INTERPRET=1)"
-    assert "IJEPA_KERNELS=on in the environment, but a tensor is on cpu" in lines_with(IJEPA_KERNELS="on")[0]
-    assert "IJEPA_KERNELS='yes' in the environment; wants one of auto, on, off" in lines_with(IJEPA_KERNELS="yes")[0]
-
-
-@pytest.mark.skipif(INTERPRETED, reason="all tensors go to the kernels")
-def test_on_is_an_error_where_a_definition_would_run(monkeypatch):
-    monkeypatch.setattr(dispatch, "_mode", "on")
-    images, weights = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(4, dtype=torch.float64)
-    for run in (lambda: patchify(images, 4, dtype=torch.float64), lambda: ema_update(weights, weights, 0.5)):
-        with pytest.raises(ValueError, match="IJEPA_KERNELS=on in the environment, but a tensor is on cpu"):
-            run()
-    with FakeTensorMode():
-        tokens = torch.empty(4, 2, device="cuda")
-    assert dispatch.use_kernels(tokens)
-    monkeypatch.setattr(dispatch, "triton", None)
-    with pytest.raises(ValueError, match="but there is no Triton; install triton or unset it"):
-        dispatch.use_kernels(tokens)
-
-
-@pytest.mark.parametrize("interpret", ["0", "1"])
-def test_indices_out_of_range_are_named_when_asked_for(interpret):
-    lines = lines_with(IJEPA_KERNELS_CHECK="1", TRITON_INTERPRET=interpret)
-    assert lines[1] == "ValueError indices_K must lie in 0..3, got 4 at [2]"
-
-
 CONTRADICTIONS = """
-import torch
 from ijepa_kernels.assemble import assemble
 from ijepa_kernels.gather import gather_rows
 rows = dict(
@@ -91,13 +52,78 @@ for change in (
         print(error)
 """
 
+RUNS = {  # code, and variables that it runs under
+    "plain": (CASES, {}),
+    "off": (CASES, {"IJEPA_KERNELS": "off", "TRITON_INTERPRET": "1"}),
+    "interpreted": (CASES, {"TRITON_INTERPRET": "1"}),
+    "on": (CASES, {"IJEPA_KERNELS": "on"}),
+    "yes": (CASES, {"IJEPA_KERNELS": "yes"}),
+    "checked": (CASES, {"IJEPA_KERNELS_CHECK": "1", "TRITON_INTERPRET": "0"}),
+    "checked and interpreted": (CASES, {"IJEPA_KERNELS_CHECK": "1", "TRITON_INTERPRET": "1"}),
+    "contradictions": (CONTRADICTIONS, {"IJEPA_KERNELS_CHECK": "1"}),
+}
+# The variables are read where ijepa_kernels and Triton are imported: each runs in a fork that has neither yet.
+IN_FORKS = """
+import io, json, os, sys, contextlib, torch
+assert "triton" not in sys.modules
+for name, (code, variables) in json.loads(sys.argv[1]).items():
+    if not os.fork():
+        os.environ.update(variables)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            try:
+                exec(code, {"torch": torch})
+            except BaseException as error:
+                print(f"{type(error).__name__}: {error}")
+        print(json.dumps([name, said.getvalue().splitlines()]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
 
-def test_contradictions_are_named_when_asked_for():
-    lines = lines_with(CONTRADICTIONS, IJEPA_KERNELS_CHECK="1")
-    assert len(lines) == 4
-    assert lines[0] == "copies_TM and mask_rows_K do not agree with source_R at row 0"
-    assert "do not agree" in lines[1] and "indices_R must lie in 0.." in lines[2] and "got -7 at [1]" in lines[2]
-    assert "indices_K must name each row once" in lines[3]
+
+@pytest.fixture(scope="module")
+def lines():
+    """What each of RUNS prints."""
+    if INTERPRETED:
+        pytest.skip("asked for outside of the interpreter, for all variables")
+    settings = {"PYTHONPATH": ":".join(sys.path), "PATH": ""}
+    command = [sys.executable, "-c", IN_FORKS, json.dumps(RUNS)]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(line) for line in done.stdout.splitlines())
+
+
+def test_the_environment_decides(lines):
+    assert lines["plain"][0] == "PyTorch definitions (tensors are on cpu)"
+    assert lines["off"][0] == "PyTorch definitions (IJEPA_KERNELS=off)"
+    assert lines["interpreted"][0] == "Triton kernels (TRITON_INTERPRET=1)"
+    assert "IJEPA_KERNELS=on in the environment, but a tensor is on cpu" in lines["on"][0]
+    assert "IJEPA_KERNELS='yes' in the environment; wants one of auto, on, off" in lines["yes"][0]
+
+
+def test_indices_are_looked_at_when_asked_for(lines):
+    for name in ("checked", "checked and interpreted"):
+        assert lines[name][1] == "ValueError indices_K must lie in 0..3, got 4 at [2]"
+    found = lines["contradictions"]
+    assert len(found) == 4
+    assert found[0] == "copies_TM and mask_rows_K do not agree with source_R at row 0"
+    assert "do not agree" in found[1] and "indices_R must lie in 0.." in found[2] and "got -7 at [1]" in found[2]
+    assert "indices_K must name each row once" in found[3]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="all tensors go to the kernels")
+def test_on_is_an_error_where_a_definition_would_run(monkeypatch):
+    monkeypatch.setattr(dispatch, "_mode", "on")
+    images, weights = torch.zeros(1, 3, 4, 4, dtype=torch.uint8), torch.zeros(4, dtype=torch.float64)
+    for run in (lambda: patchify(images, 4, dtype=torch.float64), lambda: ema_update(weights, weights, 0.5)):
+        with pytest.raises(ValueError, match="IJEPA_KERNELS=on in the environment, but a tensor is on cpu"):
+            run()
+    with FakeTensorMode():
+        tokens = torch.empty(4, 2, device="cuda")
+    assert dispatch.use_kernels(tokens)
+    monkeypatch.setattr(dispatch, "triton", None)
+    with pytest.raises(ValueError, match="but there is no Triton; install triton or unset it"):
+        dispatch.use_kernels(tokens)
 
 
 def test_a_training_batch_passes_when_indices_are_looked_at(monkeypatch, device):

@@ -20,7 +20,7 @@ PAPER_GRID = PatchGrid(16, 16)  # 224 pixels in patches of 14
 
 
 @functools.cache
-def context_lengths(compat, steps=800, batch=128):
+def context_lengths(compat, steps=400, batch=128):
     """(steps, batch): context tokens of each image, before any cut."""
     spec = MultiBlock(grid=PAPER_GRID, reference_compat=compat)
     lengths = np.empty((steps, batch))

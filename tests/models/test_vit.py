@@ -1,15 +1,12 @@
-import math
-
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
 
-from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Packed
 from ijepa_scale.models import vit as vit_module
 from ijepa_scale.models.attention import packed_attention_reference
-from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize, sincos_pos_embed
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
 
 SIZE = ViTSize(width=24, depth=3, heads=3, mlp_width=40)
 PATCH, IMAGE = 4, 20  # 5 x 5 patches
@@ -172,11 +169,11 @@ def test_the_same_pixels_elsewhere_give_another_token():
     assert torch.pdist(tokens).min() > 1e-3
 
 
-def hugging_face_twin(vit, folder):
-    """transformers.IJepaModel with the same weights, in float64.
+def hugging_face_twin(vit, folder, attention="sdpa"):
+    """transformers.IJepaModel with the same weights, in the same dtype.
 
     It goes through a folder, whose names are those of the published models in every version of transformers.
-    Its "eager" attention takes the softmax in fp32, so "sdpa" it is.
+    Its "eager" attention takes the softmax in fp32, so in float64 "sdpa" it is.
     """
     size = vit.size
     config = transformers.IJepaConfig(
@@ -214,8 +211,8 @@ def hugging_face_twin(vit, folder):
     twin, loading = transformers.IJepaModel.from_pretrained(
         folder,
         add_pooling_layer=False,
-        dtype=torch.float64,
-        attn_implementation="sdpa",
+        dtype=vit.dtype,
+        attn_implementation=attention,
         output_loading_info=True,
     )
     assert not any(loading[problem] for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"))
@@ -250,22 +247,6 @@ def test_a_packed_context_equals_transformers_on_the_tokens_kept(tmp_path):
             tokens = out if isinstance(out, torch.Tensor) else out[0]
         rows.append(twin.layernorm(tokens)[0])
     assert (vit(images, pack(RAGGED)) - torch.cat(rows)).abs().max() <= 1e-10
-
-
-@pytest.mark.parametrize("width, rows, columns", [(4, 1, 1), (8, 2, 3), (192, 14, 14), (24, 5, 2), (1280, 3, 4)])
-def test_position_embedding_is_the_published_formula(width, rows, columns):
-    table = sincos_pos_embed(width, PatchGrid(rows, columns))
-    assert table.shape == (rows * columns, width) and table.dtype == torch.float32
-    quarter = width // 4
-    expected = []
-    for row in range(rows):
-        for column in range(columns):
-            vector = []
-            for position in (column, row):  # the first half of the width encodes the column
-                angles = [position / 10000 ** (k / quarter) for k in range(quarter)]
-                vector += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
-            expected.append(vector)
-    torch.testing.assert_close(table, torch.tensor(expected), rtol=0, atol=1e-7)
 
 
 def test_names_are_those_of_public_checkpoints():
@@ -304,9 +285,12 @@ def test_bf16():
         assert (out.double() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
-def test_images_of_another_size_are_refused():
-    with pytest.raises(ValueError, match=r"takes images of \[20, 20\] pixels, got \[20, 24\]"):
-        tiny_vit()(torch.zeros(1, 3, 20, 24, dtype=torch.uint8))
+def test_packed_tokens_of_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match=r"of images of \(5, 5\) patches, got images of \(5, 6\)"):
+        tiny_vit()(torch.zeros(1, 3, 20, 24, dtype=torch.uint8), pack([[0, 3]]))
+    for sides in ((20, 22), (2, 20), (0, 0)):
+        with pytest.raises(ValueError, match=r"multiples of the patch, 4 pixels, got \d+ x \d+; resize or crop it"):
+            tiny_vit()(torch.zeros(1, 3, *sides, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize("width, heads, depth", [(24, 5, 1), (6, 3, 1), (24, 0, 1), (24, -3, 1), (24, 3, 0), (0, 1, 1)])

@@ -71,8 +71,8 @@ def images_of(config, batch):
 )
 def test_hardware_flops_are_those_of_the_counter(name, batch, overrides, context):
     config = load_config(ROOT / "configs" / f"{name}.yaml", [*SMALL, *overrides])
-    masks = sampled_masks(config, batch, 0, context)
-    flops, counts = build.build_flops(config), Counts.of(masks)
+    masks = sampled_masks(build.build_ijepa(config), batch, 0, context)
+    flops, counts = build.build_ijepa(config).flops, Counts.of(masks)
     assert flops.hardware(counts) == counted(build.build_model(config), masks, images_of(config, batch))
     # The difference: the scores, which the backward of attention computes again.
     assert flops.model(counts) == pytest.approx(flops.hardware(counts), rel=0.04)
@@ -80,15 +80,15 @@ def test_hardware_flops_are_those_of_the_counter(name, batch, overrides, context
 
 def test_model_flops_are_within_one_percent_of_the_counter_at_a_published_width():
     config = load_config(ROOT / "configs" / "vitb16.yaml", ["model.depth=1", "predictor.depth=1"])
-    masks = sampled_masks(config, 2, 0, "all")
-    found = build.build_flops(config).model(Counts.of(masks))
+    masks = sampled_masks(build.build_ijepa(config), 2, 0, "all")
+    found = build.build_ijepa(config).flops.model(Counts.of(masks))
     assert found == pytest.approx(counted(build.build_model(config), masks, images_of(config, 2)), rel=0.01)
 
 
 def test_rows_that_the_last_block_drops_are_not_counted():
     """Target blocks that hold every patch leave the target encoder nothing to drop; the predictor drops its context."""
     config = load_config(ROOT / "configs" / "tiny.yaml", [*SMALL, "model.depth=2", "predictor.depth=1"])
-    flops, model = build.build_flops(config), build.build_model(config)
+    flops, model = build.build_ijepa(config).flops, build.build_model(config)
     whole, part = (pack_masks([np.arange(4)], [[np.arange(n)] * 2], 64) for n in (64, 16))
     for masks in (whole, part):
         assert flops.hardware(Counts.of(masks)) == counted(model, masks, images_of(config, 1))
@@ -102,10 +102,10 @@ def test_recomputed_blocks_count_once_more(policy):
     """As far as they run again: not to the MLP's second layer, whose output the backward has no use for."""
     sizes = ["model.depth=3", "predictor.depth=2", f"engine.activation_checkpointing={policy}"]
     config = load_config(ROOT / "configs" / "tiny.yaml", [*SMALL, *sizes])
-    flops, masks = build.build_flops(config), sampled_masks(config, 3, 0, "all")
+    flops, masks = build.build_ijepa(config).flops, sampled_masks(build.build_ijepa(config), 3, 0, "all")
     assert flops.hardware(Counts.of(masks)) == counted(build.build_model(config), masks, images_of(config, 3))
     none = load_config(ROOT / "configs" / "tiny.yaml", [*SMALL, *sizes[:2]])
-    assert flops.model(Counts.of(masks)) == build.build_flops(none).model(Counts.of(masks))
+    assert flops.model(Counts.of(masks)) == build.build_ijepa(none).flops.model(Counts.of(masks))
 
 
 def test_compiled_blocks_are_recomputed_to_their_end(monkeypatch):
@@ -114,18 +114,18 @@ def test_compiled_blocks_are_recomputed_to_their_end(monkeypatch):
         ROOT / "configs" / "tiny.yaml",
         [*SMALL, "model.depth=2", "predictor.depth=2", "engine.activation_checkpointing=full", "engine.compile=true"],
     )
-    model, masks = build.build_model(config), sampled_masks(config, 3, 0, "all")
+    model, masks = build.build_model(config), sampled_masks(build.build_ijepa(config), 3, 0, "all")
     for block in (module for module in model.modules() if isinstance(module, Block)):
         block.compiled = block.recomputed = False  # the counter does not see into compiled code
     forward = Block.forward
 
-    def again(self, *arguments):
+    def again(self, *arguments, overwrite=False):
         if not torch.is_grad_enabled():  # the target encoder's
-            return forward(self, *arguments)
+            return forward(self, *arguments, overwrite=overwrite)
         return checkpoint(forward, self, *arguments, use_reentrant=True)  # repeats a block to its end
 
     monkeypatch.setattr(Block, "forward", again)
-    found = build.build_flops(config).hardware(Counts.of(masks))
+    found = build.build_ijepa(config).flops.hardware(Counts.of(masks))
     assert found == counted(model, masks, images_of(config, 3))
 
 
@@ -138,7 +138,7 @@ def test_counts_are_sums_over_the_images():
 
 def test_counting_takes_no_time_to_speak_of():
     config = load_config(ROOT / "configs" / "vith14.yaml")
-    flops, masks = build.build_flops(config), sampled_masks(config, 64, 0, "all")
+    flops, masks = build.build_ijepa(config).flops, sampled_masks(build.build_ijepa(config), 64, 0, "all")
     seconds = []
     for _ in range(50):
         started = time.perf_counter()

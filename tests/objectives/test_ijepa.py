@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ijepa_scale import build
 from ijepa_scale.benchmark.dense_baseline import DenseJepa, DenseMasks
+from ijepa_scale.config import PretrainConfig
 from ijepa_scale.masking.packing import pack_masks
 from ijepa_scale.models.attention import packed_attention_reference
 from ijepa_scale.models.attention_backends import BACKENDS
-from ijepa_scale.models.initial import initial_weight, initialize_weights
+from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VisionTransformer, ViTSize, recompute
 from ijepa_scale.objectives.ijepa import IJepa
@@ -257,7 +259,8 @@ def test_an_initial_weight_is_a_function_of_name_shape_and_seed():
     weight = initial_weight(WEIGHT, shape, 0)
     torch.manual_seed(1234)  # the global generator plays no part
     assert torch.equal(initial_weight(WEIGHT, shape, 0), weight)
-    assert torch.equal(initial_weight(WEIGHT.replace("context", "target"), shape, 0), weight)
+    objective = build.build_ijepa(PretrainConfig(seed=0))
+    assert torch.equal(objective.initial_weight(WEIGHT.replace("context", "target"), shape), weight)
     others = [initial_weight(WEIGHT, shape, 1), initial_weight(WEIGHT.replace("0", "1"), shape, 0)]
     for other in others:
         assert abs(np.corrcoef(other.flatten(), weight.flatten())[0, 1]) < 0.02
@@ -278,18 +281,3 @@ def test_vectors():
     assert torch.equal(initial_weight("context_encoder.norm.weight", torch.Size([5]), 0), torch.ones(5))
     assert torch.equal(initial_weight("context_encoder.norm.bias", torch.Size([5]), 0), torch.zeros(5))
     assert torch.equal(initial_weight("predictor.predictor_proj.bias", torch.Size([5]), 3), torch.zeros(5))
-
-
-def test_initialize_weights():
-    model = tiny_model(dtype=torch.float32)
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    initialize_weights(model, seed=3)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, initial_weight(name, parameter.shape, 3)), name
-    for source, target in model.twins():
-        assert torch.equal(source, target) and source.data_ptr() != target.data_ptr()
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
-    # An encoder alone, named by its place in the model, gets the same weights.
-    alone = VisionTransformer(ENCODER, image_size=IMAGE, patch_size=PATCH)
-    initialize_weights(alone, seed=3, prefix="context_encoder.")
-    assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), model.context_encoder.parameters(), strict=True))

@@ -8,13 +8,10 @@ import torch
 from PIL import Image
 
 from ijepa_scale import build
-from ijepa_scale.benchmark.step import sampled_masks
-from ijepa_scale.build import build_blocks, build_flops
 from ijepa_scale.config import load_config
 from ijepa_scale.engine import distributed, zero
-from ijepa_scale.engine.ema import ShardedEMA
-from ijepa_scale.engine.optim import adamw, parameter_groups
-from ijepa_scale.plan.dry_run import count_tokens, dry_run, state_bytes
+from ijepa_scale.objectives.flops import Counts
+from ijepa_scale.plan.dry_run import dry_run, state_bytes
 from tests.processes import ROOT, assert_all, run_ranks
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -42,9 +39,10 @@ def test_every_config_builds_and_says_what_it_amounts_to(path):
 
 def test_vith14_costs_what_was_measured_for_packed_tokens():
     config = load_config(CONFIGS[[path.stem for path in CONFIGS].index("vith14")])
-    tokens = count_tokens(build_blocks(config), "all")
+    objective = build.build_ijepa(config)
+    tokens = Counts.mean([Counts.of(objective.draw_masks(step, range(16))) for step in range(100)])
     assert tokens.context == pytest.approx(108.4, abs=2)
-    assert build_flops(config).model(tokens) == pytest.approx(841e9, rel=0.02)
+    assert objective.flops.model(tokens) == pytest.approx(841e9, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -83,21 +81,17 @@ def storages() -> dict[int, int]:
 def bytes_after_backward() -> None:
     ranks = distributed.start()
     config = load_config(ROOT / "configs" / "tiny.yaml", [])
-    images, masks = torch.randint(256, (2, 3, 64, 64)).to(torch.uint8), sampled_masks(config, 2, 0, "all")
+    objective = build.build_ijepa(config)
+    images = torch.randint(256, (2, 3, 64, 64)).to(torch.uint8)
+    masks = objective.draw_masks(0, range(2))
     for zero_stage in (1, 2, 3):
         before = storages()
         settings = zero.deepspeed_config(
             zero_stage=zero_stage, precision="bf16", micro_batch_size=2, accumulation_steps=1
         )
-        with zero.building_context(settings):
-            model = build.build_model(config, initialize=False)
-        engine = zero.initialize(
-            model,
-            settings,
-            lambda name, shape: 0.02 * torch.randn(shape),
-            lambda module: adamw(parameter_groups(module), (0.9, 0.99)),
+        engine, ema = build.build_engine(
+            objective, settings, betas=(0.9, 0.99), initial=lambda name, shape: 0.02 * torch.randn(shape)
         )
-        ema = ShardedEMA(engine, model.twins())
         for step in range(2):
             engine.backward(engine(images, masks)["loss"])
             if not step:
@@ -106,13 +100,13 @@ def bytes_after_backward() -> None:
         found = sum(size for at, size in storages().items() if at not in before)
         encoder, predictor = (
             sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters())
-            for part in (model.context_encoder, model.predictor)
+            for part in objective.trained(engine.module).values()
         )
-        whole, cut = state_bytes(zero_stage, trained=encoder + predictor, encoder=encoder)
+        whole, cut = state_bytes(zero_stage, trained=encoder + predictor, averaged=encoder)
         expected = whole + cut / ranks.world_size - (4 * zero.BUCKET if zero_stage == 2 else 0)  # a GPU's
         gathered = 2 * (encoder + predictor) if zero_stage == 3 else 0  # weights at work, and small ones: at the most
         assert 0.98 * expected < found < 1.02 * expected + gathered, (zero_stage, found / 1e6, expected / 1e6)
-        del model, engine, ema  # else their memory, known before, may become the next stage's
+        del engine, ema  # else their memory, known before, may become the next stage's
     ranks.close()
 
 

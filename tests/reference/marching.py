@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from ijepa_scale.data.scenes.scenes import scene_layout
+from ijepa_scale.data.scenes.layout import scene_layout
 
 SIZE, STEP = 64, 0.02
 INSIDE = {

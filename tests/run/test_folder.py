@@ -14,7 +14,7 @@ def test_one_owner_at_a_time(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.lock()
     code = (
-        "from ijepa_scale.run_folder import RunFolder\n"
+        "from ijepa_scale.run.folder import RunFolder\n"
         f"try:\n    RunFolder({str(tmp_path / 'run')!r}).lock()\n    print('got it')\n"
         "except ValueError as error:\n    print(error)"
     )

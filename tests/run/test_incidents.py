@@ -2,7 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from ijepa_scale.data.streams.streams import Shards, Streams
+from ijepa_scale.data.streams.dealing import Streams
+from ijepa_scale.data.streams.shard_stream import Shards
 from ijepa_scale.run.incidents import images_met
 
 

@@ -93,11 +93,6 @@ def test_a_fresh_run_starts_a_fresh_file_and_resume_needs_none(tmp_path):
     assert path.read_text() == ""
 
 
-# wandb
-
-OFFLINE_RUN = """
-import socket, sys
-reached = []
 def test_a_full_disk_is_an_error_that_names_the_file_once(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with JsonlWriter(path, None) as writer:
@@ -108,6 +103,11 @@ def test_a_full_disk_is_an_error_that_names_the_file_once(tmp_path):
     assert read_records(path) == [step(0)]  # and closing it raised nothing
 
 
+# wandb
+
+OFFLINE_RUN = """
+import socket, sys
+reached = []
 def no_network(*arguments, **options):
     reached.append(arguments)
     raise OSError("no network in this test")

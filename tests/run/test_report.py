@@ -18,7 +18,7 @@ from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.evals.linear import fit_logistic
 from ijepa_scale.evals.probes import Features, probe_scores
 from ijepa_scale.run import report as assess
-from ijepa_scale.run.health import measure_health
+from ijepa_scale.run.health import HealthChecks
 from ijepa_scale.run.report import report, report_indices
 
 
@@ -64,7 +64,7 @@ def run(small_config, tmp_path, monkeypatch):
     model = build.build_model(config)
     checkpoint = SimpleNamespace(step=12, path=Path("step-00000012"))
     monkeypatch.setattr(assess.checkpoints, "newest_good", lambda folder, ranks: (checkpoint, []))
-    monkeypatch.setattr(build, "load_target_encoder", lambda encoder, found: None)
+    monkeypatch.setattr(assess, "read_weights", lambda found, encoder, network: None)
     for drawing in ("draw_loss_curve", "draw_scores"):  # tested elsewhere, and most of the time that all of this takes
         monkeypatch.setattr(assess, drawing, lambda path, of: path.write_text(str(len(of))))
     monkeypatch.setitem(fit_logistic.__kwdefaults__, "max_iterations", 3)
@@ -73,6 +73,7 @@ def run(small_config, tmp_path, monkeypatch):
         config=config,
         ranks=Ranks(0, 1, 0, torch.device("cpu")),
         folder=SimpleNamespace(path=tmp_path, metrics=tmp_path / "metrics.jsonl", checkpoints=tmp_path),
+        objective=build.build_objective(config),
         engine=SimpleNamespace(module=model),
         dataset=SimpleNamespace(micro_batch_size=64),
         horizon=SimpleNamespace(stop=12),
@@ -86,7 +87,7 @@ def outcome(run, train, test=None):
     run.evaluation = EvalImages(train, test or train, held_out=test is not None)
     report(run)
     records = []
-    measure_health(run, 12, [], records.append, lambda line: None, loss=0.5)
+    HealthChecks(run, records.append, lambda line: None).measure(12, loss=0.5)
     assert (run.folder.path / "loss_curve.png").exists() and np.isfinite(records[0]["rankme"])
     return json.loads((run.folder.path / "report.json").read_text()), records[0]
 
@@ -156,3 +157,16 @@ def test_features_that_are_not_finite_are_not_probed():
     for trained in (Features(bad, good), Features(good, bad)):
         scores, reasons = probe_scores(labels, initial=Features(good, good), trained=trained)
         assert scores == [] and "the encoder has diverged" in reasons["label"]
+
+
+def test_health_of_an_objective_without_a_target(run):
+    run.evaluation = EvalImages(image_set(label=ALTERNATING), image_set(label=ALTERNATING), held_out=False)
+    records = []
+    encoders = run.objective.encoders(run.engine.module)
+    for chosen in (encoders, {"context": encoders["context"]}):
+        run.objective = SimpleNamespace(encoders=lambda module, chosen=chosen: chosen)
+        HealthChecks(run, records.append, lambda line: None).measure(3, loss=None)
+    both, alone = records
+    assert alone == {key: value for key, value in both.items() if key != "drift"}  # the target is its copy at the start
+    assert abs(both["drift"]) < 1e-6
+    assert list(both) == ["kind", "step", "feature_std", "rankme", "drift", "loss", "knn", "knn_label"]

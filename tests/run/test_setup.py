@@ -6,13 +6,11 @@ import pytest
 import torch
 
 from ijepa_scale import build
-from ijepa_scale.config import DataConfig, ModelConfig, OptimizationConfig, PretrainConfig, to_dict
+from ijepa_scale.config import DataConfig, ModelConfig, OptimizationConfig, PretrainConfig
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.models.attention_backends import Choice
 from ijepa_scale.run import setup as run
-from ijepa_scale.run.folder import RunFolder
-from ijepa_scale.run.setup import check_shared_memory, choose_attention, find_checkpoint
-from tests.engine import standin
+from ijepa_scale.run.setup import check_shared_memory, choose_attention
 
 
 class TwoRanks(Ranks):
@@ -45,28 +43,6 @@ def test_a_kernel_that_is_wrong_on_another_rank_stops_all():
     wrong = ValueError("model.attention=fa3 on cuda:1 gives a wrong output")
     with pytest.raises(ValueError, match=re.escape(str(wrong))):
         choose(two_ranks(lambda value: wrong if value is None else value))
-
-
-def test_resume_takes_a_checkpoint_or_a_run_folder_s_newest_whole_one(tmp_path):
-    facts = {"architecture": {}, "config": to_dict(PretrainConfig()), "images": 9, "precision": "fp32"}
-    for step in (1, 2, 3):
-        standin.save(tmp_path / "old" / "checkpoints", step, **facts)
-    (tmp_path / "old" / "checkpoints" / "step-00000003" / "rank-00000.safetensors").write_bytes(b"")
-
-    def found(resume, run="new"):
-        folder = RunFolder(tmp_path / run)
-        return find_checkpoint(PretrainConfig(), folder, standin.ALONE, facts, 9, resume=str(resume), allow=False)
-
-    checkpoints = tmp_path / "old" / "checkpoints"
-    for resume, step in ((tmp_path / "old", 2), (checkpoints, 2), (checkpoints / "step-00000001", 1)):
-        assert found(resume)[0].step == step
-    for resume in (tmp_path / "old", checkpoints, "auto"):  # its own: damaged ones are skipped, and none set aside
-        there, notes = found(resume, "old")
-        assert there.step == 2 and sum("skipped a checkpoint that is not whole" in note for note in notes) == 1
-    assert len(list(checkpoints.glob("step-*"))) == 3
-    for resume in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=r"--resume .* cannot be used: .*; give a run folder, or one of its"):
-            found(resume)
 
 
 @pytest.mark.parametrize("theirs, fits", [("here:2", True), ("here:1", False)])

@@ -2,7 +2,7 @@
 
 In this order: what is drawn; rays, and what they hit; the picture; its shadows and colours.
 Letters: K objects, S samples in a pixel, H and W pixels, M samples that show an object.
-A change of any pixel here wants a new `scenes.VERSION`.
+A change of any pixel here wants a new `layout.VERSION`.
 """
 
 import functools

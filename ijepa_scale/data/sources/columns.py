@@ -4,8 +4,8 @@ import functools
 import re
 from collections.abc import Iterable
 
+from ijepa_scale.data.decoding import image_extensions
 from ijepa_scale.data.sources.folders import warn_once
-from ijepa_scale.data.transforms import image_extensions
 
 _PLAIN = {"image", "img", "photo", "photograph", "picture", "pic", "rgb", "pixel", "value", "path", "file", "filename"}
 _PLAIN |= {"name", "url"}

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ijepa_scale.data.decoding import open_encoded
+from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
 from ijepa_scale.data.sources.folders import list_files, printable, say_once
-from ijepa_scale.data.sources.lfs import LFS_ADVICE, is_pointer_file
 from ijepa_scale.data.sources.remote import Patience, StreamError
+from ijepa_scale.data.sources.shards import DAMAGED, arrow_batches, first_rows
 from ijepa_scale.data.sources.tars import open_tar, tar_samples
-from ijepa_scale.data.streams.shards import DAMAGED, arrow_batches, first_rows
-from ijepa_scale.data.transforms import open_encoded
 
 _WORDS = {"parquet": "Parquet file", "arrow": "Arrow file", "tar": "tar", "images": "image file"}
 _MOST = 10  # times the images of another kind of files, for the one kind to be plainly what was meant

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ijepa_scale.data.cache import cache_path
+from ijepa_scale.data.files import cache_path
 from ijepa_scale.data.sources.remote import hub_access_advice
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ijepa_scale.data.transforms import begins_as_image, image_extensions
+from ijepa_scale.data.decoding import begins_as_image, image_extensions
 
 _log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import pyarrow.json
 from ijepa_scale.data.sources.columns import say_chosen, standing
 from ijepa_scale.data.sources.folders import warn_once
 from ijepa_scale.data.sources.remote import is_remote
-from ijepa_scale.data.streams.shards import shard_kind
+from ijepa_scale.data.sources.shards import shard_kind
 
 _log = logging.getLogger(__name__)
 

@@ -33,11 +33,11 @@ from typing import BinaryIO
 
 import pyarrow as pa
 
-from ijepa_scale.data.cache import make_cache
+from ijepa_scale.data.decoding import image_extensions
+from ijepa_scale.data.files import make_cache, write_whole, written_whole
 from ijepa_scale.data.sources.columns import standing
 from ijepa_scale.data.sources.folders import printable, warn_once
 from ijepa_scale.data.sources.remote import is_remote
-from ijepa_scale.data.transforms import image_extensions
 
 _log = logging.getLogger(__name__)
 
@@ -329,24 +329,15 @@ def _make_index(paths: list[str], column: str, index: Path) -> None:
             _write_stream(pieces[-1], told, [pa.Table.from_pylist(rows, told)])
             rows = []
     read = (pa.ipc.open_stream(piece.read_bytes()).read_all() for piece in pieces)
-    index.with_suffix(".json").write_text(json.dumps(asdict(notes)))  # first: an index has its notes
+    write_whole(index.with_suffix(".json"), json.dumps(asdict(notes)))  # first: an index has its notes
     _write_stream(index, INDEX_SCHEMA, (table.replace_schema_metadata(None) for table in read))
     shutil.rmtree(folder)
 
 
 def _write_stream(path: Path, schema: pa.Schema, tables: Iterable[pa.Table]) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(partial, "wb") as file:
-            with pa.ipc.new_stream(file, schema) as writer:
-                for table in tables:
-                    writer.write_table(table)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with written_whole(path) as file, pa.ipc.new_stream(file, schema) as writer:
+        for table in tables:
+            writer.write_table(table)
 
 
 def _index_rows(path: str, column: str, notes: TarNotes) -> list[dict]:

@@ -3,7 +3,7 @@ import yaml
 
 from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.data.sources.clones import clone_builder
-from ijepa_scale.data.sources.kinds import inspect_source
+from ijepa_scale.data.sources.inspection import inspect_source
 from ijepa_scale.data.sources.remote import Patience
 from ijepa_scale.data.streams.opening import open_shards, shard_locations
 from tests.data.small_sources import count_images, write_parquet

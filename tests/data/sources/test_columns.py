@@ -9,9 +9,19 @@ from ijepa_scale.data.images import BadImageError, open_file, open_images, split
 from ijepa_scale.data.sources.columns import preferred
 from ijepa_scale.data.sources.folders import say_once
 from ijepa_scale.data.sources.remote import Patience
-from ijepa_scale.data.streams.opening import open_shards, sample_images
-from ijepa_scale.data.streams.streams import Streams
-from tests.data.small_sources import IMAGE, count_images, encoded, number_of, write_images, write_parquet, write_tar
+from ijepa_scale.data.streams.dealing import Streams
+from ijepa_scale.data.streams.opening import open_shards
+from ijepa_scale.data.streams.samples import sample_images
+from tests.data.small_sources import (
+    IMAGE,
+    WHOLE,
+    count_images,
+    encoded,
+    number_of,
+    write_images,
+    write_parquet,
+    write_tar,
+)
 
 PATIENCE = Patience(0.1, 0.01)
 MASKS = ["mask", "seg", "segmentation_map", "conditioning_image", "depthMap", "label", "annotation", "image_mask"]
@@ -46,7 +56,7 @@ def every_way(source, folder, column=""):
     images = open_images(source, column=column)
     found = [number_of(images.read(i)) for i in range(len(images))]
     shards = open_shards(source, column=column, patience=PATIENCE)
-    streamed, bad, _ = Streams(sources=(shards,), seed=0, shuffle_buffer=5).take(0, len(found))
+    streamed, bad, _ = Streams(sources=(shards,), seed=0, shuffle_buffer=5).take(0, [WHOLE] * len(found))
     assert sorted(number_of(image) for _, _, image in streamed) == sorted(found) and not bad
     kept = open_file(str(sample_images(shards, folder / f"{column}.arrow", count=9, patience=PATIENCE)), name="x:y")
     assert [number_of(kept.read(i)) for i in range(len(kept))] == found
@@ -99,7 +109,7 @@ def test_bytes_without_a_path_are_bad_where_there_are_none(tmp_path):
         with pytest.raises(BadImageError, match=rf"train\[{index}\]"):
             images.read(index)
     shards = open_shards(str(tmp_path / "x.parquet"), patience=PATIENCE)
-    _, bad, _ = Streams(sources=(shards,), seed=0, shuffle_buffer=5).take(0, 3)
+    _, bad, _ = Streams(sources=(shards,), seed=0, shuffle_buffer=5).take(0, [WHOLE] * 3)
     assert {image.index for image in bad} == {1, 2}
 
 

@@ -10,11 +10,12 @@ import pytest
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.sources import contents
 from ijepa_scale.data.sources.contents import folder_contents
-from ijepa_scale.data.sources.kinds import inspect_source
+from ijepa_scale.data.sources.inspection import inspect_source
 from ijepa_scale.data.sources.remote import Patience
+from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.data.streams.opening import open_shards
-from ijepa_scale.data.streams.streams import Streams
 from tests.data.small_sources import (
+    WHOLE,
     count_images,
     encoded,
     number_of,
@@ -114,7 +115,7 @@ def test_the_files_that_hold_the_images_are_taken_and_the_others_named(tmp_path,
     assert count_images(source) == count
     images = open_images(source)
     shards = open_shards(source, patience=Patience(0.1, 0.01))
-    drawn, bad, _ = Streams(sources=(shards,), seed=0, shuffle_buffer=5).take(0, count)
+    drawn, bad, _ = Streams(sources=(shards,), seed=0, shuffle_buffer=5).take(0, [WHOLE] * count)
     streamed = sorted(number_of(image) for _, _, image in drawn)
     assert streamed == sorted(number_of(images.read(i)) for i in range(len(images))) and not bad
     assert len(streamed) == count

@@ -7,9 +7,9 @@ import pytest
 
 from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.data.sources import tables
-from ijepa_scale.data.sources.kinds import is_mapped
+from ijepa_scale.data.sources.inspection import is_mapped
 from ijepa_scale.data.sources.tables import listed_images
-from tests.data.small_sources import number_of, write_images, write_jsonl
+from tests.data.small_sources import WHOLE, number_of, write_images, write_jsonl
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_table_in_another_encoding_or_without_a_header_is_refused(folder):
 def test_missing_files_are_bad_images_and_nothing_but_missing_files_is_an_error(folder):
     rows = [{"path": f"pictures/{i:04}.png"} for i in (9, 1, 8)]
     images = open_images(str(write_jsonl(folder / "a.jsonl", rows)))
-    image, bad = images.read_or_substitute(0)
+    image, bad = images.crop_or_substitute(0, WHOLE)
     assert number_of(image) == 1 and "No such file" in bad[0].reason
     rows = [{"path": f"photos/{i:04}.png", "text": "x"} for i in range(3)]
     source = write_jsonl(folder / "b.jsonl", rows)

@@ -10,8 +10,9 @@ from ijepa_scale.data.sources import tars
 from ijepa_scale.data.sources.folders import say_once
 from ijepa_scale.data.sources.remote import Patience
 from ijepa_scale.data.sources.tars import read_member, tar_index
-from ijepa_scale.data.streams.opening import open_shards, sample_images
-from ijepa_scale.data.streams.shards import read_shard
+from ijepa_scale.data.streams.opening import open_shards
+from ijepa_scale.data.streams.reading import read_shard
+from ijepa_scale.data.streams.samples import sample_images
 from tests.data.small_sources import encoded, number_of, write_tar
 
 

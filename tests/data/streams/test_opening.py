@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 
 from ijepa_scale.data.images import open_file, open_images
-from ijepa_scale.data.sources.kinds import expand_braces
+from ijepa_scale.data.sources.inspection import expand_braces
 from ijepa_scale.data.sources.remote import Patience
-from ijepa_scale.data.streams.opening import open_shards, sample_images, shard_locations
-from ijepa_scale.data.streams.streams import Streams
+from ijepa_scale.data.streams.dealing import Streams
+from ijepa_scale.data.streams.opening import open_shards, shard_locations
+from ijepa_scale.data.streams.samples import sample_images
 from tests.data.server import HUB_COMMIT, serving
-from tests.data.small_sources import number_of, save_to_disk, write_images, write_jsonl, write_parquet, write_tar
+from tests.data.small_sources import WHOLE, number_of, save_to_disk, write_images, write_jsonl, write_parquet, write_tar
 
 PATIENCE = Patience(0.1, 0.01)
 
@@ -41,7 +42,7 @@ def test_every_kind_of_source_is_streamed_and_none_is_copied(tmp_path, cache, ki
     shards = open_shards(str(source), patience=PATIENCE)
     assert shards.name == f"{source.name}:train" and len(shards.locations) == count
     assert shards.num_images == (0 if kind == "tars" else 20)
-    images, bad, _ = Streams(sources=(shards,), seed=0, shuffle_buffer=5).take(0, 20)
+    images, bad, _ = Streams(sources=(shards,), seed=0, shuffle_buffer=5).take(0, [WHOLE] * 20)
     assert sorted(number_of(image) for _, _, image in images) == list(range(20)) and not bad
     assert not list(cache.glob("*/**/*.arrow"))
     with pytest.raises(ValueError, match="has no split 'test'; it has: train"):
@@ -191,11 +192,11 @@ READ = """
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.sources.remote import Patience
 from ijepa_scale.data.streams.opening import open_shards
-from ijepa_scale.data.streams.streams import Streams
-from tests.data.small_sources import number_of
+from ijepa_scale.data.streams.dealing import Streams
+from tests.data.small_sources import WHOLE, number_of
 shards = open_shards("me/data", patience=Patience(0))
 streams = Streams(sources=[shards], seed=0, shuffle_buffer=1, patience=Patience(0))
-print(len(shards.locations), *sorted(number_of(image) for _, _, image in streams.take(0, 8)[0]))
+print(len(shards.locations), *sorted(number_of(image) for _, _, image in streams.take(0, [WHOLE] * 8)[0]))
 print("then")
 images = open_images("me/data", split="val")
 print(*(number_of(images.read(i)) for i in range(len(images))))

@@ -10,7 +10,7 @@ from ijepa_scale.data.images import (
     splits_of,
 )
 from ijepa_scale.data.sources.copies import copy_need
-from ijepa_scale.data.sources.kinds import source_builder
+from ijepa_scale.data.sources.splits import source_builder
 from tests.data.small_sources import count_images
 from tests.data.test_images import contents, encoded, write_files, write_parquet
 

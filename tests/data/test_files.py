@@ -1,9 +1,31 @@
+import os
+
 import pytest
 
-from ijepa_scale.data.cache import cache_path
+from ijepa_scale.data.files import cache_path, write_whole, written_whole
 from ijepa_scale.data.images import open_images
-from ijepa_scale.data.scenes.scenes import prepare_scenes
+from ijepa_scale.data.scenes.prepare import prepare_scenes
 from tests.data.small_sources import write_parquet, write_tar
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_whole(path, "caf\u00e9\n")
+    assert path.read_bytes() == "caf\u00e9\n".encode()
+    (tmp_path / "b.txt").touch()
+    assert path.stat().st_mode == (tmp_path / "b.txt").stat().st_mode  # as the umask says
+    (tmp_path / "b.txt").unlink()
+    with pytest.raises(KeyboardInterrupt), written_whole(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, "more")
+    assert path.read_text() == "caf\u00e9\n" and list(tmp_path.iterdir()) == [path]
+
+
+def failing(descriptor):
+    raise OSError(28, "No space left on device")
 
 
 def test_a_cache_that_cannot_be_written_is_named_with_what_to_set(tmp_path):

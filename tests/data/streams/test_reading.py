@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from ijepa_scale.data.sources.remote import Patience, StreamError
-from ijepa_scale.data.streams.shards import DAMAGED, first_rows, read_shard, shard_kind
+from ijepa_scale.data.sources.shards import DAMAGED, shard_kind
+from ijepa_scale.data.streams.reading import read_shard
 from tests.data.server import serving
 from tests.data.small_sources import encoded, write_images, write_parquet, write_tar
 
@@ -42,7 +43,7 @@ MAKERS = {
 def read(location, **options):
     column = "" if shard_kind(str(location)) == "tar" else "image"
     rows = read_shard(str(location), **{"column": column, "patience": PATIENCE, **options})
-    return [(mark, image) for mark, image in rows]
+    return [(position, image) for position, image in rows]
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -56,36 +57,31 @@ def test_reading_goes_on_from_any_row(tmp_path, kind, where):
         rows = read(location)
         assert [image.content for _, image in rows] == [encoded(i) for i in range(COUNT)]
         assert [image.index for _, image in rows] == list(range(COUNT))
-        assert [mark[0] for mark, _ in rows] == list(range(1, COUNT + 1))
-        for i, (mark, _) in enumerate(rows):
-            assert read(location, start=mark) == rows[i + 1 :]
+        assert [position[0] for position, _ in rows] == list(range(1, COUNT + 1))
+        for i, (position, _) in enumerate(rows):
+            assert read(location, start=position) == rows[i + 1 :]
         shares = [read(location, share=(r, 3), start=rows[1][0]) for r in range(3)]
         assert [[image is not None for _, image in share] for share in shares] == [
             [i % 3 == r for i in range(2, COUNT)] for r in range(3)
         ]
-        assert [mark for mark, _ in shares[0]] == [mark for mark, _ in rows[2:]]
+        assert [position for position, _ in shares[0]] == [position for position, _ in rows[2:]]
 
 
 def test_a_tar_goes_on_where_it_was_without_reading_what_came_before(tmp_path):
     write_tar(tmp_path / "x.tar", range(400))
     with serving(tmp_path) as server:
-        marks = [mark for mark, _ in read(f"{server.url}/x.tar")]
+        positions = [position for position, _ in read(f"{server.url}/x.tar")]
         server.requests.clear()
-        assert len(read(f"{server.url}/x.tar", start=marks[-3])) == 2
-        assert [wanted for _, wanted, _ in server.requests] == [f"bytes={marks[-3][1]}-"]
+        assert len(read(f"{server.url}/x.tar", start=positions[-3])) == 2
+        assert [wanted for _, wanted, _ in server.requests] == [f"bytes={positions[-3][1]}-"]
 
 
 def test_an_image_is_a_shard_of_one(tmp_path):
     folder = write_images(tmp_path / "i", range(1))
-    ((mark, image),) = read(folder / "0000.png")
-    assert (mark, image.content, image.path) == ((1, 0), None, str(folder / "0000.png"))
-    assert read(folder / "0000.png", start=mark) == []
+    ((position, image),) = read(folder / "0000.png")
+    assert (position, image.content, image.path) == ((1, 0), None, str(folder / "0000.png"))
+    assert read(folder / "0000.png", start=position) == []
     assert read(folder / "0000.png", share=(1, 2)) == [((1, 0), None)]
-
-
-def test_kinds():
-    kinds = {"a.parquet": "parquet", "http://x/a.TAR?b=1#c": "tar", "a.tgz": "tar", "a.jpg": "image", "a.txt": None}
-    assert {name: shard_kind(name) for name in kinds} == kinds
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -131,14 +127,6 @@ def test_a_network_that_stays_away_is_no_damage(tmp_path, name):
         server.faults = [503] * 100
         with pytest.raises(StreamError, match="gave up"):
             read(f"{server.url}/{name}")
-
-
-def test_first_rows(tmp_path):
-    for kind in ("parquet", "binary", "arrow stream", "arrow file"):
-        path = MAKERS[kind](tmp_path)
-        for count in (0, 1, 5, 100):
-            table = first_rows(str(path), count, PATIENCE)
-            assert table.num_rows == min(count, COUNT) and table.column_names == ["image"]
 
 
 def test_one_image_a_sample(tmp_path):

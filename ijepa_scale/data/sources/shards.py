@@ -1,19 +1,17 @@
-"""The images of one shard (a Parquet, Arrow or tar file, or a single image), one after another, from any place on."""
+"""What a shard is, a file of many images or of one, by its name; how it is opened; its first rows."""
 
 import os
 import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ijepa_scale.data.decoding import image_extensions, reason_of
 from ijepa_scale.data.sources.remote import Patience, StreamError, is_remote, open_location
-from ijepa_scale.data.sources.tars import open_tar, tar_samples
-from ijepa_scale.data.transforms import image_extensions
 
 SHARD_KINDS = {  # ending of a location -> kind; anything else that Pillow knows is a shard of one image
     ".parquet": "parquet",
@@ -28,49 +26,11 @@ DAMAGED = (tarfile.TarError, zlib.error, EOFError, OSError, pa.ArrowException)
 _BATCH = 64  # rows of a local Parquet file that are held decompressed
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """An image as stored: its content, or the path or URL of its file. index: its row in the shard."""
-
-    index: int
-    content: bytes | None
-    path: str
-
-
-Mark = tuple[int, int]  # (rows already read, byte at which to go on; only tars need that)
-START: Mark = (0, 0)
-
-
 def shard_kind(location: str) -> str | None:
     """parquet, arrow, tar or image, by the ending of a path or URL; None for others."""
     name = re.split(r"[?#]", location)[0].lower() if is_remote(location) else location.lower()
     kind = next((kind for ending, kind in SHARD_KINDS.items() if name.endswith(ending)), None)
     return kind or ("image" if os.path.splitext(name)[1] in image_extensions() else None)
-
-
-def read_shard(
-    location: str, *, column: str, start: Mark = START, share: tuple[int, int] = (0, 1), patience: Patience
-) -> Iterator[tuple[Mark, Encoded | None]]:
-    """Every row from start on: the mark after it, and its image if the row is in the share, else None.
-
-    column: of images, in Parquet and Arrow files; the ending of images, in tars, or "" for the likeliest.
-    share: (r, n) takes the rows whose number modulo n is r.
-    Raises StreamError where the shard cannot be opened or the network fails for good, and DAMAGED for bad content.
-    """
-    kind = shard_kind(location)
-    if kind in ("image", None):
-        if start[0] == 0:
-            yield (1, 0), Encoded(0, None, location) if share[0] == 0 else None
-        return
-    with open_shard(location, patience) as file:
-        if kind == "tar":
-            yield from _tar_rows(file, location, column, start, share)
-            return
-        for first, batch in _batches(file, location, start[0], [column]):
-            values = batch.column(0)
-            for row in range(max(start[0], first), first + batch.num_rows):
-                mine = row % share[1] == share[0]
-                yield (row + 1, 0), _encoded(row, values[row - first].as_py()) if mine else None
 
 
 def open_shard(location: str, patience: Patience) -> BinaryIO:
@@ -81,13 +41,12 @@ def open_shard(location: str, patience: Patience) -> BinaryIO:
         raise StreamError(f"{location} cannot be opened: {error.strerror or error}; bring it back") from error
 
 
-def _encoded(row: int, value: Any) -> Encoded:
-    if isinstance(value, dict):
-        return Encoded(row, value["bytes"], os.fsdecode(value.get("path") or ""))
-    return Encoded(row, value, "")
+def damage_of(location: str, error: Exception) -> str:
+    """What to tell the user of a shard whose content is damaged."""
+    return f"{location} cannot be read ({reason_of(error)}); get it anew, or take it out of the source"
 
 
-def _batches(
+def table_batches(
     file: BinaryIO, location: str, row: int, columns: list[str] | None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(number of its first row, batch) of a Parquet or Arrow file, from the batch that holds `row` on."""
@@ -129,7 +88,7 @@ def first_rows(location: str, count: int, patience: Patience) -> pa.Table:
     with open_shard(location, patience) as file:
         batches, rows = [], 0
         try:
-            for _, batch in _batches(file, location, 0, None):
+            for _, batch in table_batches(file, location, 0, None):
                 batches.append(batch.slice(0, count - rows))
                 rows += batches[-1].num_rows
                 if rows >= count:
@@ -144,18 +103,8 @@ def first_rows(location: str, count: int, patience: Patience) -> pa.Table:
         return schema.empty_table()
 
 
-def _tar_rows(
-    file: BinaryIO, location: str, column: str, start: Mark, share: tuple[int, int]
-) -> Iterator[tuple[Mark, Encoded | None]]:
-    """The image of each sample. A mark is at the sample read last, which is then passed over."""
-    row, offset = start
-    first = row - 1 if row else 0
+def first_dataset(location: str, count: int, patience: Patience) -> Any:
+    """The same as a `datasets.Dataset`, which tells what the columns hold."""
+    import datasets
 
-    def mine(number: int) -> bool:
-        return first + number >= row and (first + number) % share[1] == share[0]
-
-    samples = tar_samples(open_tar(file, location, offset), location, column=column, contents=mine)
-    for number, sample in enumerate(samples):
-        if first + number >= row:
-            image = Encoded(first + number, sample.content, sample.name) if mine(number) else None
-            yield (first + number + 1, sample.start), image
+    return datasets.Dataset(first_rows(location, count, patience), fingerprint="rows")

@@ -1,0 +1,63 @@
+"""Files that are written whole or not at all, and the cache: the folder for what is made once of a source."""
+
+import contextlib
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes `path` at the end of the block, in the place of what was there.
+
+    It is on the disk by then, so that neither a kill nor a power cut leaves half of it under that name. After an error
+    all is as before. Several processes may write the same path: the last one's content stays.
+    """
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with open(partial, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str) -> None:
+    """Write a text, in UTF-8, whole or not at all."""
+    with written_whole(path) as file:
+        file.write(content.encode())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def cache_path(path: str) -> Path:
+    """An absolute path, the home folder in the place of ~. Raises ValueError where no home folder is known."""
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"there is no home folder for the cache {path}; set data.cache_dir to another") from error
+
+
+def make_cache(folder: Path) -> Path:
+    """The folder, made if need be. Raises ValueError, naming data.cache_dir, where nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ValueError(
+            f"the cache folder {folder} cannot be written: {error.strerror}; set data.cache_dir to one that can"
+        ) from error
+    return folder

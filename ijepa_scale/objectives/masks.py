@@ -1,0 +1,28 @@
+"""Which patches an objective sees and which it predicts, drawn for a micro-batch: a value that collate is handed."""
+
+from dataclasses import dataclass
+
+from ijepa_scale.data.order import BLOCKS, CONTEXT, SIZES, generator_for
+from ijepa_scale.masking.multiblock import MultiBlock, block_sizes, place_blocks
+from ijepa_scale.masking.packing import Masks, limit_context, pack_masks
+
+
+@dataclass(frozen=True)
+class BlockMasks:
+    """Multi-block masks (arXiv:2301.08243, section 3) of any images of a run. Can be pickled, for loader processes.
+
+    context: mask.context, how many of the context tokens stay; only "batch_min" depends on the micro-batch.
+    """
+
+    blocks: MultiBlock
+    context: str = "all"
+    seed: int = 0
+
+    def __call__(self, step: int, positions: range) -> Masks:
+        """The packed masks of the images at positions of the global batch of a step."""
+        sizes = block_sizes(self.blocks, generator_for(self.seed, SIZES, step))
+        placed = [place_blocks(self.blocks, sizes, generator_for(self.seed, BLOCKS, step, at)) for at in positions]
+        rngs = [generator_for(self.seed, CONTEXT, step, at) for at in positions]
+        contexts = limit_context([image.context for image in placed], self.context, rngs)
+        target_blocks = [list(image.target_blocks) for image in placed]
+        return pack_masks(contexts, target_blocks, self.blocks.grid.num_patches)

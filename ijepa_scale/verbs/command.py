@@ -1,0 +1,44 @@
+"""The installed command: ijepa-scale VERB ..., as launch/VERB.py of a checkout.
+
+On many GPUs: deepspeed --module ijepa_scale.verbs.command pretrain --config vith14 data.source=/data/imagenet
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+
+VERBS = {
+    "pretrain": "train on images, on one process or on many",
+    "prepare": "resize a source once, to shards that load faster",
+    "embed": "images -> features of a trained run",
+    "neighbours": "nearest neighbours among embeddings, as a list and a picture",
+    "benchmark": "time the training step, or the input pipeline, on this machine",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    listed = "\n".join(f"  {verb:12}{what}" for verb, what in VERBS.items())
+    parser = argparse.ArgumentParser(
+        prog="ijepa-scale",
+        usage="ijepa-scale VERB ...",
+        description=f"Pre-train I-JEPA at scale. Verbs:\n{listed}\n\nijepa-scale VERB --help says what a verb takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=version())
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.add_argument("verb", metavar="VERB", choices=VERBS, help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    return importlib.import_module(f"ijepa_scale.verbs.{options.verb}").main(options.rest)
+
+
+def version() -> str:
+    try:
+        return f"ijepa-scale {importlib.metadata.version('ijepa-scale')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "ijepa-scale, from a checkout that is not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
