@@ -129,8 +129,21 @@ def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged:
 
     With engine.compile the training step on the same masks is there twice, the first time not compiled.
     """
-    config, device = setting.config, setting.device
-    dense_masks = [DenseMasks.of(masks).to(device) for masks in equal]
+    return [dense_run(setting, images, equal), *training_runs(setting, images, equal, ragged)]
+
+
+def timed(
+    name: str, step: Callable[[int], None], flops: list[float], images: torch.Tensor, masks: list[Masks], state: int
+) -> Timed:
+    """state: bytes of the device that its model holds between steps."""
+    tokens = [len(images) * m.num_patches + m.context.num_tokens + m.prediction.num_tokens for m in masks]
+    context = float(np.mean([m.context.num_tokens / len(images) for m in masks]))
+    return Timed(name, step, flops, tokens, context, state)
+
+
+def dense_run(setting: Setting, images: torch.Tensor, masks: list[Masks]) -> Timed:
+    device = setting.device
+    dense_masks = [DenseMasks.of(one).to(device) for one in masks]
     start = allocated(device)
     with device, torch.no_grad():
         like = setting.objective.build()
@@ -138,21 +151,30 @@ def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged:
             parameter.copy_(drawn(name, parameter.shape, device))
         baseline = DenseJepa(like).to(device)
     del like
-    dense_step = baseline_step(setting, baseline, images, dense_masks)
-    dense_step(0)  # makes the optimizer's state
-    dense_state = allocated(device) - start
+    step = baseline_step(setting, baseline, images, dense_masks)
+    step(0)  # makes the optimizer's state
+    state = allocated(device) - start
 
-    flops = setting.objective.flops
-    on_device = [[one.to(device) for one in masks] for masks in (equal, ragged)]
-    start = allocated(device)
+    def counted(masks: DenseMasks) -> float:
+        with FlopCounterMode(display=False) as counter:
+            baseline(images, masks).backward()
+        baseline.zero_grad()
+        return counter.get_total_flops()
+
+    with autocast(setting):
+        flops = [counted(one) for one in dense_masks]
+    return timed("dense baseline", step, flops, images, masks, state)
+
+
+def training_runs(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged: list[Masks]) -> list[Timed]:
+    on_device = [[one.to(setting.device) for one in masks] for masks in (equal, ragged)]
+    start = allocated(setting.device)
     engine, ema = training_engine(setting)
-
-    modules = [module for module in engine.module.modules() if isinstance(module, Block)]
-    compiled = config.engine.compile
+    blocks = [module for module in engine.module.modules() if isinstance(module, Block)]
 
     def training_step(masks: list[Masks], compiled: bool) -> Callable[[int], None]:
         def step(index: int) -> None:
-            for block in modules:
+            for block in blocks:
                 block.compiled = compiled
             set_schedules(engine.optimizer.optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY)
             engine.backward(engine(images, masks[index % LAYOUTS])["loss"])
@@ -161,36 +183,24 @@ def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged:
 
         return step
 
-    step = training_step(on_device[0], False)
-    step(0)
-    state = allocated(device) - start
-
-    def counted(masks: Any) -> float:
-        with FlopCounterMode(display=False) as counter:
-            baseline(images, masks).backward()
-        baseline.zero_grad()
-        return counter.get_total_flops()
-
-    def timed(name: str, step: Callable[[int], None], flops: list[float], masks: list[Masks], state: int) -> Timed:
-        tokens = [len(images) * m.num_patches + m.context.num_tokens + m.prediction.num_tokens for m in masks]
-        context = float(np.mean([m.context.num_tokens / len(images) for m in masks]))
-        return Timed(name, step, flops, tokens, context, state)
-
-    def needed(masks: list[Masks]) -> list[float]:
-        return [flops.model(Counts.of(one)) for one in masks]
-
-    with autocast(setting):
-        dense_flops = [counted(masks) for masks in dense_masks]
+    training_step(on_device[0], False)(0)
+    state = allocated(setting.device) - start
+    compiled = setting.config.engine.compile
+    runs = [("ijepa-scale", on_device[0], equal, False)]
+    if compiled:
+        runs.append(("ijepa-scale, compiled", on_device[0], equal, True))
+    all_context = "ijepa-scale, compiled, all context" if compiled else "ijepa-scale, all context"
+    runs.append((all_context, on_device[1], ragged, compiled))
     return [
-        timed("dense baseline", dense_step, dense_flops, equal, dense_state),
-        timed("ijepa-scale", step, needed(equal), equal, state),
-        *(
-            timed(f"ijepa-scale, {what}", training_step(masks, compiled), needed(host), host, state)
-            for what, masks, host in (
-                *([("compiled", on_device[0], equal)] if compiled else []),
-                ("compiled, all context" if compiled else "all context", on_device[1], ragged),
-            )
-        ),
+        timed(
+            name,
+            training_step(masks, compiles),
+            [setting.objective.flops.model(Counts.of(one)) for one in host],
+            images,
+            host,
+            state,
+        )
+        for name, masks, host, compiles in runs
     ]
 
 

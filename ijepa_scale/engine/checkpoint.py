@@ -87,72 +87,71 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
     pieces = {
         f"{kind}|{name}|{start}": values.cpu().contiguous() for kind, name, start, values in _own_pieces(engine, ema)
     }
-    flats = masters(engine.optimizer)
-    applied_steps = int(engine.optimizer.optimizer.state[flats[0]]["step"].item())
     file_bytes = sum(values.numel() * values.element_size() for values in pieces.values())
     total_bytes = int(ranks.sum([float(file_bytes)])[0])
+    manifest = {
+        "format": FORMAT,
+        "step": step,
+        "optimizer_step": int(engine.optimizer.optimizer.state[masters(engine.optimizer)[0]]["step"].item()),
+        "world_size": ranks.world_size,
+    }
     final, partial = folder / folder_name(step), folder / f".partial-{folder_name(step)}"
-
-    def prepare() -> None:
-        if ranks.first:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".partial-*"):  # of a killed run; the run folder's lock keeps others out
-                shutil.rmtree(leftover, ignore_errors=True)
-            remove_leftovers(folder)
-            free = shutil.disk_usage(folder).free
-            if free < total_bytes * 1.05:
-                raise OSError(
-                    f"a checkpoint takes {total_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free"
-                )
-            partial.mkdir()
-
-    def write() -> dict[str, Any]:
-        path = partial / f"rank-{ranks.rank:05d}.safetensors"
-        path.touch()
-        mode = path.stat().st_mode  # as the umask says; safetensors' own files are their owner's alone
-        try:
-            save_file(pieces, path)
-            path.chmod(mode)
-            sync(path)
-            with safe_open(path, framework="pt") as file:
-                for key, values in pieces.items():
-                    if not _same_bits(file.get_tensor(key), values):
-                        raise OSError(f"{path} reads back differently than it was written: {key}")
-        except SafetensorError as error:  # what safetensors makes of a full disk
-            raise OSError(f"{path} cannot be written: {error}") from error
-        return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-    def publish() -> None:
-        if ranks.first:
-            manifest = {
-                "format": FORMAT,
-                "step": step,
-                "optimizer_step": applied_steps,
-                "world_size": ranks.world_size,
-                "files": files,
-                **meta,
-            }
-            manifest["sha256"] = _digest(manifest)
-            write_whole(partial / MANIFEST, json.dumps(manifest, indent=1))
-            sync(partial)
-            replaced = folder / f"{REPLACED}{final.name}"
-            if final.exists():  # left by a run that went on from an older checkpoint
-                os.rename(final, replaced)
-            os.rename(partial, final)
-            sync(folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-            write_whole(folder / LATEST, final.name + "\n")
-            sync(folder)
-
     try:
-        ranks.together(prepare)
-        files = ranks.gather(ranks.together(write))
-        ranks.together(publish)
+        ranks.together(lambda: _make_room(partial, total_bytes) if ranks.first else None)
+        files = ranks.gather(ranks.together(lambda: _write_file(partial, ranks.rank, pieces)))
+        ranks.together(lambda: _publish(partial, final, {**manifest, "files": files, **meta}) if ranks.first else None)
     except OSError:
         if ranks.first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     return final
+
+
+def _make_room(partial: Path, total_bytes: int) -> None:
+    """An empty folder for a checkpoint's files. OSError where they will not fit."""
+    folder = partial.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".partial-*"):  # of a killed run; the run folder's lock keeps others out
+        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(folder)
+    free = shutil.disk_usage(folder).free
+    if free < total_bytes * 1.05:
+        raise OSError(f"a checkpoint takes {total_bytes / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free")
+    partial.mkdir()
+
+
+def _write_file(partial: Path, rank: int, pieces: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """A rank's file, on disk and read back; its entry in the manifest."""
+    path = partial / f"rank-{rank:05d}.safetensors"
+    path.touch()
+    mode = path.stat().st_mode  # as the umask says; safetensors' own files are their owner's alone
+    try:
+        save_file(pieces, path)
+        path.chmod(mode)
+        sync(path)
+        with safe_open(path, framework="pt") as file:
+            for key, values in pieces.items():
+                if not _same_bits(file.get_tensor(key), values):
+                    raise OSError(f"{path} reads back differently than it was written: {key}")
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"{path} cannot be written: {error}") from error
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, give the folder its name, and point to it."""
+    folder = final.parent
+    manifest = {**manifest, "sha256": _digest(manifest)}
+    write_whole(partial / MANIFEST, json.dumps(manifest, indent=1))
+    sync(partial)
+    replaced = folder / f"{REPLACED}{final.name}"
+    if final.exists():  # left by a run that went on from an older checkpoint
+        os.rename(final, replaced)
+    os.rename(partial, final)
+    sync(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    write_whole(folder / LATEST, final.name + "\n")
+    sync(folder)
 
 
 def prune(folder: Path, ranks: Ranks, *, keep_last: int, keep_every: int, newest: int) -> None:

@@ -77,15 +77,7 @@ def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume
     images = ranks.together(lambda: build.build_images(config), on="node")
     evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
     horizon = build.build_horizon(config, len(images))
-    facts = {
-        "seed": config.seed,
-        "config": to_dict(config),
-        "architecture": objective.architecture(),
-        "images": len(images),
-        "precision": precision,
-        "micro_batch_size": micro_batch_size,
-        "images_in_statistics": micro_batch_size * ranks.world_size,  # of terms over the images of a micro-step
-    }
+    facts = facts_of(config, objective, ranks, images=len(images), precision=precision, micro_batch=micro_batch_size)
     dealt: list[str] = []
     if isinstance(images, Streams):
         images = images.deal(rank=ranks.rank, ranks=ranks.world_size, workers=config.data.workers)
@@ -123,15 +115,24 @@ def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume
         run.positions = list(images.positions or [None] * images.num_streams)
     take_up(run, found)
     if ranks.first:
-        folder.describe(
-            to_yaml(config),
-            world_size=ranks.world_size,
-            precision=precision,
-            attention=attention.name,
-            images=len(images),
-            source=images.name,
-        )
+        seen = {"attention": attention.name, "images": len(images), "source": images.name}
+        folder.describe(to_yaml(config), world_size=ranks.world_size, precision=precision, **seen)
     return run
+
+
+def facts_of(
+    config: PretrainConfig, objective: Objective, ranks: Ranks, *, images: int, precision: str, micro_batch: int
+) -> dict[str, Any]:
+    """What a checkpoint says of its run beside the state: what a run that resumes it is compared with."""
+    return {
+        "seed": config.seed,
+        "config": to_dict(config),
+        "architecture": objective.architecture(),
+        "images": images,
+        "precision": precision,
+        "micro_batch_size": micro_batch,
+        "images_in_statistics": micro_batch * ranks.world_size,  # of terms over the images of a micro-step
+    }
 
 
 def take_up(run: Run, found: checkpoints.Checkpoint | None) -> None:
