@@ -3,11 +3,12 @@
 import contextlib
 import ctypes
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.queues import Queue
 from typing import Any, Self
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import BadImage, ImageSet
 from ijepa_scale.data.mixture import Mixture
-from ijepa_scale.data.order import CROP, image_at
+from ijepa_scale.data.order import CROP
 from ijepa_scale.data.sources.remote import StreamError
 from ijepa_scale.data.streams.dealing import StreamProgress, Streams
 from ijepa_scale.data.transforms import RandomCrop
@@ -107,37 +108,20 @@ class MicroBatches(Dataset):
         step, micro = divmod(micro_step, self.accumulation_steps)
         first = (micro * self.ranks + self.rank) * self.micro_batch_size
         positions = range(first, first + self.micro_batch_size)
-        crops, batch = self._crops(micro_step, step, positions)
-        channels_last = torch.from_numpy(np.stack([crop.transpose(1, 2, 0) for crop in crops]))
-        return Batch(channels_last.permute(0, 3, 1, 2), self.draw_masks(step, positions), **batch)
-
-    def _crops(self, micro_step: int, step: int, positions: range) -> tuple[list[np.ndarray], dict[str, Any]]:
-        """Crops of the images at positions of a step, and what a Batch says of where they come from."""
+        masks, crops = self.draw_masks(step, positions), [self._crop(step, position) for position in positions]
         if isinstance(self.images, Streams):  # which are in order: streams take turns, and their processes with them
-            wanted = [self._crop(step, position) for position in positions]
-            taken, missed, stream = self.images.take(micro_step % self.images.num_streams, wanted)
-            rows, names, read = zip(*taken, strict=True)
-            return list(read), {"indices": rows, "names": names, "bad": tuple(missed), "stream": stream}
-        crops, indices = [], []
-        failures: list[BadImage] = []
-        for position in positions:
-            index = self._index_at(step, position)
-            pixels, bad = self.images.crop_or_substitute(index, self._crop(step, position))
-            crops.append(pixels)
-            indices.append(index)
-            failures += bad
-        return crops, {"indices": tuple(indices), "bad": tuple(failures)}
+            taken, missed, stream = self.images.take(micro_step % self.images.num_streams, crops)
+            rows, names, pixels = zip(*taken, strict=True)
+            return Batch(_stacked(pixels), masks, rows, tuple(missed), names, stream)
+        size = self.global_batch_size
+        indices = [self.images.image_at(self.seed, step, at, global_batch_size=size) for at in positions]
+        pixels, bad = zip(*map(self.images.crop_or_substitute, indices, crops), strict=True)
+        return Batch(_stacked(pixels), masks, tuple(indices), tuple(itertools.chain.from_iterable(bad)))
 
     def _crop(self, step: int, position: int) -> RandomCrop:
         """That of whichever image comes to stand at a position of a step."""
         key = (self.seed, CROP, step, position)
         return RandomCrop(self.image_size, key, scale=self.crop_scale, flip=self.horizontal_flip)
-
-    def _index_at(self, step: int, position: int) -> int:
-        size = self.global_batch_size
-        if isinstance(self.images, Mixture):
-            return self.images.image_at(self.seed, step, position, global_batch_size=size)
-        return image_at(self.seed, step, position, num_images=len(self.images), global_batch_size=size)
 
     def preview(self, step: int) -> Batch:
         """A micro-batch to look at, which moves no stream on: of streams the first images as they are stored."""
@@ -145,6 +129,11 @@ class MicroBatches(Dataset):
         if isinstance(images, Streams):
             images = replace(images, shuffle_buffer=1, positions=None, _open={})
         return replace(self, images=images).batch(step * self.accumulation_steps)
+
+
+def _stacked(crops: Sequence[np.ndarray]) -> torch.Tensor:
+    """(B, 3, S, S) of crops, (3, S, S) each; in memory channels are the last dimension, as they are in the crops."""
+    return torch.from_numpy(np.stack([crop.transpose(1, 2, 0) for crop in crops])).permute(0, 3, 1, 2)
 
 
 class MicroBatchStream:

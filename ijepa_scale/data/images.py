@@ -22,7 +22,7 @@ from ijepa_scale.data.decoding import (
     reason_of,
     stored_size,
 )
-from ijepa_scale.data.order import generator_for
+from ijepa_scale.data.order import generator_for, image_at
 from ijepa_scale.data.sources.columns import preferred, say_chosen, standing
 from ijepa_scale.data.sources.folders import printable
 from ijepa_scale.data.sources.inspection import find_split, inspect_source
@@ -77,6 +77,10 @@ class ImageSet:
 
     def __len__(self) -> int:
         return self.num_images
+
+    def image_at(self, seed: int, step: int, position: int, *, global_batch_size: int) -> int:
+        """Index of the image at a position of the global batch of a step."""
+        return image_at(seed, step, position, num_images=self.num_images, global_batch_size=global_batch_size)
 
     def read(self, index: int) -> Image.Image:
         """The image in RGB, upright. BadImageError if it cannot be decoded to the end or is smaller than min_side."""
