@@ -38,7 +38,7 @@ from ijepa_scale.run.report import report
 from ijepa_scale.run.saving import Saver
 from ijepa_scale.run.setup import InputError, Run, check, set_up
 
-RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/performance.md
+RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/lab/speed.md
 NOT_COUNTS = ("model_flops", "hardware_flops", "data_wait_seconds", "stop", "noted")  # of what ranks agree on
 
 

@@ -16,7 +16,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     It is on the disk by then, so that neither a kill nor a power cut leaves half of it under that name. After an error
     all is as before. Several processes may write the same path: the last one's content stays.
     """
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with open(partial, "xb") as file:
             yield file
@@ -31,6 +31,13 @@ def write_whole(path: Path, content: str) -> None:
     """Write a text, in UTF-8, whole or not at all."""
     with written_whole(path) as file:
         file.write(content.encode())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what processes that were killed had written so far. No other process may write to the folder now."""
+    for leftover in folder.glob(".*.partial"):
+        if leftover.is_file():
+            leftover.unlink()
 
 
 def sync(path: Path) -> None:

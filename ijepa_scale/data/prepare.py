@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from ijepa_scale.data.decoding import decode, reason_of
-from ijepa_scale.data.files import write_whole, written_whole
+from ijepa_scale.data.files import remove_leftovers, write_whole, written_whole
 from ijepa_scale.data.images import ImageSet, LabelColumn, open_images, splits_of
 from ijepa_scale.data.sources.inspection import inspect_source
 
@@ -180,8 +180,7 @@ def _write_missing(
     if len(missing) < len(shards):
         print(f"{len(shards) - len(missing)} of {len(shards)} shards are there already", flush=True)
     shards[0].path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in shards[0].path.parent.glob(".*"):  # of a run that was killed
-        leftover.unlink()
+    remove_leftovers(shards[0].path.parent)
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), "images", TextColumn("{task.fields[rate]}"))
     pool = ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(images,))
     # No refresh thread: a process that is forked while it runs would inherit its locks.

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ijepa_scale.data.files import sync, write_whole
+from ijepa_scale.data.files import remove_leftovers, sync, write_whole
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.zero import fragments, masters, refresh_weights
@@ -98,6 +98,7 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
             folder.mkdir(parents=True, exist_ok=True)
             for leftover in folder.glob(".partial-*"):  # of a killed run; the run folder's lock keeps others out
                 shutil.rmtree(leftover, ignore_errors=True)
+            remove_leftovers(folder)
             free = shutil.disk_usage(folder).free
             if free < total_bytes * 1.05:
                 raise OSError(

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ijepa_scale.data.images import ImageSet, decode, reason_of
+from ijepa_scale.data.decoding import decode, reason_of
+from ijepa_scale.data.files import write_whole
+from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.sources.folders import printable
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.evals.extract import extract, pooled
@@ -53,7 +55,7 @@ def embed(
     unreadable = {images.sample_id(index): reason for index, reason in extracted.unreadable.items()}
     _write_images(folder / IMAGES, images, extracted.indices)
     said = {**facts, "image_size": image_size, "unreadable": unreadable}
-    (folder / FACTS).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / FACTS, json.dumps(said, indent=2) + "\n")
     return len(extracted.indices), unreadable
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ijepa_scale.data.images import BadImageError, ImageSet
+from ijepa_scale.data.decoding import BadImageError
+from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.engine.distributed import Ranks, alone
 

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
-from ijepa_scale.data.files import write_whole
+from ijepa_scale.data.files import remove_leftovers, write_whole
 
 PACKAGES = ("torch", "deepspeed", "triton", "datasets", "numpy", "pillow", "ijepa-scale")
 
@@ -44,6 +44,7 @@ class RunFolder:
         file.write(f"{socket.gethostname()}, pid {os.getpid()}\n")
         file.flush()
         self._lock = file
+        remove_leftovers(self.path)
 
     def describe(self, config_yaml: str, **facts: Any) -> None:
         """Write the resolved config, and what ran it: versions, git revision, command, device."""

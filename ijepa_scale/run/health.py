@@ -8,7 +8,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ijepa_scale.data.images import BadImageError, ImageSet
+from ijepa_scale.data.decoding import BadImageError
+from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.order import permuted_index
 from ijepa_scale.evals.extract import extract
 from ijepa_scale.evals.knn import knn_top1

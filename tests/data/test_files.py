@@ -1,8 +1,10 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
-from ijepa_scale.data.files import cache_path, write_whole, written_whole
+from ijepa_scale.data.files import cache_path, remove_leftovers, write_whole, written_whole
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.scenes.prepare import prepare_scenes
 from tests.data.small_sources import write_parquet, write_tar
@@ -22,6 +24,16 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_whole(path, "more")
     assert path.read_text() == "caf\u00e9\n" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_kill_leaves_behind_can_be_removed(tmp_path):
+    (tmp_path / ".partial-folder.partial").mkdir()
+    code = "import os; from pathlib import Path; from ijepa_scale.data.files import written_whole\n"
+    code += f"with written_whole(Path({str(tmp_path)!r}) / 'a.txt'): os.kill(os.getpid(), 9)"
+    subprocess.run([sys.executable, "-c", code])
+    assert len(list(tmp_path.iterdir())) == 2
+    remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [".partial-folder.partial"]
 
 
 def failing(descriptor):

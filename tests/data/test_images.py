@@ -13,11 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_scale.data.images import (
-    BadImageError,
-    check_images,
-    open_images,
-)
+from ijepa_scale.data.decoding import BadImageError
+from ijepa_scale.data.images import check_images, open_images
 from tests.data.small_sources import WHOLE
 
 REPOSITORY = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ijepa_scale.engine import checkpoint
-from ijepa_scale.exchange.run import load_run
+from ijepa_scale.exchange.load import load
 from launch.embed import main as embed
 from tests.end_to_end.runs import steps_of
 from tests.processes import ROOT, assert_all, pretrain, run_ranks
@@ -61,7 +61,7 @@ def whole_state(folder):
         ("zero2", 2, []),
         ("zero3", 2, []),
         ("stream", 2, []),
-        ("zero3", 1, ["engine.zero_stage=1"]),
+        pytest.param("zero3", 1, ["engine.zero_stage=1"], marks=pytest.mark.slow),
     ],
     ids=["zero1", "zero2", "zero3", "stream", "other-ranks-and-stage"],
 )
@@ -88,5 +88,5 @@ def test_embed_reads_an_old_run(old, tmp_path, run):
     embeddings = np.load(tmp_path / "out" / "embeddings.npy")
     assert embeddings.shape == (16, 16) and np.isfinite(embeddings).all() and embeddings.std(axis=0).min() > 0
     saved = whole_state(FIXTURES / run / SAVED)
-    for name, parameter in load_run(run)[0].named_parameters():
+    for name, parameter in load(run).network.named_parameters():
         assert torch.equal(parameter.flatten(), saved["ema", f"context_encoder.{name}"]), name

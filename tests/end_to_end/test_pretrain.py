@@ -250,9 +250,9 @@ def test_out_of_memory_names_the_micro_batch():
         raise RuntimeError("another error passes as it is")
 
 
-def test_the_example_of_the_docs_runs(tmp_path):
+def test_the_examples_of_the_docs_run(tmp_path):
     text = (ROOT / "docs" / "python.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
     result = run([sys.executable, "-c", f"import sys; sys.path[:0] = ['.', 'kernels']\n{code}"], cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "torch.Size([2, 64, 192])" in result.stdout

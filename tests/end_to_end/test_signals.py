@@ -152,7 +152,7 @@ def torchrun(config, run, *options):
 
 def deepspeed(config, run, *options):
     return [
-        *(BIN / "deepspeed", "--num_gpus", 2, "--master_port", free_port()),
+        *(BIN / "deepspeed", "--quiet", "--num_gpus", 2, "--master_port", free_port()),
         *(PRETRAIN, "--config", config, f"run_dir={run}", *options),
     ]
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ijepa_scale.data.images import BadImageError
+from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.evals.extract import extract, pooled

@@ -5,7 +5,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ijepa_scale.data.images import BadImageError, open_file, open_images, splits_of
+from ijepa_scale.data.decoding import BadImageError
+from ijepa_scale.data.images import open_file, open_images, splits_of
 from ijepa_scale.data.sources.columns import preferred
 from ijepa_scale.data.sources.folders import say_once
 from ijepa_scale.data.sources.remote import Patience

@@ -4,11 +4,8 @@ import os
 import datasets
 import pytest
 
-from ijepa_scale.data.images import (
-    BadImageError,
-    open_images,
-    splits_of,
-)
+from ijepa_scale.data.decoding import BadImageError
+from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.data.sources.copies import copy_need
 from ijepa_scale.data.sources.splits import source_builder
 from tests.data.small_sources import count_images

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from ijepa_scale.data.images import BadImageError, open_file, open_images
+from ijepa_scale.data.decoding import BadImageError
+from ijepa_scale.data.images import open_file, open_images
 from ijepa_scale.data.sources import tars
 from ijepa_scale.data.sources.folders import say_once
 from ijepa_scale.data.sources.remote import Patience

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ijepa_scale.data.collate import LoadError, MicroBatches, micro_batch_stream
-from ijepa_scale.data.images import BadImageError
+from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.order import generator_for, permuted_index, source_seed
 from ijepa_scale.data.sources.remote import Patience, StreamError
 from ijepa_scale.data.streams import shard_stream
