@@ -60,7 +60,8 @@ def embed_source(
         print(note, flush=True)
     reading: dict[str, Any] = {"cache_dir": cache_dir, "column": column, "config": config}
     images = open_images(source, split=split, **reading)
-    print(f"{images.name}: {len(images):,} images, by {loaded.path}", flush=True)
+    encoder: Any = loaded.network.to(alone().device)
+    print(f"{images.name}: {len(images):,} images -> {encoder.size.width} numbers each, by {loaded.path}", flush=True)
     facts = {
         "run": str(Path(run).absolute()),
         "checkpoint": str(loaded.path.absolute()),
@@ -71,7 +72,7 @@ def embed_source(
         **reading,
     }
     count, unreadable = embed(
-        loaded.network.to(alone().device),
+        encoder,
         images,
         Path(out),
         facts,

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from ijepa_scale.exchange import reference
 from ijepa_scale.exchange.load import load
 from ijepa_scale.verbs.embed import embed_source as embed
 from ijepa_scale.verbs.neighbours import show_neighbours as neighbours
@@ -16,6 +17,7 @@ from launch.neighbours import main
 from tests.data.small_sources import IMAGE, encoded, write_parquet
 from tests.data.test_images import one_bit
 from tests.end_to_end.runs import Runs
+from tests.exchange.test_reference import ENCODER, reference_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -239,3 +241,19 @@ def test_a_query_wants_the_checkpoint_that_made_the_embeddings(run, embedded, tm
     del facts["checkpoint_sha256"]  # as earlier versions wrote it
     (tmp_path / "out" / "embeddings.json").write_text(json.dumps({**facts, "checkpoint": str(newest)}))
     neighbours(str(tmp_path / "out"), [query], str(tmp_path / "a.png"), count=2)
+
+
+def test_a_file_of_the_reference_embeds_too(image_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(reference.VIT_SIZES, "tiny", ENCODER)
+    path, out = tmp_path / "jepa-latest.pth.tar", tmp_path / "out"
+    torch.save(reference_checkpoint(), path)
+    embed(str(path), str(image_folder), str(out), workers=0)
+    facts = json.loads((out / "embeddings.json").read_text())
+    assert facts["checkpoint"] == str(path) and facts["step"] is None and facts["image_size"] == 12
+    query = rows_of(out)[3]["image"]
+    neighbours(str(out), [query], str(tmp_path / "a.png"), count=2)
+    other = reference_checkpoint()
+    other["target_encoder"]["module.norm.bias"] += 1
+    torch.save(other, path)
+    with pytest.raises(ValueError, match="has been replaced by another one"):
+        neighbours(str(out), [query], str(tmp_path / "a.png"), count=2)
