@@ -20,7 +20,7 @@ def writable(path: Path | None, *, keep: bool) -> list[Path]:
     Raises ValueError where results could not be written once all is timed.
     """
     if keep and not timing.MEASUREMENTS.is_dir():
-        raise ValueError(f"--keep writes to docs/ of a checkout, and {timing.MEASUREMENTS} is none; use --json FILE")
+        raise ValueError(f"--keep writes to a checkout, and there is no {timing.MEASUREMENTS}; use --json FILE")
     if path is None:
         return []
     try:
