@@ -138,6 +138,9 @@ def initialize(
             set_z3_leaf_modules(model, [whole])
         engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
     _spare_copies(engine.optimizer)
+    for module in model.modules():
+        if isinstance(module, whole):
+            module.engine_hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)  # type: ignore[assignment]
     for buffer in model.buffers():  # a model made inside zero.Init is not moved as a whole
         buffer.data = buffer.data.to(engine.device)
     # DeepSpeed's masters start from the weights rounded to bf16; ours from the fp32 values.

@@ -1,6 +1,6 @@
 """The vision transformer on packed tokens, and its table of sizes. B images, N patches, T packed tokens, D width."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -130,11 +130,13 @@ class Block(nn.Module):
     """A pre-norm transformer block on packed tokens.
 
     compiled: its two halves run through torch.compile. recomputed: its backward runs its forward again (activation
-    checkpointing), and only its input is kept.
+    checkpointing), and only its input is kept. engine_hooks: forward hooks that keep nothing of what they are given, as
+    DeepSpeed's under ZeRO-3.
     """
 
     compiled = False
     recomputed = False
+    engine_hooks = 0
 
     def __init__(self, size: ViTSize):
         super().__init__()
@@ -235,9 +237,10 @@ def _run_block(
     return block(tokens_TD, sequences, rows_K, overwrite=overwrite)
 
 
-def _hooked(blocks: nn.ModuleList) -> bool:
+def _hooked(blocks: Iterable[Any]) -> bool:
     """Whether forward hooks are given what goes in or comes out of a block, and may keep it."""
-    return _has_any_global_hook() or any(block._forward_hooks or block._forward_pre_hooks for block in blocks)
+    watched = (len(block._forward_hooks) + len(block._forward_pre_hooks) > block.engine_hooks for block in blocks)
+    return _has_any_global_hook() or any(watched)
 
 
 class PatchProjection(nn.Conv2d):

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.optim import set_schedules
+from ijepa_scale.models.vit import _hooked
 from tests.engine import tiny
 
 WARM_UP, STEPS = 3, 23
@@ -37,6 +38,7 @@ def steps(ranks: Ranks, zero_stage: int, **options: Any) -> dict[str, Any]:
         "norms": norms,
         "warm_graphs": warm,
         "later_graphs": counters["stats"]["unique_graphs"] - warm,
+        "hooked": _hooked(engine.module.target_encoder.blocks),
         "breaks": sum(counters["graph_break"].values()),
     }
 
