@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_scale.benchmark.step import sampled_masks
 from ijepa_scale.build import build_ijepa
 from ijepa_scale.config import load_config
 from ijepa_scale.objectives.flops import Counts
@@ -103,10 +102,10 @@ def test_a_folder_of_unlabelled_images_on_two_ranks_with_one_torn_file(config, t
         "flops_per_second_per_device",
     ]:
         assert all(isinstance(record[key], int | float) for record in steps), key
-    loaded = load_config(config)
+    objective = build_ijepa(load_config(config))
     for record in steps:  # of both ranks' images; a CPU's peak is not known
-        masks = sampled_masks(loaded, 16, record["step"], "all")
-        assert record["model_flops"] == build_ijepa(loaded).flops.model(Counts.of(masks))
+        masks = objective.draw_masks(record["step"], range(16))
+        assert record["model_flops"] == objective.flops.model(Counts.of(masks))
         assert record["flops_per_second_per_device"] == record["model_flops"] / record["step_seconds"] / 2
         assert not {"mfu", "hfu"} & record.keys()
     assert all(0 < record["loss"] < 2 and record["grad_norm"] > 0 for record in steps)

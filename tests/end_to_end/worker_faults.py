@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 
 from ijepa_scale import train
-from ijepa_scale.engine import signals
+from ijepa_scale.engine import checkpoint, signals
 from ijepa_scale.objectives import ijepa
 from ijepa_scale.run import records as metrics
 from ijepa_scale.run import setup as run
@@ -42,29 +42,29 @@ def full_disk_at(saves: str, *arguments: str) -> None:
     """These saves, counted from 1, find a full disk, as rank 1 sees it."""
     bad = {int(number) for number in saves.split(",")}
     counter = itertools.count(1)
-    save = train.checkpoints.save
+    save = checkpoint.save
 
     def failing(folder: Any, engine: Any, ema: Any, ranks: Any, **options: Any) -> Any:
         if next(counter) not in bad or ranks.rank != 1:
             return save(folder, engine, ema, ranks, **options)
         full = mock.Mock(side_effect=OSError(28, "No space left on device"))
-        with mock.patch.object(train.checkpoints, "save_file", full):
+        with mock.patch.object(checkpoint, "save_file", full):
             return save(folder, engine, ema, ranks, **options)
 
-    with mock.patch.object(train.checkpoints, "save", failing):
+    with mock.patch.object(checkpoint, "save", failing):
         pretrain(*arguments)
 
 
 def signalled_while_saving(*arguments: str) -> None:
     """SIGTERM stops rank 0; more come while it writes the checkpoint that this brings about."""
-    write = train.checkpoints.save_file
+    write = checkpoint.save_file
 
     def interrupted(*given: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         write(*given)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    with mock.patch.object(train.checkpoints, "save_file", interrupted):
+    with mock.patch.object(checkpoint, "save_file", interrupted):
         pretrain(*arguments)
 
 
@@ -158,10 +158,10 @@ def junk_once_set_up(folder: str, *arguments: str) -> None:
     """The images of a folder become text between set-up and the report."""
     report = train.report
 
-    def late(this: Any) -> None:
+    def late(*given: Any) -> None:
         for file in Path(folder).rglob("*.jpg"):
             file.write_text("no image")
-        report(this)
+        report(*given)
 
     with mock.patch.object(train, "report", late):
         pretrain(*arguments)
@@ -173,10 +173,10 @@ def hub_that_warns(*arguments: str) -> None:
 
     check = train.check
 
-    def warned(config: Any) -> Any:
+    def warned(*given: Any) -> Any:
         its_logging.get_logger("huggingface_hub.utils").warning("a line of huggingface_hub")
         logging.getLogger("ijepa_scale.data").warning("a line of ijepa_scale")
-        return check(config)
+        return check(*given)
 
     with mock.patch.object(train, "check", warned):
         pretrain(*arguments)
