@@ -92,7 +92,7 @@ class Embeddings:
     def read(cls, folder: Path) -> "Embeddings":
         """ValueError where there are none."""
         if not (folder / FACTS).is_file():
-            raise ValueError(f"{folder} holds no embeddings ({FACTS} is missing); make them with launch/embed.py")
+            raise ValueError(f"{folder} holds no embeddings ({FACTS} is missing); make them with ijepa-scale embed")
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         with open(folder / IMAGES, encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))
@@ -128,7 +128,7 @@ class Embeddings:
         if index >= len(images) or images.sample_id(index) != name:
             raise ValueError(
                 f"{images.name} has changed since it was embedded: image {index} is no longer {name}; run "
-                "launch/embed.py again"
+                "ijepa-scale embed again"
             )
         return center_crop(images.read(index), self.facts["image_size"])
 

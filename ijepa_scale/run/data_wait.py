@@ -55,7 +55,7 @@ class DataWait:
 
     def _remedy(self) -> str:
         most = self._cores // self._ranks - 1  # a rank's own process takes a core
-        prepare = "images resized once with launch/prepare.py load faster, and so do those on a faster disk"
+        prepare = "images resized once with ijepa-scale prepare load faster, and so do those on a faster disk"
         if self._workers < most:
             return f"Raise data.workers from {self._workers}, to {most} at most on {self._cores} cores; or: {prepare}"
         return f"data.workers={self._workers} for each rank leaves no core of {self._cores} unused, so: {prepare}"

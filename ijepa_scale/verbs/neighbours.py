@@ -18,7 +18,7 @@ from ijepa_scale.verbs import parser_of
 
 def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("neighbours", __doc__)
-    parser.add_argument("embeddings", help="a folder written by launch/embed.py")
+    parser.add_argument("embeddings", help="a folder written by ijepa-scale embed")
     parser.add_argument("--query", nargs="+", default=[], metavar="IMAGE", help="image files to look up")
     parser.add_argument("--out", default="neighbours.png", help="the picture (default: neighbours.png)")
     parser.add_argument("--count", type=int, default=8, help="neighbours of each query (default: 8)")
@@ -67,7 +67,7 @@ def encoder_of(facts: dict[str, Any]) -> "nn.Module":
 
     path = Path(facts["checkpoint"])
     advice = (
-        f"a query needs it: embed {facts['source']} again with launch/embed.py {facts['run']}, or leave out --query"
+        f"a query needs it: embed {facts['source']} again with ijepa-scale embed {facts['run']}, or leave out --query"
     )
     if not path.exists():
         raise ValueError(f"the checkpoint of these embeddings, {path}, is no longer there: a run keeps few; {advice}")

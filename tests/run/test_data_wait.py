@@ -52,7 +52,7 @@ def test_a_short_stall_is_no_bottleneck():
 )
 def test_the_remedy_fits_the_cores(options, words):
     ((_, text),) = watch([(0.5, 1.0)] * 100, **options)
-    assert words in text and "launch/prepare.py" in text
+    assert words in text and "ijepa-scale prepare" in text
 
 
 def test_cores_of_a_node_are_counted_once():

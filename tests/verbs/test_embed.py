@@ -181,7 +181,7 @@ def test_a_query_that_cannot_be_read_is_one_line(embedded, tmp_path, capsys):
 
 
 def test_what_a_user_gets_wrong_is_named(run, embedded, tmp_path):
-    with pytest.raises(ValueError, match=r"make them with launch/embed\.py"):
+    with pytest.raises(ValueError, match=r"make them with ijepa-scale embed"):
         neighbours(str(tmp_path), [], str(tmp_path / "a.png"), count=3)
     with pytest.raises(ValueError, match=r"cannot read the query .*broken\.jpg"):
         (tmp_path / "broken.jpg").write_bytes(b"no image")
@@ -209,7 +209,7 @@ def test_a_source_that_has_changed_is_refused(embedded, tmp_path, change):
         for path in sorted(pictures.rglob("*.png"))[4:]:
             path.unlink()
     for queries in ([], [query] if change == "one more" else []):
-        with pytest.raises(ValueError, match=r"has changed since it was embedded: .*run launch/embed\.py again"):
+        with pytest.raises(ValueError, match=r"has changed since it was embedded: .*run ijepa-scale embed again"):
             neighbours(str(out), queries, str(tmp_path / "after.png"), count=3)
     assert not (tmp_path / "after.png").exists()
 
@@ -233,7 +233,7 @@ def test_a_query_wants_the_checkpoint_that_made_the_embeddings(run, embedded, tm
     neighbours(str(tmp_path / "out"), [query], str(tmp_path / "a.png"), count=2)
     shutil.rmtree(newest)
     for what in ("is no longer there", "has been replaced by another one"):
-        with pytest.raises(ValueError, match=rf"step-00000008, {what}.*launch/embed\.py {facts['run']}, or leave out"):
+        with pytest.raises(ValueError, match=rf"step-00000008, {what}.*ijepa-scale embed {facts['run']}, or leave out"):
             neighbours(str(tmp_path / "out"), [query], str(tmp_path / "a.png"), count=2)
         neighbours(str(tmp_path / "out"), [], str(tmp_path / "a.png"), count=2)
         if not newest.exists():

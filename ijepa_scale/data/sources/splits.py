@@ -129,5 +129,5 @@ def source_builder(source: str, cache_dir: str | None, *, config: str = "") -> A
     wrong = f"no configuration {config!r}, but" if config else "several configurations:"
     raise ValueError(
         f"{source!r} has {wrong} {', '.join(names)}; choose one, for example data.config={names[0]} (--config of "
-        "launch/embed.py and launch/prepare.py)"
+        "ijepa-scale embed and ijepa-scale prepare)"
     )
