@@ -103,9 +103,8 @@ def run_on(
         elif ranks.first:
             print("\n".join(run.notes))
             print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
-        network = next(iter(run.objective.encoders(run.engine.module)))  # the best of them
         del run.engine, run.ema  # their memory is free for the probes
-        report(run, network)
+        report(run)
     except BadImageError as error:  # of the health check or the report, on all ranks
         raise RunError(str(error)) from error
     return 0

@@ -10,7 +10,6 @@ from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.evals.probes import Features, probe_scores, unfit
 from ijepa_scale.evals.scores import Score, report_table, write_report
-from ijepa_scale.exchange.run import read_weights
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.run.health import eval_indices, features_of
 from ijepa_scale.run.records import read_records
@@ -20,8 +19,8 @@ from ijepa_scale.visualize.curves import draw_loss_curve, draw_scores
 Labels = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> classes of the training and of the test images
 
 
-def report(run: Run, network: str = "target") -> None:
-    """Write the curves and the scores. All ranks call it. network: the one to score, as of exchange.load()."""
+def report(run: Run) -> None:
+    """Write the curves and the scores of the best of the objective's encoders. All ranks call it."""
     folder = run.folder
     if run.ranks.first:
         records = read_records(folder.metrics) if folder.metrics.exists() else []
@@ -40,10 +39,7 @@ def report(run: Run, network: str = "target") -> None:
     encoder = build.build_encoder(run.config).to(run.ranks.device)
     features = {}
     for which in ("initial", "trained"):
-        if which == "initial":
-            draw_weights(encoder, run.objective)
-        else:
-            read_weights(found, encoder, network)
+        fill(encoder, run.objective, found if which == "trained" else None)
         features[which], fitted, scored = both_features(run, encoder, fit, held)
     if run.ranks.first:
         chosen = {name: (train[fitted], test[scored]) for name, (train, test) in labels.items()}
@@ -57,10 +53,22 @@ def report(run: Run, network: str = "target") -> None:
 
 
 @torch.no_grad()
-def draw_weights(encoder: nn.Module, objective: Objective) -> None:
-    """The weights that training started from."""
+def fill(encoder: nn.Module, objective: Objective, found: Checkpoint | None) -> None:
+    """The best encoder's weights: of a checkpoint, or those that training started from."""
+    with torch.device("meta"):  # for its names alone
+        module = objective.build()
+    trained = {id(average): parameter for parameter, average in objective.averaged(module)}
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    best = next(iter(objective.encoders(module).values()))
+    stored = {name: names[id(trained.get(id(p), p))] for name, p in best.named_parameters()}
+    kind = "ema" if any(id(p) in trained for p in best.parameters()) else "master"
+    shapes = {stored[name]: parameter.shape for name, parameter in encoder.named_parameters()}
+    if found:
+        weights = checkpoints.read_weights(found, shapes, kind)
+    else:
+        weights = {name: objective.initial_weight(name, shape) for name, shape in shapes.items()}
     for name, parameter in encoder.named_parameters():
-        parameter.copy_(objective.initial_weight(f"context_encoder.{name}", parameter.shape))
+        parameter.copy_(weights[stored[name]])
 
 
 def why_unscored(labels: Labels, found: Checkpoint | None, fit: list[int], held: list[int]) -> str:
