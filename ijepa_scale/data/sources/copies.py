@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
+TOLD_BYTES = 1e9  # of a copy, from which on its size is told beside its progress
+
 
 def copied_split(builder: Any, split: str, source: str, cache_dir: str | None) -> datasets.Dataset:
     """One split of a source, mapped from the cache, where it is first copied unless it is there.
@@ -26,7 +28,8 @@ def copied_split(builder: Any, split: str, source: str, cache_dir: str | None) -
     """
     import datasets
 
-    if sizes := check_copy(builder, split, source, cache_dir):
+    needed, sizes = check_copy(builder, split, source, cache_dir)
+    if needed >= TOLD_BYTES:
         _log.info("%s; copying", sizes)
     parts, local = _parts(builder, split), bool(_local_files(builder))
     with explained(f"cannot read {source!r}", hub_id="" if local else source), _progress(parts) as done:
@@ -78,8 +81,8 @@ def _progress(parts: list[Any]) -> Iterator[Callable[[], None]]:
             datasets.enable_progress_bars()
 
 
-def check_copy(builder: Any, split: str, source: str, cache_dir: str | None) -> str:
-    """What the copy of a split to the cache takes, in words; "" where it is there already.
+def check_copy(builder: Any, split: str, source: str, cache_dir: str | None) -> tuple[int, str]:
+    """What the copy of a split to the cache takes, in bytes and in words; 0 where it is there already.
 
     ValueError where there is no room for it, and where a file cannot be copied.
     """
@@ -93,7 +96,7 @@ def check_copy(builder: Any, split: str, source: str, cache_dir: str | None) -> 
         for file in _local_files(builder, split) if needed else []:
             if pyarrow.parquet.read_metadata(file).num_rows == 0:  # `datasets` fails on it, and does not say why
                 raise ValueError(f"{file} has no rows; remove it")
-    return sizes if needed else ""
+    return needed, sizes
 
 
 def copy_need(builder: Any, split: str, cache_dir: str | None) -> tuple[int, int, str]:

@@ -6,6 +6,7 @@ import pytest
 
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import open_images, splits_of
+from ijepa_scale.data.sources import copies
 from ijepa_scale.data.sources.copies import copy_need
 from ijepa_scale.data.sources.splits import source_builder
 from tests.data.small_sources import count_images
@@ -249,6 +250,7 @@ def test_full_disk(tmp_path, monkeypatch, caplog):
         ):
             open_images(source, cache_dir=cache_dir)
         assert not (tmp_path / "cache").exists() or not list((tmp_path / "cache").rglob("*.arrow"))
+    monkeypatch.setattr(copies, "TOLD_BYTES", 1)
     open_images(source, cache_dir=cache_dir)
     assert f"in the cache {cache_dir}, which has" in caplog.text and "copying" in caplog.text
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
