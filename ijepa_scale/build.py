@@ -68,19 +68,21 @@ def training_precision(config: PretrainConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def build_attention(config: PretrainConfig, *, device: torch.device) -> Choice:
-    """What attends over packed tokens, tested on the device at the model's heads and longest sequence.
+def build_attention(config: PretrainConfig, *, device: torch.device, objective: Objective | None = None) -> Choice:
+    """What attends over packed tokens, tested on the device at the objective's heads and longest sequence.
 
+    objective: None: what objective.name asks for.
     Raises ValueError for a kernel that model.attention asks for and that is absent, and for one that is wrong.
     """
     dtype = torch.bfloat16 if training_precision(config, device) == "bf16" else torch.float32
-    heads = {(size.heads, size.width // size.heads) for size in (vit_size(config.model), predictor_size(config))}
+    objective = objective or build_objective(config)
+    heads = objective.attention_heads()
     choice = choose_attention(
         config.model.attention, device=device, dtype=dtype, head_widths=[width for _, width in heads]
     )
     if choice.attend is not None:
-        # A context and one target block share no patch, so no sequence is longer than the grid.
-        longest = (config.data.image_size // config.model.patch_size) ** 2
+        # No sequence holds a patch twice, so none is longer than the grid.
+        longest = objective.grid.num_patches
         self_test(choice.name, choice.attend, heads, longest=longest, device=device, dtype=dtype)
     return choice
 

@@ -137,6 +137,7 @@ def train(run: Run, stop_request: StopRequest) -> str:
 
 
 def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Log, batches: MicroBatchStream) -> str:
+    """The steps. All ranks go through it alike; returns as train() does."""
     config, horizon = run.config, run.horizon
     say: Say = progress.message if progress else lambda text: None
     feed = Feed(batches, run.ranks.device)
@@ -205,6 +206,7 @@ def train_step(run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callab
             engine.backward(terms[-1]["loss"])
     with explained_memory_errors(run):
         engine.step()
+    assert all(list(micro) == list(terms[0]) for micro in terms), "terms differ between micro-steps"
     applied = engine.was_step_applied()
     if applied:  # a skipped step leaves the EMA as it was, too
         run.ema.update(scheduled["ema_momentum"])

@@ -275,7 +275,7 @@ def _fill(values: torch.Tensor, start: int, pieces: list, what: str) -> None:
 
 
 def restore(checkpoint: Checkpoint, engine: Any, ema: ShardedEMA) -> None:
-    """Bring masters, moments, EMA, weights and target encoder to the checkpoint's state, bit for bit."""
+    """Bring masters, moments, EMA, weights and averaged networks to the checkpoint's state, bit for bit."""
     with contextlib.ExitStack() as files:
         index = _file_index(checkpoint, files)
         for kind, name, start, values in _own_pieces(engine, ema):
@@ -287,13 +287,19 @@ def restore(checkpoint: Checkpoint, engine: Any, ema: ShardedEMA) -> None:
 
 
 def read_weights(checkpoint: Checkpoint, shapes: dict[str, torch.Size], kind: str) -> dict[str, torch.Tensor]:
-    """Whole fp32 parameters by name. kind: "master" (what is trained) or "ema" (the target encoder)."""
+    """Whole fp32 parameters by name. kind: "master" (what is trained) or "ema" (its average).
+
+    Raises ValueError where one is not there, or is of another size.
+    """
     weights = {}
     with contextlib.ExitStack() as files:
         index = _file_index(checkpoint, files)
         for name, shape in shapes.items():
-            values = torch.empty(shape.numel())
-            _fill(values, 0, index[kind, name], f"{name} ({kind})")
+            values, pieces = torch.empty(shape.numel()), index[kind, name]
+            held = max((first + file.get_slice(key).get_shape()[0] for first, key, file in pieces), default=0)
+            if held > shape.numel():  # cut short it would be another network's
+                raise ValueError(f"the checkpoint holds {held} elements of {name} ({kind}), asked for {shape.numel()}")
+            _fill(values, 0, pieces, f"{name} ({kind})")
             weights[name] = values.view(shape)
     return weights
 

@@ -1,4 +1,4 @@
-"""The target encoder under ZeRO: an fp32 EMA sharded exactly like the fp32 master weights."""
+"""Averaged networks under ZeRO, such as a target encoder: an fp32 EMA sharded exactly like the fp32 master weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,7 +11,7 @@ from ijepa_scale.engine.zero import flat_group, flat_parameters, is_stage3, mast
 
 
 class ShardedEMA:
-    """Each rank averages only its own part of the master weights and writes its part of the target encoder's weights.
+    """Each rank averages only its own part of the master weights and writes its part of the averaged network's weights.
 
     ZeRO-1 and -2: the target's weights are views of one flat buffer a parameter group, all-gathered after each update.
     ZeRO-3: the target's own shards are views of what the update writes, so there is no communication. In fp32 the
@@ -19,7 +19,7 @@ class ShardedEMA:
     """
 
     def __init__(self, engine: Any, twins: Iterable[tuple[Any, Any]]):
-        """twins: (context encoder parameter, target encoder parameter) pairs. The EMA starts at the masters."""
+        """twins: pairs of a trained parameter and of its average; none is allowed. The EMA starts at the masters."""
         self.optimizer = engine.optimizer
         self.stage3 = is_stage3(self.optimizer)
         twin = dict(twins)
@@ -80,7 +80,7 @@ class ShardedEMA:
 
     @torch.no_grad()
     def refresh_target(self) -> None:
-        """Write the target encoder's weights from the EMA, after the EMA was changed (a load)."""
+        """Write the averaged network's weights from the EMA, after the EMA was changed (a load)."""
         for shard, target in zip(self.shards, self.targets, strict=True):
             if shard is not None and target is not None:
                 own = self._own(target, shard)

@@ -30,14 +30,14 @@ REFUSED = {
     "zero_optimization.compute_grad_norm": "metrics.jsonl has the norm of every step",
     "zero_optimization.round_robin_gradients": "it reorders the shards, and the EMA would average the wrong weights",
     "zero_optimization.cpu_offload": "the sharded EMA lives beside the master weights on the device",
-    "zero_optimization.cpu_offload_param": "the target encoder's shards are rebound on the device",
-    "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the target encoder",
+    "zero_optimization.cpu_offload_param": "the averaged network's shards are rebound on the device",
+    "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the averaged network",
     "zero_optimization.zenflow": "it moves the master weights off the device",
     "zero_optimization.offload_optimizer": "the sharded EMA lives beside the master weights on the device",
-    "zero_optimization.offload_param": "the target encoder's shards are rebound on the device",
-    "zero_optimization.zero_hpz_partition_size": "secondary shards of the target encoder would never be updated",
-    "zero_optimization.mics_shard_size": "the target encoder is sharded over all ranks",
-    "zero_optimization.zero_quantized_weights": "quantized gathers would change the target encoder",
+    "zero_optimization.offload_param": "the averaged network's shards are rebound on the device",
+    "zero_optimization.zero_hpz_partition_size": "secondary shards of the averaged network would never be updated",
+    "zero_optimization.mics_shard_size": "the averaged network is sharded over all ranks",
+    "zero_optimization.zero_quantized_weights": "quantized gathers would change the averaged network",
 }
 
 

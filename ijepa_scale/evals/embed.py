@@ -43,6 +43,7 @@ def embed(
     The rest is as of extract(). Raises BadImageError, and leaves no file, where none can be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FACTS).unlink(missing_ok=True)  # written last: a folder that has it is whole
     extracted = extract(
         {Path(EMBEDDINGS).stem: encoder},
         images,
@@ -96,7 +97,12 @@ class Embeddings:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         with open(folder / IMAGES, encoding="utf-8", newline="") as file:
             table = list(csv.DictReader(file))
-        return cls(np.load(folder / EMBEDDINGS).astype(np.float32), table, facts)
+        features = np.load(folder / EMBEDDINGS).astype(np.float32)
+        if len(features) != len(table):
+            raise ValueError(
+                f"{folder}: {EMBEDDINGS} and {IMAGES} are not of one run; make them with ijepa-scale embed"
+            )
+        return cls(features, table, facts)
 
     @cached_property
     def _mean(self) -> np.ndarray:

@@ -98,6 +98,13 @@ class IJepaObjective:
     seed: int = 0
 
     @property
+    def name(self) -> str:
+        return "ijepa"
+
+    def attention_heads(self) -> set[tuple[int, int]]:
+        return {(size.heads, size.width // size.heads) for size in (self.encoder, self.predictor)}
+
+    @property
     def grid(self) -> PatchGrid:
         return self.draw_masks.blocks.grid
 

@@ -42,6 +42,13 @@ class Objective(Protocol):
     def grid(self) -> PatchGrid:
         """The patch grid of an image."""
 
+    @property
+    def name(self) -> str:
+        """What a checkpoint calls it: a run is never gone on from as another objective."""
+
+    def attention_heads(self) -> set[tuple[int, int]]:
+        """(heads, width of a head) of all that attends over packed tokens, for a kernel to be tested at."""
+
     def draw_masks(self, step: int, positions: range) -> Any:
         """The masks of the images at positions of the global batch of a step, on the CPU: a pure function of these.
 

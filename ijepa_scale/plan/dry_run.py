@@ -21,18 +21,18 @@ from ijepa_scale.plan import checks
 SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are taken over
 
 
-def dry_run(config: PretrainConfig, *, ranks: int = 1) -> str:
+def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | None = None) -> str:
     """The text of --dry-run. Networks are built on the meta device: any size fits.
 
     ValueError where a run of as many ranks would be refused on a machine of the right kind: by the same checks, of what
     can be read here without a copy. A config without a source passes, and what lies elsewhere is not looked up.
     """
-    objective = build.build_objective(config)
+    objective = objective or build.build_objective(config)
     objective.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    checks.settings(config, objective, ranks=ranks, device=device)
+    micro_batch_size, _, _ = checks.settings(config, objective, ranks=ranks, device=device)
     if device.type == "cuda":  # else it is another machine that the kernel is for
-        build.build_attention(config, device=device)
+        build.build_attention(config, device=device, objective=objective)
     images, said = _images(config)
     with torch.device("meta"):
         module = objective.build()
@@ -47,7 +47,7 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1) -> str:
         f"tokens         an image, means: {expected.tokens}",
         f"model FLOPs    {total / 1e9:,.2f} G an image: "
         + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in expected.flops.items()),
-        _kept_line(config, expected),
+        _kept_line(config, expected, micro_batch_size),
         f"images         {said}",
         _steps_line(config, images, total),
     ]
@@ -85,8 +85,7 @@ def state_bytes(zero_stage: int, *, trained: int, averaged: int) -> tuple[int, i
     }[zero_stage]
 
 
-def _kept_line(config: PretrainConfig, expected: Expected) -> str:
-    images = config.optimization.micro_batch_size or config.optimization.global_batch_size
+def _kept_line(config: PretrainConfig, expected: Expected, images: int) -> str:
     parts = ", ".join(f"{name} {images * kept / 2**30:,.2f} GiB" for name, kept in expected.kept_bytes.items())
     return (
         f"activations    kept in bf16 for the backward: {parts} of {images} image{'s' * (images > 1)} "

@@ -49,6 +49,8 @@ def explained_loader_errors(run: Run) -> Iterator[None]:
     """One line of what keeps loader processes from starting or from handing over their batches."""
     try:
         yield
+    except RunError:  # it is explained already
+        raise
     except (RuntimeError, OSError) as error:
         said, workers = str(error), run.config.data.workers
         last = said.strip().splitlines()[-1] if said.strip() else ""

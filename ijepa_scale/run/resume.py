@@ -80,11 +80,12 @@ def given_checkpoint(path: Path, ranks: Ranks, notes: list[str]) -> tuple[Checkp
 
 def refuse_misfit(objective: Objective, found: Checkpoint, facts: dict[str, Any], *, allow: bool) -> None:
     """Raise ValueError for another architecture or objective and, unless allowed, for settings that alter training."""
-    refuse_another_architecture(found, facts["architecture"])
+    named = found.manifest["config"].get("objective", {}).get("name", "ijepa")  # which the oldest do not say
+    theirs, ours = found.manifest.get("objective", named), objective.name
+    if theirs != ours:
+        raise ValueError(f"{found.path} learns another objective: {theirs} there, {ours} here; choose another run_dir")
+    refuse_another_architecture(found, facts["architecture"], known=ours in build.OBJECTIVES)
     changed = changed_keys(found.manifest["config"], facts["config"])
-    if "objective.name" in changed:
-        theirs, ours = changed["objective.name"]
-        raise ValueError(f"{found.path} learns objective.name={theirs}, and this run {ours}; choose another run_dir")
     for key in ("images", "precision", *objective.batch_facts(), "streams"):
         if found.manifest.get(key) != facts.get(key):
             changed[key] = (found.manifest.get(key), facts.get(key))
@@ -96,10 +97,10 @@ def refuse_misfit(objective: Objective, found: Checkpoint, facts: dict[str, Any]
         )
 
 
-def refuse_another_architecture(found: Checkpoint, ours: dict[str, Any]) -> None:
+def refuse_another_architecture(found: Checkpoint, ours: dict[str, Any], *, known: bool) -> None:
     """Raise ValueError where the weights have other shapes. What an older checkpoint lacks is as its config says."""
     theirs = dict(found.manifest["architecture"])
-    if ours.keys() - theirs.keys():
+    if known and ours.keys() - theirs.keys():
         theirs = build.build_objective(from_dict(found.manifest["config"])).architecture() | theirs
     differing = [key for key in sorted(theirs.keys() | ours.keys()) if theirs.get(key) != ours.get(key)]
     if differing:

@@ -63,6 +63,12 @@ def check(config: PretrainConfig, objective: Objective | None = None) -> Objecti
     build.check_source_given(config)
     objective = objective or build.build_objective(config)
     objective.check()
+    side = config.data.image_size // config.model.patch_size
+    if objective.grid.shape != (side, side):
+        raise ValueError(
+            f"the objective is of {objective.grid.shape[0]} x {objective.grid.shape[1]} patches, and data.image_size "
+            f"{config.data.image_size} with model.patch_size {config.model.patch_size} gives {side} x {side}"
+        )
     return objective
 
 
@@ -72,7 +78,7 @@ def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume
     micro_batch_size, precision, settings = checks.settings(
         config, objective, ranks=ranks.world_size, device=ranks.device
     )
-    attention = choose_attention(config, ranks)
+    attention = choose_attention(config, ranks, objective)
     ranks.together(lambda: folder.lock() if ranks.first else None)
     images = ranks.together(lambda: build.build_images(config), on="node")
     evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
@@ -126,6 +132,7 @@ def facts_of(
     """What a checkpoint says of its run beside the state: what a run that resumes it is compared with."""
     return {
         "seed": config.seed,
+        "objective": objective.name,
         "config": to_dict(config),
         "architecture": objective.architecture(),
         "images": images,
@@ -173,9 +180,9 @@ def check_shared_memory(
         check_batches_fit(batch_bytes=batch_bytes, workers=workers, ranks=sharing, free=found[1])
 
 
-def choose_attention(config: PretrainConfig, ranks: Ranks) -> Choice:
+def choose_attention(config: PretrainConfig, ranks: Ranks, objective: Objective | None = None) -> Choice:
     """The kernel for packed tokens, tested on every rank's device, and the same on all of them."""
-    choice = ranks.together(lambda: build.build_attention(config, device=ranks.device))
+    choice = ranks.together(lambda: build.build_attention(config, device=ranks.device, objective=objective))
     names = sorted(set(ranks.gather(choice.name)))
     if len(names) > 1:
         raise ValueError(

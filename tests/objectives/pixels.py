@@ -16,7 +16,7 @@ from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.vit import VisionTransformer, ViTSize
 from ijepa_scale.objectives.objective import Expected, Shown, Total
 
-SIZE = ViTSize(width=32, depth=2, heads=2, mlp_width=128)  # as the config says: the report builds the encoder by it
+SIZE = ViTSize(width=32, depth=1, heads=2, mlp_width=64)  # not the config's
 IMAGE, PATCH = 32, 4
 
 
@@ -53,6 +53,13 @@ class PixelObjective:
     """Half of the patches are seen."""
 
     seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return "pixels"
+
+    def attention_heads(self) -> set[tuple[int, int]]:
+        return {(SIZE.heads, SIZE.width // SIZE.heads)}
 
     @property
     def grid(self) -> PatchGrid:

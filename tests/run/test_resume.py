@@ -60,5 +60,5 @@ def test_what_an_older_checkpoint_does_not_say_means_the_default(tmp_path):
 def test_another_objective_is_refused_whatever_is_allowed(tmp_path):
     facts = {"architecture": {}, "config": to_dict(PretrainConfig())}
     found = Checkpoint(tmp_path, {"architecture": {}, "config": {"objective": {"name": "other"}}})
-    with pytest.raises(ValueError, match=r"learns objective.name=other, and this run ijepa; choose another run_dir"):
-        refuse_misfit(PretrainConfig(), found, facts, allow=True)
+    with pytest.raises(ValueError, match=r"learns another objective: other there, ijepa here; choose another run_dir"):
+        refuse_misfit(OBJECTIVE, found, facts, allow=True)
