@@ -40,6 +40,7 @@ def test_the_verb_times_and_writes_everything(tmp_path):
     assert found["precision"] == "fp32" and not any({"mfu", "state_bytes"} & row.keys() for row in found["steps"])
 
 
+@pytest.mark.slow  # bf16 takes a CPU without instructions for it half a minute
 def test_compiled_in_bf16_with_a_trace(tmp_path):
     arguments = ["--config", TINY, "--steps", "1", *SMALL, "optimization.micro_batch_size=2", "engine.precision=bf16"]
     arguments += ["--json", str(tmp_path / "deep" / "out.json"), "--profile", str(tmp_path / "trace")]
