@@ -28,10 +28,10 @@ def copied_split(builder: Any, split: str, source: str, cache_dir: str | None) -
     """
     import datasets
 
-    needed, sizes = check_copy(builder, split, source, cache_dir)
+    parts, local = parts_of(builder, split), bool(_local_files(builder))
+    needed, sizes = check_copy(parts, split, source, cache_dir)
     if needed >= TOLD_BYTES:
         _log.info("%s; copying", sizes)
-    parts, local = _parts(builder, split), bool(_local_files(builder))
     with explained(f"cannot read {source!r}", hub_id="" if local else source), _progress(parts) as done:
         for part in parts:
             # clone_builder() has compared the rows, and what is not downloaded yet need not stop a run
@@ -40,7 +40,7 @@ def copied_split(builder: Any, split: str, source: str, cache_dir: str | None) -
         return datasets.concatenate_datasets([part.as_dataset(split=split) for part in parts])
 
 
-def _parts(builder: Any, split: str) -> list[Any]:
+def parts_of(builder: Any, split: str) -> list[Any]:
     """A builder for each local file of a split; the builder itself where all of it is cached, or on the Hub."""
     import datasets
     import pyarrow.parquet as pq
@@ -81,32 +81,33 @@ def _progress(parts: list[Any]) -> Iterator[Callable[[], None]]:
             datasets.enable_progress_bars()
 
 
-def check_copy(builder: Any, split: str, source: str, cache_dir: str | None) -> tuple[int, str]:
+def check_copy(parts: list[Any], split: str, source: str, cache_dir: str | None) -> tuple[int, str]:
     """What the copy of a split to the cache takes, in bytes and in words; 0 where it is there already.
 
+    parts: of parts_of().
     ValueError where there is no room for it, and where a file cannot be copied.
     """
     import pyarrow.parquet
 
-    needed, free, folder = copy_need(builder, split, cache_dir)
+    needed, free, folder = copy_need(parts, split, cache_dir)
     sizes = f"{source!r} needs about {needed / 1e9:.3f} GB in the cache {folder}, which has {free / 1e9:.3f} GB free"
     if needed > free:
         raise ValueError(f"{sizes}; make room there, or set data.cache_dir to a folder on a larger disk")
     with explained(f"cannot read {source!r}"):
-        for file in _local_files(builder, split) if needed else []:
+        for file in (file for part in parts if needed for file in _local_files(part, split)):
             if pyarrow.parquet.read_metadata(file).num_rows == 0:  # `datasets` fails on it, and does not say why
                 raise ValueError(f"{file} has no rows; remove it")
     return needed, sizes
 
 
-def copy_need(builder: Any, split: str, cache_dir: str | None) -> tuple[int, int, str]:
+def copy_need(parts: list[Any], split: str, cache_dir: str | None) -> tuple[int, int, str]:
     """(bytes yet to be copied, estimated from the sizes of files; bytes free in the cache; the cache folder)."""
     folder = cache_folder(cache_dir)
     free = shutil.disk_usage(next(part for part in (folder, *folder.parents) if part.exists())).free
-    missing = [part for part in _parts(builder, split) if not os.path.isdir(part.cache_dir)]
+    missing = [part for part in parts if not os.path.isdir(part.cache_dir)]
     local = sum(os.path.getsize(file) for part in missing for file in _local_files(part, split))
-    told = (builder.info.download_size or 0) + (builder.info.dataset_size or 0)
-    return local or (told if missing else 0), free, str(folder)
+    told = sum((part.info.download_size or 0) + (part.info.dataset_size or 0) for part in missing)
+    return local or told, free, str(folder)
 
 
 def _local_files(builder: Any, split: str = "") -> list[str]:

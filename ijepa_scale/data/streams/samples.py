@@ -13,7 +13,7 @@ import pyarrow as pa
 from ijepa_scale.data.decoding import MAX_PIXELS
 from ijepa_scale.data.files import written_whole
 from ijepa_scale.data.images import ImageSet, is_label, open_file, open_images
-from ijepa_scale.data.sources.copies import check_copy, explained
+from ijepa_scale.data.sources.copies import check_copy, explained, parts_of
 from ijepa_scale.data.sources.folders import printable
 from ijepa_scale.data.sources.inspection import find_split, inspect_source
 from ijepa_scale.data.sources.remote import DeadLinkError, Patience, is_remote, read_listed
@@ -77,7 +77,8 @@ def preview_images(
     if inspect_source(source, column)[0] != "parquet":
         return open_images(source, min_side=min_side, max_pixels=max_pixels, **chosen)
     builder = source_builder(source, cache_dir, config=config)
-    check_copy(builder, find_split(list(map(str, builder.config.data_files)), split, source), source, cache_dir)
+    found = find_split(list(map(str, builder.config.data_files)), split, source)
+    check_copy(parts_of(builder, found), found, source, cache_dir)
     shards = open_shards(source, patience=Patience(0), **chosen)
     locations = shards.locations[:: -(-len(shards.locations) // _SAMPLED_SHARDS)]
     each = -(-PREVIEWED // len(locations))

@@ -7,7 +7,7 @@ import pytest
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.data.sources import copies
-from ijepa_scale.data.sources.copies import copy_need
+from ijepa_scale.data.sources.copies import copy_need, parts_of
 from ijepa_scale.data.sources.splits import source_builder
 from tests.data.small_sources import count_images
 from tests.data.test_images import contents, encoded, write_files, write_parquet
@@ -41,11 +41,11 @@ def test_folder_of_parquet(tmp_path, cache):
 def test_one_parquet_file_and_its_cache(tmp_path):
     write_parquet(tmp_path / "x.parquet", 3)
     source, cache_dir = str(tmp_path / "x.parquet"), str(tmp_path / "a/cache")
-    needed, free, _ = copy_need(source_builder(source, cache_dir), "train", cache_dir)
+    needed, free, _ = copy_need(parts_of(source_builder(source, cache_dir), "train"), "train", cache_dir)
     assert needed == os.path.getsize(source) and free > 0
     assert splits_of(source, cache_dir) == ["train"]
     assert contents(open_images(source, cache_dir=cache_dir)) == [0, 1, 2]
-    assert copy_need(source_builder(source, cache_dir), "train", cache_dir)[0] == 0
+    assert copy_need(parts_of(source_builder(source, cache_dir), "train"), "train", cache_dir)[0] == 0
     (tmp_path / "x.parquet").unlink()
     write_parquet(tmp_path / "x.parquet", 2, 20)  # a changed file is not taken from the cache
     assert contents(open_images(source, cache_dir=cache_dir)) == [20, 21]
@@ -244,7 +244,10 @@ def test_full_disk(tmp_path, monkeypatch, caplog):
     source, cache_dir = str(tmp_path / "x.parquet"), str(tmp_path / "cache")
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
-        assert copy_need(source_builder(source, cache_dir), "train", cache_dir)[:2] == (os.path.getsize(source), 100)
+        assert copy_need(parts_of(source_builder(source, cache_dir), "train"), "train", cache_dir)[:2] == (
+            os.path.getsize(source),
+            100,
+        )
         with pytest.raises(
             ValueError, match=f"needs about .* GB in the cache {cache_dir}, .* GB free; .*data.cache_dir"
         ):
