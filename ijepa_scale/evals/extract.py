@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import math
-import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ijepa_scale.data.decoding import BadImageError
+from ijepa_scale.data.files import written_whole
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.engine.distributed import Ranks, alone
@@ -108,8 +108,10 @@ def extract(
                 f"{images.name}: none of {len(chosen)} images can be read, the first because: cannot read "
                 f"{images.sample_id(index)}: {reason}"
             )
-        features = ranks.together(lambda: {name: store.close() for name, store in stores.items()})
-    return Extracted(features, np.array(kept), unreadable)
+        for store in stores.values():
+            store.end()
+        ranks.together(stack.close)  # the files get their names
+    return Extracted({name: store.rows_read() for name, store in stores.items()}, np.array(kept), unreadable)
 
 
 def _batches(
@@ -168,12 +170,9 @@ def _store(folder: Path | None, name: str) -> Iterator["_InMemory | _OnDisk"]:
         yield _InMemory()
         return
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{name}.npy.partial"
-    try:
-        with open(partial, "w+b") as file:
-            yield _OnDisk(file, folder / f"{name}.npy")
-    finally:
-        partial.unlink(missing_ok=True)
+    path = folder / f"{name}.npy"
+    with written_whole(path) as file:
+        yield _OnDisk(file, path)
 
 
 @dataclass
@@ -183,7 +182,10 @@ class _InMemory:
     def append(self, rows: np.ndarray) -> None:
         self.parts.append(rows)
 
-    def close(self) -> np.ndarray:
+    def end(self) -> None:
+        """There is nothing to do."""
+
+    def rows_read(self) -> np.ndarray:
         return np.concatenate(self.parts)
 
 
@@ -205,12 +207,13 @@ class _OnDisk:
         rows.tofile(self.file)
         self.rows += len(rows)
 
-    def close(self) -> np.ndarray:
+    def end(self) -> None:
         self.file.seek(0)
         self._write_header()
         assert self.file.tell() == self.start, "NumPy keeps room for the number of rows to grow"
-        self.file.close()
-        os.replace(self.file.name, self.path)
+
+    def rows_read(self) -> np.ndarray:
+        """Once the file has its name."""
         return np.load(self.path, mmap_mode="r")
 
     def _write_header(self) -> None:
