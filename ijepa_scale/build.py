@@ -87,10 +87,10 @@ def build_attention(config: PretrainConfig, *, device: torch.device, objective: 
     return choice
 
 
-def build_encoder(config: PretrainConfig, attend: Attend | None = None) -> VisionTransformer:
-    """A vision transformer of the config's size, with PyTorch's own initial weights. attend: as VisionTransformer's."""
+def build_encoder(config: PretrainConfig) -> VisionTransformer:
+    """A vision transformer of the config's size, with PyTorch's own initial weights."""
     return VisionTransformer(
-        vit_size(config.model), image_size=config.data.image_size, patch_size=config.model.patch_size, attend=attend
+        vit_size(config.model), image_size=config.data.image_size, patch_size=config.model.patch_size
     )
 
 

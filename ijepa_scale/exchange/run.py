@@ -12,13 +12,7 @@ from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.distributed import alone
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.models.predictor import Predictor
-
-# network -> (its name in the weights, which of a parameter's values): the target encoder is the context encoder's EMA.
-_STORED = {
-    "target": ("context_encoder.", "ema"),
-    "context": ("context_encoder.", "master"),
-    "predictor": ("predictor.", "master"),
-}
+from ijepa_scale.objectives.objective import Objective
 
 
 def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
@@ -49,8 +43,10 @@ def read_network(found: Checkpoint, network: str) -> tuple[nn.Module, PretrainCo
         if not isinstance(found.manifest.get("config"), dict):
             raise ValueError(f"{checkpoints.MANIFEST} says nothing of its config")
         config = from_dict(found.manifest["config"])
+        if (name := found.manifest.get("objective", config.objective.name)) not in build.OBJECTIVES:
+            raise ValueError(f"it is of the objective {name}; known are: {', '.join(build.OBJECTIVES)}")
         module = _predictor(config) if network == "predictor" else build.build_encoder(config)
-        read_weights(found, module, network)
+        read_weights(found, module, build.build_objective(config), network)
     except ValueError as error:
         raise ValueError(f"{found.path} cannot be loaded: {error}") from error
     return module, config
@@ -62,11 +58,25 @@ def _predictor(config: PretrainConfig) -> nn.Module:
     return Predictor(build.predictor_size(config), encoder_width=width, grid=grid)
 
 
-def read_weights(found: Checkpoint, module: nn.Module, network: str) -> None:
+def stored_names(objective: Objective, network: str) -> tuple[dict[str, str], str]:
+    """Where a checkpoint holds a network: {a parameter's name in it: its full name}, and "master" or "ema".
+
+    network: one of the objective's encoders, or of the networks that it trains.
+    """
+    with torch.device("meta"):  # for its names alone
+        module = objective.build()
+    trained = {id(average): parameter for parameter, average in objective.averaged(module)}
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    parameters = dict({**objective.trained(module), **objective.encoders(module)}[network].named_parameters())
+    stored = {name: names[id(trained.get(id(p), p))] for name, p in parameters.items()}
+    return stored, "ema" if any(id(p) in trained for p in parameters.values()) else "master"
+
+
+@torch.no_grad()
+def read_weights(found: Checkpoint, module: nn.Module, objective: Objective, network: str) -> None:
     """Fill a plain network of the right size with a checkpoint's weights. ValueError where one is not there."""
-    prefix, kind = _STORED[network]
-    shapes = {prefix + name: parameter.shape for name, parameter in module.named_parameters()}
+    stored, kind = stored_names(objective, network)
+    shapes = {stored[name]: parameter.shape for name, parameter in module.named_parameters()}
     weights = checkpoints.read_weights(found, shapes, kind)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(weights[prefix + name])
+    for name, parameter in module.named_parameters():
+        parameter.copy_(weights[stored[name]])

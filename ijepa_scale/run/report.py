@@ -9,6 +9,7 @@ from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.evals.probes import Features, probe_scores, unfit
 from ijepa_scale.evals.scores import Score, report_table, write_report
+from ijepa_scale.exchange.run import read_weights, stored_names
 from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.run.health import eval_indices, features_of
@@ -36,11 +37,15 @@ def report(run: Run) -> None:
         return
     if run.ranks.first:
         print("probing the trained encoder and the same encoder at initialisation ...", flush=True)
-    encoder = BestEncoder(run.objective, run.ranks.device)
+    encoder, network = plain_encoder(run.objective)
+    encoder.to(run.ranks.device)
     features = {}
     for which in ("initial", "trained"):
-        encoder.fill(found if which == "trained" else None)
-        features[which], fitted, scored = both_features(run, encoder.network, fit, held)
+        if which == "initial":
+            draw_weights(encoder, run.objective, network)
+        else:
+            read_weights(found, encoder, run.objective, network)
+        features[which], fitted, scored = both_features(run, encoder, fit, held)
     if run.ranks.first:
         chosen = {name: (train[fitted], test[scored]) for name, (train, test) in labels.items()}
         scores, reasons = probe_scores(chosen, **features)
@@ -52,33 +57,20 @@ def report(run: Run) -> None:
     run.ranks.barrier()
 
 
-class BestEncoder:
-    """The first of an objective's encoders, whole on one device, whose weights come and go."""
+def plain_encoder(objective: Objective) -> tuple[VisionTransformer, str]:
+    """The best of an objective's encoders, whole on the CPU with any weights, and its name."""
+    with torch.device("meta"):  # for its sizes alone
+        name, best = next(iter(objective.encoders(objective.build()).items()))
+    patch_size = best.patch_embed.patch_size
+    return VisionTransformer(best.size, image_size=best.grid.rows * patch_size, patch_size=patch_size), name
 
-    def __init__(self, objective: Objective, device: torch.device) -> None:
-        with torch.device("meta"):  # for names and sizes alone
-            module = objective.build()
-        trained = {id(average): parameter for parameter, average in objective.averaged(module)}
-        names = {id(parameter): name for name, parameter in module.named_parameters()}
-        best = next(iter(objective.encoders(module).values()))
-        self._objective = objective
-        self._stored = {name: names[id(trained.get(id(p), p))] for name, p in best.named_parameters()}
-        self._kind = "ema" if any(id(p) in trained for p in best.parameters()) else "master"
-        patch_size = best.patch_embed.patch_size
-        self.network = VisionTransformer(best.size, image_size=best.grid.rows * patch_size, patch_size=patch_size).to(
-            device
-        )
 
-    @torch.no_grad()
-    def fill(self, found: Checkpoint | None) -> None:
-        """With the weights of a checkpoint; None: with those that training started from."""
-        shapes = {self._stored[name]: parameter.shape for name, parameter in self.network.named_parameters()}
-        if found:
-            weights = checkpoints.read_weights(found, shapes, self._kind)
-        else:
-            weights = {name: self._objective.initial_weight(name, shape) for name, shape in shapes.items()}
-        for name, parameter in self.network.named_parameters():
-            parameter.copy_(weights[self._stored[name]])
+@torch.no_grad()
+def draw_weights(encoder: nn.Module, objective: Objective, network: str) -> None:
+    """Those that training started from."""
+    stored, _ = stored_names(objective, network)
+    for name, parameter in encoder.named_parameters():
+        parameter.copy_(objective.initial_weight(stored[name], parameter.shape))
 
 
 def why_unscored(labels: Labels, found: Checkpoint | None, fit: list[int], held: list[int]) -> str:

@@ -106,10 +106,13 @@ def test_a_checkpoint_that_does_not_hold_the_network(tmp_path, monkeypatch):
     """Of an objective without a target, or of another size than its config says."""
     from ijepa_scale.exchange import run
 
-    monkeypatch.setitem(run._STORED, "target", ("context_encoder.", "none"))
+    names = run.stored_names
+    monkeypatch.setattr(run, "stored_names", lambda objective, network: (names(objective, network)[0], "none"))
     with pytest.raises(ValueError, match=r"step-00000004 cannot be loaded: the checkpoint holds 0 of the \d+ elements"):
         load(OLD / "zero1")
     manifest = {"step": 4, "config": None, "sha256": ""}
+    with pytest.raises(ValueError, match="cannot be loaded: it is of the objective pixels; known are: ijepa"):
+        run.read_network(run.Checkpoint(tmp_path, {**manifest, "config": {}, "objective": "pixels"}), "target")
     with pytest.raises(ValueError, match="says nothing of its config"):
         run.read_network(run.Checkpoint(tmp_path, manifest), "target")
     with pytest.raises(ValueError, match=r"cannot be loaded: .* keys that .* does not know: model\.widht"):

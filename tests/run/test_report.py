@@ -64,8 +64,7 @@ def run(small_config, tmp_path, monkeypatch):
     model = build.build_model(config)
     checkpoint = SimpleNamespace(step=12, path=Path("step-00000012"))
     monkeypatch.setattr(assess.checkpoints, "newest_good", lambda folder, ranks: (checkpoint, []))
-    fill = assess.BestEncoder.fill
-    monkeypatch.setattr(assess.BestEncoder, "fill", lambda encoder, found: fill(encoder, None))
+    monkeypatch.setattr(assess, "read_weights", lambda found, encoder, objective, network: None)
     for drawing in ("draw_loss_curve", "draw_scores"):  # tested elsewhere, and most of the time that all of this takes
         monkeypatch.setattr(assess, drawing, lambda path, of: path.write_text(str(len(of))))
     monkeypatch.setitem(fit_logistic.__kwdefaults__, "max_iterations", 3)
