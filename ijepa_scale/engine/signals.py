@@ -94,6 +94,8 @@ class StopRequest:
     @contextlib.contextmanager
     def between_steps(self) -> Iterator[None]:
         """Within it the loop asks for pending(), and stops after a step."""
+        if self.raised:  # in a __del__, or where a library swallows what it does not know: no training begins
+            raise Stopped(self.reason)
         self.training = True
         try:
             yield

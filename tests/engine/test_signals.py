@@ -1,5 +1,6 @@
 """How a process ends, with processes that do nothing else; runs: tests/end_to_end/test_ends.py and test_signals.py."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ijepa_scale.engine import signals
+from ijepa_scale.engine.signals import Stopped, StopRequest
 
 ROOT = Path(__file__).resolve().parents[2]
 # A rank: what it does is its argument. It is imported late, as torch would be, where it says so.
@@ -229,3 +231,15 @@ print(child.exitcode)
     process = rank(work)
     said, errors = process.communicate(timeout=20)
     assert said.splitlines()[-1] == "-15" and not errors and process.returncode == 0, errors
+
+
+def test_a_stop_that_a_library_swallowed_is_raised_before_training():
+    stop = StopRequest()
+    try:
+        with contextlib.suppress(Stopped):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stopped, match="SIGTERM"), stop.between_steps():
+            pytest.fail("training began")
+        assert not stop.training
+    finally:
+        stop.close()
