@@ -110,6 +110,7 @@ def bytes_after_backward() -> None:
     ranks.close()
 
 
+@pytest.mark.slow
 def test_state_is_what_lies_there_after_a_backward(tmp_path):
     assert_all(run_ranks(bytes_after_backward, 2, tmp_path))
 
