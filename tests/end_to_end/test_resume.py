@@ -57,7 +57,7 @@ def stopped_runs(runs, tmp_path_factory):
     return stopped_run
 
 
-STAGES = [1, 3, pytest.param(2, marks=pytest.mark.slow)]
+STAGES = [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))]  # stage 1: also when killed, below
 
 
 @pytest.mark.parametrize("stage", STAGES)
