@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ijepa_scale.evals.knn import knn_top1
-from ijepa_scale.evals.linear import HELD_OUT_EVERY, linear_probe_top1
+from ijepa_scale.evals.logistic import HELD_OUT_EVERY, linear_probe_top1
 from ijepa_scale.evals.scores import Score
 
 

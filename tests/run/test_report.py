@@ -15,7 +15,7 @@ from ijepa_scale.build import EvalImages
 from ijepa_scale.config import ReportConfig, load_config
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.evals.linear import fit_logistic
+from ijepa_scale.evals.logistic import fit_logistic
 from ijepa_scale.evals.probes import Features, probe_scores
 from ijepa_scale.run import report as assess
 from ijepa_scale.run.health import HealthChecks

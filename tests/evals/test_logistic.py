@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_scale.evals.linear import fit_logistic, linear_probe_top1
+from ijepa_scale.evals.logistic import fit_logistic, linear_probe_top1
 
 
 def clusters(n, classes, seed, width=12, spread=1.5):
