@@ -187,14 +187,18 @@ def _prepared_sources(config: PretrainConfig) -> list[tuple[str, float]]:
 
 
 def _scenes(config: PretrainConfig) -> str:
-    data = config.data
-    folder = cache_path(data.cache_dir or "~/.cache/ijepa-scale") / "scenes"
+    return scenes(config.data.cache_dir, image_size=config.data.image_size, num_train=config.data.num_images)
+
+
+def scenes(cache_dir: str, *, image_size: int, num_train: int = 0) -> str:
+    """The folder of the rendered scenes, which are made first, once. num_train: 0: as many as is usual."""
+    folder = cache_path(cache_dir or "~/.cache/ijepa-scale") / "scenes"
     return str(
         prepare_scenes(
             folder,
-            num_train=data.num_images or DEFAULT_SCENES,
+            num_train=num_train or DEFAULT_SCENES,
             num_validation=VALIDATION_SCENES,
-            image_size=data.image_size,
+            image_size=image_size,
             seed=SCENES_SEED,
         )
     )

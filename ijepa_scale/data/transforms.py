@@ -122,6 +122,11 @@ def center_crop(image: Image.Image, size: int, *, shorter_side: int | None = Non
     return _pixels(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
+def stretched(image: Image.Image, size: int) -> np.ndarray:
+    """The whole of an RGB image, (3, size, size) uint8, whatever its shape: nothing at its edges is lost."""
+    return _pixels(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
 def _pixels(image: Image.Image) -> np.ndarray:
     assert image.mode == "RGB", f"expected an RGB image (see to_rgb), got mode {image.mode}"
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))

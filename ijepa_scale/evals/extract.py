@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.files import written_whole
 from ijepa_scale.data.images import ImageSet
-from ijepa_scale.data.transforms import center_crop
+from ijepa_scale.data.transforms import center_crop, stretched
 from ijepa_scale.engine.distributed import Ranks, alone
 
 
@@ -62,13 +63,14 @@ class Extracted:
 def extract(
     encoders: Mapping[str, nn.Module],
     images: ImageSet,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
     *,
     image_size: int,
     batch_size: int,
     ranks: Ranks | None = None,
     workers: int = 0,
     blocks: Sequence[int] = (),
+    stretch: bool = False,
     folder: Path | None = None,
     watch: Callable[[Iterable], Iterable] = iter,
 ) -> Extracted:
@@ -76,15 +78,16 @@ def extract(
 
     Images are read once for all encoders, in the order of indices (None: all of the set). Each rank computes its share
     of them, batch_size at a time, in as many batches as any other: at ZeRO-3 ranks need each other in the forward.
-    image_size: pixels a side that the centre is cut to (data/transforms.py). ranks: None: this process alone.
-    workers: loader processes of a rank; 0: it loads itself. folder: the first rank writes NAME.npy of each encoder
-    there as they come: memory grows by 8 bytes an image, its index. watch: is handed the batches to show how it goes.
+    image_size: pixels a side that the centre is cut to (data/transforms.py). stretch: the whole image is resized to
+    that instead. ranks: None: this process alone. workers: loader processes of a rank; 0: it loads itself. folder: the first
+    rank writes NAME.npy of each encoder there as they come: memory grows by 8 bytes an image, its index. watch: is
+    handed the batches to show how it goes.
     Raises BadImageError, on every rank, where no image can be read, ValueError where there is none, and leaves no file.
     """
     ranks, chosen = ranks or alone(), range(len(images)) if indices is None else indices
     if not len(chosen):
         raise ValueError(f"no images of {images.name} to compute features of; check the split and its filter")
-    crops = _Crops(images, image_size, chosen, ranks.rank, ranks.world_size)
+    crops = _Crops(images, stretched if stretch else center_crop, image_size, chosen, ranks.rank, ranks.world_size)
     # A generator of its own: a loader draws from torch's global one, even where nothing is random.
     draws = torch.Generator()
     loader = DataLoader(crops, batch_size=batch_size, num_workers=workers, collate_fn=_stacked, generator=draws)
@@ -142,8 +145,9 @@ class _Crops(Dataset):
     """
 
     images: ImageSet
+    crop: Callable[[Image.Image, int], np.ndarray]
     size: int
-    indices: Sequence[int]  # of all ranks; a range of a whole set takes no memory
+    indices: Sequence[int] | np.ndarray  # of all ranks; a range of a whole set takes no memory
     rank: int
     ranks: int
 
@@ -154,7 +158,7 @@ class _Crops(Dataset):
         place, reason = item * self.ranks + self.rank, ""
         if place < len(self.indices):
             try:
-                return center_crop(self.images.read(self.indices[place]), self.size), reason
+                return self.crop(self.images.read(self.indices[place]), self.size), reason
             except BadImageError as error:
                 reason = error.reason
         return np.zeros((3, self.size, self.size), np.uint8), reason
