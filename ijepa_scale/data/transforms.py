@@ -93,14 +93,6 @@ def _random_box(
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
-def stretched(image: Image.Image, size: int) -> np.ndarray:
-    """All of an RGB image as a square, whatever its shape (bicubic, antialiased), (3, size, size) uint8.
-
-    As tasks have it in which things at the image's edge count.
-    """
-    return _resized(image, size).transpose(2, 0, 1)
-
-
 def center_crop(image: Image.Image, size: int, *, shorter_side: int | None = None) -> np.ndarray:
     """The centre of an RGB image for evaluation, (3, size, size) uint8.
 
