@@ -274,7 +274,16 @@ def _rand_augment(name: str, image_size: int) -> Any:
 
     fill = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
     settings = {"translate_const": int(0.45 * image_size), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-    return rand_augment_transform(name, settings)
+    augment = rand_augment_transform(name, settings)
+    for op in augment.ops:
+        if op.name.startswith("Posterize"):
+            op.level_fn = functools.partial(_one_bit_or_more, op.level_fn)
+    return augment
+
+
+def _one_bit_or_more(level_fn: Callable, *arguments: Any) -> tuple[int]:
+    """timm (1.0.31) would at times keep 0 bits, which Pillow (13.0) takes for an error."""
+    return (max(1, *level_fn(*arguments)),)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from PIL import Image
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.order import image_at
 from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.evals.batches import Augment, LabelledBatch, Mix, TrainingBatches, eval_batches
+from ijepa_scale.evals.batches import Augment, LabelledBatch, Mix, TrainingBatches, _rand_augment, eval_batches
 from tests.evals.labelled import labelled, write_colours
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -93,6 +93,14 @@ def test_loader_processes_change_nothing(colours):
         loaded = list(stream)
     assert same(whole_steps([loaded]), whole_steps([made_by(batches)]))
     assert [(batch.step, batch.last) for batch in loaded] == [(s, m == 2) for s in range(2) for m in range(3)]
+
+
+def test_randaugment_is_that_of_the_papers_without_its_errors(colours):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    augment = _rand_augment(RAND_AUGMENT, 16)
+    assert len(augment.ops) == 15 and augment.num_layers == 2
+    for op in augment.ops:
+        op.aug_fn(image, *(op.level_fn(10, op.hparams) if op.level_fn else ()), **op.kwargs)  # its highest magnitude
 
 
 def test_nobody_elses_random_numbers_are_used_up(colours):
