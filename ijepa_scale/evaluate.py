@@ -94,13 +94,13 @@ def evaluate_tasks(ranks: Ranks, request: Request) -> None:
 
 def _open(request: Request, loaded: Loaded, say: Callable[[str], None]) -> tuple[ImageSet, ImageSet]:
     size = request.image_size or loaded.image_size
-    sources = (
+    train, test = (
         scenes(request.cache_dir, image_size=size) if source == "scenes" else source
         for source in (request.data, request.test_data)
     )
     reading: dict[str, Any] = {"cache_dir": request.cache_dir or None}
     reading |= {"column": request.column, "config": request.config}
-    return open_splits(*sources, request.split, request.test_split, say=say, **reading)
+    return open_splits(train, test, request.split, request.test_split, say=say, **reading)
 
 
 def _usual_folder(request: Request, loaded: Loaded, train: ImageSet) -> Path:
@@ -138,8 +138,8 @@ def _asked(
     names = [request.task]
     if request.task == "all":
         names, reasons = askable(train, test, request.label)
-        for name, reason in reasons.items():
-            say(f"not asked: {name}: {reason}")
+        for reason in dict.fromkeys(reasons.values()):
+            say(f"left out: {', '.join(name for name in reasons if reasons[name] == reason)}: {reason}")
         if not names:
             raise ValueError(f"{train.name} allows no task: give --label COLUMN")
     encoder: Any = loaded.network.to(ranks.device)

@@ -93,6 +93,14 @@ def _random_box(
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
+def stretched(image: Image.Image, size: int) -> np.ndarray:
+    """All of an RGB image as a square, whatever its shape (bicubic, antialiased), (3, size, size) uint8.
+
+    As tasks have it in which things at the image's edge count.
+    """
+    return _resized(image, size).transpose(2, 0, 1)
+
+
 def center_crop(image: Image.Image, size: int, *, shorter_side: int | None = None) -> np.ndarray:
     """The centre of an RGB image for evaluation, (3, size, size) uint8.
 
@@ -112,11 +120,6 @@ def center_crop(image: Image.Image, size: int, *, shorter_side: int | None = Non
     left, top = round((resized_width - size) / 2), round((resized_height - size) / 2)
     box = (left * x_scale, top * y_scale, (left + size) * x_scale, (top + size) * y_scale)
     return _pixels(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-
-
-def stretched(image: Image.Image, size: int) -> np.ndarray:
-    """The whole of an RGB image, (3, size, size) uint8, whatever its shape: nothing at its edges is lost."""
-    return _pixels(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def _pixels(image: Image.Image) -> np.ndarray:

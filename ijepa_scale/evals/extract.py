@@ -79,9 +79,9 @@ def extract(
     Images are read once for all encoders, in the order of indices (None: all of the set). Each rank computes its share
     of them, batch_size at a time, in as many batches as any other: at ZeRO-3 ranks need each other in the forward.
     image_size: pixels a side that the centre is cut to (data/transforms.py). stretch: the whole image is resized to
-    that instead. ranks: None: this process alone. workers: loader processes of a rank; 0: it loads itself. folder: the first
-    rank writes NAME.npy of each encoder there as they come: memory grows by 8 bytes an image, its index. watch: is
-    handed the batches to show how it goes.
+    that instead. ranks: None: this process alone. workers: loader processes of a rank; 0: it loads itself. folder: the
+    first rank writes NAME.npy of each encoder there as they come: memory grows by 8 bytes an image, its index. watch:
+    is handed the batches to show how it goes.
     Raises BadImageError, on every rank, where no image can be read, ValueError where there is none, and leaves no file.
     """
     ranks, chosen = ranks or alone(), range(len(images)) if indices is None else indices

@@ -50,6 +50,7 @@ def read_results(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     facts: what the results are of. Raises ValueError where they are of something else: two networks' never mix.
     """
     path = out / RESULTS
+    out.mkdir(parents=True, exist_ok=True)
     if not path.exists():
         return {**facts, "tasks": {}}
     try:

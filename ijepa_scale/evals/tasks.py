@@ -1,11 +1,10 @@
 """What `evaluate` can ask of an encoder, by name, and which images each task is about."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.evals import clevr
@@ -52,23 +51,24 @@ def settled(name: str, train: ImageSet, test: ImageSet, label: str) -> tuple[Lab
     task = TASKS[name]
     if name != "distance":
         return *labelled_pair(train, test, label_column(train, label or task.column)), task.run
-    types = train.column_types()
+    types, values = train.column_types(), None
     numbers = DISTANCE_VALUE if DISTANCE_VALUE in types else ""
     column = label or (DISTANCE if DISTANCE in types or not numbers else numbers)
     if column == numbers or types.get(column, "").startswith(("float", "double")):
         values = train.numbers(column), test.numbers(column)
         classes = [clevr.distance_classes(of_all) for of_all in values]
         edges = [f"{edge:g}" for edge in clevr.DISTANCE_EDGES]
-        names = [f"to {edges[0]}", *map(" to ".join, zip(edges, edges[1:], strict=False)), f"over {edges[-1]}"]
+        names = [f"to {edges[0]}", *map(" to ".join, itertools.pairwise(edges)), f"over {edges[-1]}"]
         pair = checked_pair(train, classes[0], test, classes[1], names, column)
     else:
         pair = labelled_pair(train, test, column)
-        values = (train.numbers(numbers), test.numbers(numbers)) if numbers else None
+        if numbers:
+            values = train.numbers(numbers), test.numbers(numbers)
     return *pair, functools.partial(clevr.distance, values=values)
 
 
 def askable(train: ImageSet, test: ImageSet, label: str) -> tuple[list[str], dict[str, str]]:
-    """The tasks that a source's columns allow, and why not the others. label: for those without a column of their own."""
+    """The tasks that a source's columns allow, and why not the others. label: of those without an own column."""
     names, reasons = [], {}
     for name, task in TASKS.items():
         try:

@@ -67,7 +67,6 @@ def evaluate(stop: "StopRequest", arguments: list[str] | None) -> int:
     stop.doing = "the evaluation"
     options = parser().parse_intermixed_args(arguments)
     from ijepa_scale.engine.distributed import start
-
     from ijepa_scale.evaluate import Request, evaluate_tasks
 
     ranks = None
