@@ -31,7 +31,8 @@ from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.attention_backends import Choice, choose_attention
 from ijepa_scale.models.attention_self_test import self_test
-from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize
+from ijepa_scale.models.blocks import Block, ViTSize
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 from ijepa_scale.objectives.ijepa import IJepaObjective
 from ijepa_scale.objectives.masks import BlockMasks
 from ijepa_scale.objectives.objective import Objective, Total

@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ijepa_kernels.patchify import IMAGENET_MEAN
-from ijepa_scale.data.collate import PREFETCH, FailedBatch, MicroBatchStream, start_worker
+from ijepa_scale.data.collate import PREFETCH, FailedBatch, LoadError, MicroBatchStream, start_worker
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import MAX_SUBSTITUTES, SUBSTITUTE_SEED, BadImage
 from ijepa_scale.data.order import generator_for, image_at
@@ -163,13 +163,13 @@ class TrainingBatches(Dataset):
             min(self.global_batch_size, 2 * ((part + 1) * self._pairs // parts)),
         )
 
+    @contextlib.contextmanager
     def stream(
         self, *, workers: int, start_step: int = 0, stop_step: int | None = None
-    ) -> contextlib.AbstractContextManager[Iterator[LabelledBatch]]:
+    ) -> Iterator[Iterator[LabelledBatch]]:
         """LabelledBatches in order from start_step to stop_step (None: the last), made by so many loader processes.
 
-        For use in `with`. It raises LoadError where an image and all that might stand in for it are
-        bad.
+        The iterator raises BadImageError where an image and all that might stand in for it are bad.
         """
         accumulation, stop = self.accumulation_steps, self.total_steps if stop_step is None else stop_step
         loader = DataLoader(
@@ -182,7 +182,8 @@ class TrainingBatches(Dataset):
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # of its own: a loader draws from the global one, even where nothing is random
         )
-        return cast(Any, MicroBatchStream(loader))
+        with MicroBatchStream(loader) as batches:
+            yield _read_through(batches)
 
     def __getitem__(self, micro_step: int) -> LabelledBatch | FailedBatch:
         try:
@@ -259,6 +260,13 @@ class TrainingBatches(Dataset):
         return replace(batch, images=images, targets=targets)
 
 
+def _read_through(batches: Any) -> Iterator[LabelledBatch]:
+    try:
+        yield from batches
+    except LoadError as error:
+        raise BadImageError(str(error)) from error
+
+
 @functools.cache
 def _rand_augment(name: str, image_size: int) -> Any:
     """timm's, as its training transforms make it; it draws from Python's and NumPy's global generators."""
@@ -266,7 +274,16 @@ def _rand_augment(name: str, image_size: int) -> Any:
 
     fill = tuple(round(255 * mean) for mean in IMAGENET_MEAN)
     settings = {"translate_const": int(0.45 * image_size), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
-    return rand_augment_transform(name, settings)
+    augment = rand_augment_transform(name, settings)
+    for op in augment.ops:
+        if op.name.startswith("Posterize"):
+            op.level_fn = functools.partial(_one_bit_or_more, op.level_fn)
+    return augment
+
+
+def _one_bit_or_more(level_fn: Callable, *arguments: Any) -> tuple[int]:
+    """timm (1.0.31) would at times keep 0 bits, which Pillow (13.0) takes for an error."""
+    return (max(1, *level_fn(*arguments)),)
 
 
 @functools.cache

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.positions import sincos_pos_embed
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 from ijepa_scale.objectives.ijepa import IJepa
 
 Weights = dict[str, torch.Tensor]

@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_scale.data.collate import LoadError
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.order import image_at
 from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.evals.batches import Augment, LabelledBatch, Mix, TrainingBatches, eval_batches
+from ijepa_scale.evals.batches import Augment, LabelledBatch, Mix, TrainingBatches, _rand_augment, eval_batches
 from tests.evals.labelled import labelled, write_colours
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -37,6 +36,11 @@ def batches_of(images, **changes) -> TrainingBatches:
         "seed": 3,
     }
     return TrainingBatches(labelled=images, **{**settings, **changes})
+
+
+def made_by(batches: TrainingBatches) -> list[LabelledBatch]:
+    with batches.stream(workers=0) as stream:
+        return list(stream)
 
 
 def whole_steps(made: list[list[LabelledBatch]]) -> list[tuple[torch.Tensor, ...]]:
@@ -73,7 +77,7 @@ def test_batches_are_the_same_bits_on_any_number_of_ranks(colours, crop):
             )
             for r in range(ranks)
         ]
-        steps = [list(share.stream(workers=0)) for share in shares]
+        steps = [made_by(share) for share in shares]
         assert len({len(rank) for rank in steps}) == 1, "ranks have as many micro-steps"
         assert all(len(batch.images) for rank in steps for batch in rank)
         made[ranks, micro] = whole_steps(steps)
@@ -87,13 +91,21 @@ def test_loader_processes_change_nothing(colours):
     batches = batches_of(labelled(colours), epochs=1)
     with batches.stream(workers=1) as stream:
         loaded = list(stream)
-    assert same(whole_steps([loaded]), whole_steps([list(batches.stream(workers=0))]))
+    assert same(whole_steps([loaded]), whole_steps([made_by(batches)]))
     assert [(batch.step, batch.last) for batch in loaded] == [(s, m == 2) for s in range(2) for m in range(3)]
+
+
+def test_randaugment_is_that_of_the_papers_without_its_errors(colours):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    augment = _rand_augment(RAND_AUGMENT, 16)
+    assert len(augment.ops) == 15 and augment.num_layers == 2
+    for op in augment.ops:
+        op.aug_fn(image, *(op.level_fn(10, op.hparams) if op.level_fn else ()), **op.kwargs)  # its highest magnitude
 
 
 def test_nobody_elses_random_numbers_are_used_up(colours):
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
-    list(batches_of(labelled(colours), epochs=1).stream(workers=0))
+    made_by(batches_of(labelled(colours), epochs=1))
     assert before[0] == random.getstate() and before[1] == np.random.get_state()[1].tolist()
     assert torch.equal(before[2], torch.get_rng_state())
 
@@ -102,7 +114,7 @@ def test_labels_are_those_of_the_images_and_of_a_subset_only(colours):
     some = labelled(colours).take(np.array([20, 3, 9, 14, 2, 25]))
     batches = batches_of(some, mix=None, augment=Augment(crop="centre", flip=False), batch_size=100, epochs=1)
     assert (batches.global_batch_size, batches.total_steps) == (6, 1)
-    for batch in batches.stream(workers=0):
+    for batch in made_by(batches):
         for row, position in enumerate(batch.positions.tolist()):
             place = image_at(3, 0, position, num_images=6, global_batch_size=6)
             pixels = np.asarray(some.images.read(int(some.indices[place])))
@@ -113,8 +125,8 @@ def test_labels_are_those_of_the_images_and_of_a_subset_only(colours):
 def test_mixed_pairs_are_a_naive_sum_and_targets_sum_to_one(colours):
     images = labelled(colours)
     plain = {"augment": Augment(crop="centre", flip=True), "micro_batch_size": 100}
-    whole = whole_steps([list(batches_of(images, **plain).stream(workers=0))])
-    bare = list(batches_of(images, mix=None, **plain).stream(workers=0))
+    whole = whole_steps([made_by(batches_of(images, **plain))])
+    bare = made_by(batches_of(images, mix=None, **plain))
     kinds = set()
     for (mixed, labels, targets), unmixed in zip(whole, bare, strict=True):
         assert torch.equal(labels, unmixed.labels)
@@ -150,7 +162,7 @@ def test_an_unreadable_image_gives_its_place_to_another_with_that_ones_label(col
     with open(images.images.sample_id(bad), "wb") as file:
         file.write(b"no image")
     settings = {"mix": None, "augment": Augment(crop="centre", flip=False), "batch_size": 26, "epochs": 1}
-    runs = [list(batches_of(images, **settings, ranks=2, rank=r).stream(workers=0)) for r in (0, 1)]
+    runs = [made_by(batches_of(images, **settings, ranks=2, rank=r)) for r in (0, 1)]
     met = [entry for rank in runs for batch in rank for entry in batch.bad]
     assert [entry.index for entry in met] == [bad] and "cannot" not in met[0].sample_id
     colour = {
@@ -161,8 +173,8 @@ def test_an_unreadable_image_gives_its_place_to_another_with_that_ones_label(col
             nearest = min(colour, key=lambda c: np.abs(pixels.mean((1, 2)) - colour[c]).sum())
             assert nearest == label
     only_bad = images.take(np.array([bad, bad]))
-    with pytest.raises(LoadError, match="random labelled images"):
-        list(batches_of(only_bad, **{**settings, "batch_size": 2}).stream(workers=0))
+    with pytest.raises(BadImageError, match="random labelled images"):
+        made_by(batches_of(only_bad, **{**settings, "batch_size": 2}))
 
 
 def test_test_images_come_once_in_order_and_black_ones_are_no_images(colours, tmp_path):

@@ -12,7 +12,8 @@ from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.evals.extract import extract, pooled
-from ijepa_scale.models.vit import VisionTransformer, ViTSize
+from ijepa_scale.models.blocks import ViTSize
+from ijepa_scale.models.vit import VisionTransformer
 
 
 class Patches(nn.Module):
