@@ -1,7 +1,7 @@
 """The one loader: a run, a checkpoint or a file of another project -> one of its networks."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,20 @@ def load(path: str | Path, network: str = "target") -> Loaded:
             loaded.network.eval().requires_grad_(False)
             return loaded
     raise ValueError(f"there is no {path}; give {', or '.join(READERS)}")
+
+
+def load_first(path: str | Path, networks: Sequence[str]) -> tuple[Loaded, str]:
+    """The first of these networks that there is, and which one it is: not every objective and file has a target.
+
+    Raises the ValueError of load() for the first of them where there is none.
+    """
+    refused = []
+    for network in networks:
+        try:
+            return load(path, network), network
+        except ValueError as error:  # there is no such network, or nothing can be read at all: then none is
+            refused.append(error)
+    raise refused[0]
 
 
 def _of_run(path: Path, network: str) -> Loaded:
