@@ -1,12 +1,12 @@
-import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from tests.evals.small import colour_folders, evaluation_of
 
 from ijepa_scale.evals.linear import RECIPES, Head, Kind, LinearSettings, kinds, linear, lr_factor, optimizer
 from tests.evals import worker_linear
+from tests.evals.small import evaluation_of, splits_of_folder, write_splits
 from tests.processes import assert_all, run_ranks
 
 QUICK = LinearSettings(epochs=30, batch_size=32, drops=(), lr=0.5, features=True)
@@ -73,20 +73,22 @@ def test_a_head_reads_the_end_of_the_features_and_normalizes_with_the_training_b
 
 
 def test_separable_images_are_told_apart_and_shuffled_labels_are_not(tmp_path):
-    outcome = linear(evaluation_of(colour_folders(tmp_path / "images"), tmp_path), QUICK)
+    outcome = linear(evaluation_of(write_splits(tmp_path)), QUICK)
     assert [measure.value for measure in outcome.measures if measure.chosen] == [100.0]
     assert len(outcome.measures) == 4
     np.testing.assert_array_equal(outcome.predicted, outcome.labels)
-    shuffled = linear(evaluation_of(tmp_path / "images", tmp_path, shuffled=True), QUICK)
-    chance = next(measure.chance for measure in shuffled.measures)
-    count = shuffled.measures[0].count
+    train, test = splits_of_folder(tmp_path)
+    train = replace(train, labels=np.random.default_rng(0).permutation(train.labels))
+    shuffled = linear(evaluation_of(tmp_path, train=train, test=test), QUICK)
     for measure in shuffled.measures:
-        assert abs(measure.value - chance) < 4.5 * 100.0 * math.sqrt(0.25 / count)
+        # Images of a class are as good as one image here: four draws.
+        assert measure.value <= 50.0
+        assert measure.chance == 25.0
 
 
 @pytest.mark.parametrize("features", [True, False])
 def test_two_ranks_give_what_one_gives(tmp_path, features):
-    colour_folders(tmp_path / "images")
+    write_splits(tmp_path, noise=120)
     found = []
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}.npz"
@@ -94,7 +96,7 @@ def test_two_ranks_give_what_one_gives(tmp_path, features):
         found.append(np.load(out))
     np.testing.assert_array_equal(found[0]["values"], found[1]["values"])
     np.testing.assert_array_equal(found[0]["predicted"], found[1]["predicted"])
-    assert found[0]["values"].max() > 60.0  # of three classes: it has learned something to compare
+    assert 40.0 < found[0]["values"].max() < 100.0  # it has learned something, and not all
 
 
 @pytest.mark.parametrize(
