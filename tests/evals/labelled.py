@@ -11,14 +11,14 @@ from ijepa_scale.evals.evaluation import Labelled
 COLOURS = ((220, 40, 40), (40, 220, 40), (40, 40, 220), (200, 200, 60))
 
 
-def write_colours(root: Path, split: str, count: int, *, side: int = 20, seed: int = 0) -> None:
+def write_colours(root: Path, split: str, count: int, *, side: int = 20, seed: int = 0, noise: int = 30) -> None:
     """PNGs root/split/CLASS/NUMBER.png, classes in turn."""
     rng = np.random.default_rng((seed, len(split)))
     for i in range(count):
         folder = root / split / f"class-{i % len(COLOURS)}"
         folder.mkdir(parents=True, exist_ok=True)
-        noise = rng.integers(-30, 31, (side, side + 4, 3))
-        pixels = np.clip(np.array(COLOURS[i % len(COLOURS)]) + noise, 0, 255).astype(np.uint8)
+        off = rng.integers(-noise, noise + 1, (side, side + 4, 3))
+        pixels = np.clip(np.array(COLOURS[i % len(COLOURS)]) + off, 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{i:03}.png")
 
 

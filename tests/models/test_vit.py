@@ -182,8 +182,8 @@ def hugging_face_twin(vit, folder, attention="sdpa"):
         num_hidden_layers=size.depth,
         num_attention_heads=size.heads,
         intermediate_size=size.mlp_width,
-        image_size=IMAGE,
-        patch_size=PATCH,
+        image_size=vit.grid.rows * vit.patch_embed.patch_size,
+        patch_size=vit.patch_embed.patch_size,
         layer_norm_eps=1e-6,
     )
     renames = [
