@@ -196,9 +196,13 @@ def _show(folder: Path, asked: Asked, outcome: Outcome, seconds: float) -> None:
     Console(emoji=False).print(results_table(asked.name, measures, words))
     chance = measures[0].chance
     for key, along in (("k", "nearest neighbours asked, k"), ("images", "labelled images")):
-        points = [(m.settings[key], m.value, m.error) for m in measures if key in m.settings]
-        if len(points) > 1:
-            draw_accuracies(folder / f"{asked.name}.png", f"{asked.name} on {test.images.name}", along, points, chance)
+        series: dict[str, list[tuple[float, float, float]]] = {}
+        for measure in measures:
+            if key in measure.settings:
+                of = measure.name.rpartition(", ")[2] if key == "images" else measure.name.partition(",")[0]
+                series.setdefault(of, []).append((measure.settings[key], measure.value, measure.error))
+        if any(len(points) > 1 for points in series.values()):
+            draw_accuracies(folder / f"{asked.name}.png", f"{asked.name} on {test.images.name}", along, series, chance)
     if outcome.predicted is not None and outcome.labels is not None and len(test.names) >= LEAST_CLASSES:
         title = f"{asked.name} on {test.images.name}, {next(m.value for m in measures if m.chosen):.1f}% right"
         draw_confusions(folder / f"{asked.name}-confusions.png", title, outcome.labels, outcome.predicted, test.names)

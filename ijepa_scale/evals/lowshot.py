@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ from ijepa_scale.data.files import write_whole
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.evals.evaluation import Evaluation, Labelled, Measure, Outcome, accuracy, commonest_share
 from ijepa_scale.evals.features import features_of
+from ijepa_scale.evals.finetune import finetune, recipe
 from ijepa_scale.evals.logistic import STRENGTHS, check_strengths, logistic_predictions
 
 SUBSET = 0x6C6F77  # the stream of random numbers that subsets are drawn from
@@ -18,11 +19,13 @@ SUBSET = 0x6C6F77  # the stream of random numbers that subsets are drawn from
 
 @dataclass(frozen=True, kw_only=True)
 class LowshotSettings:
-    """A logistic regression of frozen features, fitted with few labels (arXiv:2301.08243, section 4)."""
+    """Logistic regression of frozen features, and fine-tuning, with few labels (arXiv:2301.08243, section 4)."""
 
     labels: tuple[str, ...] = ("1%", "10%")  # of the training images, evenly over the classes, or a number a class
     subset: str = ""  # a file of names of images, a line each, to be used instead
     l2: tuple[float, ...] = STRENGTHS  # as of the task logistic
+    finetune: bool = False  # the whole network as well, by the paper's recipe for few labels: much longer
+    epochs: int = 50  # of that
 
     def __post_init__(self) -> None:
         check_strengths(self.l2)
@@ -40,12 +43,29 @@ def lowshot(evaluation: Evaluation, settings: LowshotSettings) -> Outcome:
         if evaluation.ranks.first:
             device = evaluation.ranks.device
             data = [tensor.to(device) for part in (train, test) for tensor in part.tensors()]
-            found, strength = logistic_predictions(*data, l2=settings.l2)
+            answers, strength = logistic_predictions(*data, l2=settings.l2)
             facts = {"labels": words, "images": len(train.labels), "l2": strength}
             chance = commonest_share(test.labels)
-            predicted.append(found.cpu().numpy())
+            predicted.append(answers.cpu().numpy())
             measures.append(accuracy(f"{words}, linear", predicted[-1], test.labels, chance=chance, settings=facts))
+        if settings.finetune:
+            measure, found = _finetuned(evaluation, words, places, settings)
+            measures.append(measure)
+            predicted.append(found)
     return Outcome.best_of(measures, predicted, test.labels) if measures else Outcome(measures=[])
+
+
+def _finetuned(
+    evaluation: Evaluation, words: str, places: np.ndarray, settings: LowshotSettings
+) -> tuple[Measure, np.ndarray]:
+    """Fine-tuned on some of the training images; its weights go to a folder of their own."""
+    part = evaluation.train.take(places)
+    folder = evaluation.out / f"lowshot-{words.replace('%', 'percent').replace(' ', '-')}"
+    how = replace(recipe(evaluation.encoder.size.width, few_labels=True), epochs=settings.epochs)
+    outcome = finetune(replace(evaluation, train=part, out=folder), how)
+    assert outcome.predicted is not None
+    facts = {"labels": words, "images": len(part), "epochs": settings.epochs}
+    return replace(outcome.measures[0], name=f"{words}, fine-tuned", settings=facts, chosen=False), outcome.predicted
 
 
 def subsets(evaluation: Evaluation, settings: LowshotSettings) -> Iterator[tuple[str, np.ndarray]]:

@@ -1,39 +1,49 @@
 """Accuracies of an evaluation: along a setting, and where the worst classes go wrong."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ijepa_scale.visualize.curves import BLUE, GREY, save
+from ijepa_scale.visualize.curves import BLUE, GREEN, GREY, ORANGE, save
 
 WORST = 12  # classes shown, and as many that they are taken for
 
 
 def draw_accuracies(
-    path: Path, title: str, along: str, points: Sequence[tuple[float, float, float]], chance: float | None
+    path: Path,
+    title: str,
+    along: str,
+    series: Mapping[str, Sequence[tuple[float, float, float]]],
+    chance: float | None,
 ) -> None:
-    """Write a PNG of points (setting, percent right, standard error), the setting in a logarithmic scale.
+    """Write a PNG of lines of points (setting, percent right, standard error), the setting in a logarithmic scale.
 
-    along: what the setting is, in words. chance: percent right without looking.
+    series: a line's name -> its points. along: what the setting is, in words. chance: percent right without looking.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.0, 3.6), dpi=120, facecolor="white", layout="constrained")
     axis = figure.subplots()
-    at, values, errors = np.array(sorted(points)).T
-    axis.errorbar(at, values, yerr=errors, marker="o", capsize=3, color=BLUE)
-    for x, value, error in zip(at, values, errors, strict=True):
-        axis.annotate(f"{value:.1f}", (x, value + error), (0, 3), textcoords="offset points", ha="center", fontsize=8)
+    highest = max(chance or 0.0, 1.0)
+    for (name, points), colour in zip(series.items(), (BLUE, ORANGE, GREEN), strict=False):
+        at, values, errors = np.array(sorted(points)).T
+        highest = max(highest, *(values + errors))
+        axis.errorbar(at, values, yerr=errors, marker="o", capsize=3, color=colour, label=name)
+        above: Any = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+        for x, value, error in zip(at, values, errors, strict=True):
+            axis.annotate(f"{value:.1f}", (x, value + error), (0, 3), **above)
     if chance is not None:
         axis.axhline(chance, color=GREY, linestyle="dashed", linewidth=1, label=f"chance {chance:.1f}")
-        axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8)
     axis.set_xscale("log")
-    axis.set_xticks(at, [f"{x:g}" for x in at])
+    ticks = sorted({x for points in series.values() for x, _, _ in points})
+    axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
     axis.minorticks_off()
     axis.set_xlabel(along)
     axis.set_ylabel("top-1 accuracy (%)")
-    axis.set_ylim(0, 1.15 * max(*(values + errors), chance or 0.0, 1.0))
+    axis.set_ylim(0, 1.15 * highest)
     axis.set_title(title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)

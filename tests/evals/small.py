@@ -19,7 +19,7 @@ ONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
 def write_splits(root: Path, train: int = 40, validation: int = 24, *, noise: int = 30) -> Path:
-    """root/train and root/validation, four classes in each. noise: of pixels, of 255; up to 30 the classes are separable."""
+    """root/train and root/validation, four classes in each. noise: of pixels, of 255; up to 30 they are separable."""
     write_colours(root, "train", train, noise=noise)
     write_colours(root, "validation", validation, noise=noise)
     return root

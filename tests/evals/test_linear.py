@@ -88,7 +88,7 @@ def test_separable_images_are_told_apart_and_shuffled_labels_are_not(tmp_path):
 
 @pytest.mark.parametrize("features", [True, False])
 def test_two_ranks_give_what_one_gives(tmp_path, features):
-    write_splits(tmp_path, noise=120)
+    write_splits(tmp_path)
     found = []
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}.npz"
@@ -96,7 +96,7 @@ def test_two_ranks_give_what_one_gives(tmp_path, features):
         found.append(np.load(out))
     np.testing.assert_array_equal(found[0]["values"], found[1]["values"])
     np.testing.assert_array_equal(found[0]["predicted"], found[1]["predicted"])
-    assert 40.0 < found[0]["values"].max() < 100.0  # it has learned something, and not all
+    assert len(np.unique(found[0]["predicted"])) >= 3 and found[0]["values"].max() < 100.0  # they could differ
 
 
 @pytest.mark.parametrize(
