@@ -12,6 +12,7 @@ VERBS = {
     "pretrain": "train on images, on one process or on many",
     "prepare": "resize a source once, to shards that load faster",
     "embed": "images -> features of a trained run",
+    "export": "a trained network -> a folder for transformers, timm, ONNX or safetensors",
     "neighbours": "nearest neighbours among embeddings, as a list and a picture",
     "benchmark": "time the training step, or the input pipeline, on this machine",
 }

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from ijepa_scale.exchange.load import load
+from ijepa_scale.models.vit import VIT_SIZES
 from tests.exchange.test_reference import predictor_weights, reference_checkpoint, stripped
 
 OLD = Path(__file__).parents[1] / "fixtures" / "before_rooms"
@@ -52,10 +53,9 @@ def test_the_target_encoder_is_another_than_the_context_encoder_and_runs():
 
 
 def test_networks_of_a_file_of_the_reference(tmp_path, monkeypatch):
-    from ijepa_scale.exchange import reference
     from tests.exchange.test_reference import ENCODER, PREDICTOR
 
-    monkeypatch.setitem(reference.VIT_SIZES, "tiny", ENCODER)
+    monkeypatch.setitem(VIT_SIZES, "tiny", ENCODER)
     assert PREDICTOR.heads == ENCODER.heads
     path, content = tmp_path / "jepa-latest.pth.tar", reference_checkpoint()
     torch.save(content, path)
@@ -86,7 +86,7 @@ def test_the_newest_whole_checkpoint_of_a_run_and_why_others_are_skipped(tmp_pat
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no .*nowhere; give a run folder or one of its checkpoints, or a"):
+    with pytest.raises(ValueError, match=r"there is no .*nowhere; give a run folder or one of its checkpoints, a"):
         load(tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text("{}")
