@@ -1,9 +1,10 @@
-"""Files that are written whole or not at all, and the cache: the folder for what is made once of a source."""
+"""Files and folders that are written whole or not at all, and the cache, for what is made once of a source."""
 
 import contextlib
 import errno
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -25,6 +26,32 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `path` at the end of the block, in the place of what was there.
+
+    All of it is on the disk by then. After an error all is as before. What is replaced is moved aside first, next to
+    it: a kill between the two moves leaves it there, under a hidden name that ends in .replaced.
+    """
+    path = path.resolve()  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial, replaced = (
+        path.with_name(f".{path.name}.{secrets.token_hex(4)}.{end}") for end in ("partial", "replaced")
+    )
+    partial.mkdir()
+    try:
+        yield partial
+        for written in (*partial.rglob("*"), partial):
+            sync(written)
+        if path.exists():
+            os.rename(path, replaced)
+        os.rename(partial, path)
+        sync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str) -> None:

@@ -101,6 +101,11 @@ def stretched(image: Image.Image, size: int) -> np.ndarray:
     return _resized(image, size).transpose(2, 0, 1)
 
 
+def usual_shorter_side(size: int) -> int:
+    """Pixels of an image's shorter side of whose middle size x size are cut out for evaluation: 256 of 224."""
+    return round(size * 256 / 224)
+
+
 def center_crop(image: Image.Image, size: int, *, shorter_side: int | None = None) -> np.ndarray:
     """The centre of an RGB image for evaluation, (3, size, size) uint8.
 
@@ -110,7 +115,7 @@ def center_crop(image: Image.Image, size: int, *, shorter_side: int | None = Non
     if shorter_side is None:
         if image.size == (size, size):
             return _pixels(image)
-        shorter_side = round(size * 256 / 224)
+        shorter_side = usual_shorter_side(size)
     if shorter_side < size:
         raise ValueError(f"shorter_side {shorter_side} is less than the crop's size {size}; make it at least {size}")
     width, height = image.size

@@ -1,100 +1,72 @@
-"""The one loader: a run, a checkpoint or a file of another project -> one of its networks."""
+"""The one loader: a run, a checkpoint, an export or a file of another project -> one of its networks."""
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from ijepa_scale.exchange import reference, run, safetensors, timm, transformers
+from ijepa_scale.exchange.networks import NETWORKS, Loaded, Networks
+from ijepa_scale.exchange.record import read_record
+from ijepa_scale.exchange.weights import read_json, read_pickle
 
-from ijepa_scale.exchange.reference import load_reference_checkpoint
-from ijepa_scale.exchange.run import find_checkpoint, read_network
-
-NETWORKS = ("target", "context", "predictor")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """A frozen network on the CPU, in fp32, and where it is from.
-
-    image_size: pixels a side that it was trained on. path: the checkpoint folder or the file that was read. sha256: of
-    what was read. step: that was reached, where it is known. notes: what its user should be told.
-    """
-
-    network: nn.Module
-    image_size: int
-    path: Path
-    sha256: str
-    step: int | None = None
-    notes: tuple[str, ...] = ()
+READ = (
+    "a run folder or one of its checkpoints, a checkpoint file of the I-JEPA reference, an IJepaModel folder of "
+    "transformers, a ViT folder or file of timm, timm:NAME, or an export"
+)
 
 
 def load(path: str | Path, network: str = "target") -> Loaded:
-    """One network of a run folder (its newest whole checkpoint), a checkpoint folder, or a file of the reference.
+    """One network of whatever find() takes.
 
-    network: "target" (the EMA of the context encoder), "context" or "predictor".
-    Raises ValueError where there is nothing, something else, or no whole checkpoint.
+    network: "target" (the EMA of the context encoder), "context" or "predictor". Where there is one encoder alone it
+    answers to both of the names, and the notes say which it is.
+    Raises ValueError where there is nothing, something else, no such network, or weights that do not fit.
     """
-    path = Path(path)
     if network not in NETWORKS:
         raise ValueError(f"unknown network {network!r}; choose one of {', '.join(NETWORKS)}")
-    for fits, read in READERS.values():
-        if fits(path):
-            loaded = read(path, network)
-            loaded.network.eval().requires_grad_(False)
-            return loaded
-    raise ValueError(f"there is no {path}; give {', or '.join(READERS)}")
+    return find(path).load(network)
 
 
-def load_first(path: str | Path, networks: Sequence[str]) -> tuple[Loaded, str]:
-    """The first of these networks that there is, and which one it is: not every objective and file has a target.
+def find(path: str | Path) -> Networks:
+    """The networks of a run folder (its newest whole checkpoint), a checkpoint folder, a file of the reference, a
+    folder or file of transformers or timm, timm:NAME (weights from timm's cache), or an export of ours.
 
-    Raises the ValueError of load() for the first of them where there is none.
+    Of each the weights are read when they are asked for. Raises ValueError where there is nothing, or something else.
     """
-    refused = []
-    for network in networks:
-        try:
-            return load(path, network), network
-        except ValueError as error:  # there is no such network, or nothing can be read at all: then none is
-            refused.append(error)
-    raise refused[0]
+    name = str(path)
+    if name.startswith(timm.SCHEME):
+        return timm.networks_of_name(name.removeprefix(timm.SCHEME))
+    path = Path(path)
+    if path.is_dir():
+        return _folder(path)
+    if path.is_file():
+        return _file(path)
+    raise ValueError(f"there is no {path}; give {READ}")
 
 
-def _of_run(path: Path, network: str) -> Loaded:
-    found, notes = find_checkpoint(path)
-    module, config = read_network(found, network)
-    return Loaded(
-        network=module,
-        image_size=config.data.image_size,
-        path=found.path,
-        sha256=found.manifest["sha256"],
-        step=found.step,
-        notes=tuple(notes),
-    )
+def _folder(path: Path) -> Networks:
+    if safetensors.is_export(path):
+        return safetensors.networks(path)
+    config = _config(path)
+    if "model_type" in config:
+        return transformers.networks(path, config)
+    if "architecture" in config:
+        return timm.networks_of_folder(path)
+    return run.networks(path)
 
 
-def _of_reference(path: Path, network: str) -> Loaded:
-    model = load_reference_checkpoint(path)
-    modules = {"target": model.target_encoder, "context": model.context_encoder, "predictor": model.predictor}
-    return Loaded(
-        network=modules[network],
-        image_size=model.target_encoder.grid.rows * model.target_encoder.patch_embed.patch_size,
-        path=path,
-        sha256=_sha256(modules[network]),
-    )
+def _config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
 
 
-def _sha256(network: nn.Module) -> str:
-    """Of its weights: a whole file also holds moments, and would take its time."""
-    digest = hashlib.sha256()
-    for name, tensor in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().numpy())
-    return digest.hexdigest()
-
-
-# What may be loaded, in words -> (whether a path is that, what reads it). Another format is one more entry.
-READERS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, str], Loaded]]] = {
-    "a run folder or one of its checkpoints": (Path.is_dir, _of_run),
-    "a checkpoint file of the I-JEPA reference": (Path.is_file, _of_reference),
-}
+def _file(path: Path) -> Networks:
+    if path.suffix == ".onnx":
+        raise ValueError(f"{path} is an ONNX graph, which is written and not read; load what it was exported from")
+    if path.stem in ("model", "pytorch_model") and {"model_type", "architecture"} & _config(path.parent).keys():
+        return _folder(path.parent)  # which knows its heads
+    record = read_record(path)
+    if record and record.network == "predictor":
+        return safetensors.networks_of_file(path, record)
+    if path.suffix == ".safetensors":
+        return timm.networks_of_file(path)
+    content = read_pickle(path)
+    return reference.networks(path) if reference.is_reference(content) else timm.networks_of_file(path, content)

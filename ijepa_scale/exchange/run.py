@@ -10,6 +10,7 @@ from ijepa_scale.config import PretrainConfig, from_dict
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.distributed import alone
+from ijepa_scale.exchange.networks import NETWORKS, Loaded, Networks
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.objectives.objective import Objective
@@ -33,23 +34,56 @@ def find_checkpoint(path: Path) -> tuple[Checkpoint, list[str]]:
     return found, []
 
 
+def networks(path: Path) -> Networks:
+    """What load() gives of a run or a checkpoint folder. Raises ValueError as find_checkpoint() and read_network()."""
+    found, notes = find_checkpoint(path)
+    config, objective = _described(found)
+    with torch.device("meta"):  # for its names alone
+        module = objective.build()
+    names = [name for name in NETWORKS if name in {**objective.encoders(module), **objective.trained(module)}]
+
+    def read(name: str) -> Loaded:
+        return Loaded(
+            network=read_network(found, name)[0],
+            name=name,
+            image_size=config.data.image_size,
+            path=found.path,
+            sha256=found.manifest["sha256"],
+            step=found.step,
+            config=found.manifest["config"],
+            notes=tuple(notes),
+        )
+
+    return Networks(path=found.path, names=tuple(names), read=read)
+
+
 def read_network(found: Checkpoint, network: str) -> tuple[nn.Module, PretrainConfig]:
     """A network of a checkpoint, on the CPU in fp32, and the config that it was trained with.
 
     network: "target", "context" or "predictor". What an older checkpoint's config lacks means its default.
     Raises ValueError for a config that cannot be read, and for weights that are not there.
     """
+    config, objective = _described(found)
+    try:
+        with torch.device("meta"):  # the checkpoint gives every weight: no memory, no random numbers before
+            module = _predictor(config) if network == "predictor" else build.build_encoder(config)
+        weights = _stored_weights(found, module, objective, network)
+        module.load_state_dict(weights, strict=False, assign=True)  # the positions are the module's own
+    except ValueError as error:
+        raise ValueError(f"{found.path} cannot be loaded: {error}") from error
+    return module, config
+
+
+def _described(found: Checkpoint) -> tuple[PretrainConfig, Objective]:
     try:
         if not isinstance(found.manifest.get("config"), dict):
             raise ValueError(f"{checkpoints.MANIFEST} says nothing of its config")
         config = from_dict(found.manifest["config"])
         if (name := found.manifest.get("objective", config.objective.name)) not in build.OBJECTIVES:
             raise ValueError(f"it is of the objective {name}; known are: {', '.join(build.OBJECTIVES)}")
-        module = _predictor(config) if network == "predictor" else build.build_encoder(config)
-        read_weights(found, module, build.build_objective(config), network)
+        return config, build.build_objective(config)
     except ValueError as error:
         raise ValueError(f"{found.path} cannot be loaded: {error}") from error
-    return module, config
 
 
 def _predictor(config: PretrainConfig) -> nn.Module:
@@ -78,8 +112,16 @@ def stored_names(objective: Objective, network: str) -> tuple[dict[str, str], st
 @torch.no_grad()
 def read_weights(found: Checkpoint, module: nn.Module, objective: Objective, network: str) -> None:
     """Fill a plain network of the right size with a checkpoint's weights. ValueError where one is not there."""
+    weights = _stored_weights(found, module, objective, network)
+    for name, parameter in module.named_parameters():
+        parameter.copy_(weights[name])
+
+
+def _stored_weights(
+    found: Checkpoint, module: nn.Module, objective: Objective, network: str
+) -> dict[str, torch.Tensor]:
+    """A network's weights by their names in it. ValueError where one is not there, or is of another size."""
     stored, kind = stored_names(objective, network)
     shapes = {stored[name]: parameter.shape for name, parameter in module.named_parameters()}
     weights = checkpoints.read_weights(found, shapes, kind)
-    for name, parameter in module.named_parameters():
-        parameter.copy_(weights[stored[name]])
+    return {name: weights[stored[name]] for name, _ in module.named_parameters()}

@@ -13,6 +13,7 @@ VERBS = {
     "prepare": "resize a source once, to shards that load faster",
     "evaluate": "how good is an encoder: the paper's evaluations",
     "embed": "images -> features of a trained run",
+    "export": "a trained network -> a folder for transformers, timm, ONNX or safetensors",
     "neighbours": "nearest neighbours among embeddings, as a list and a picture",
     "benchmark": "time the training step, or the input pipeline, on this machine",
 }

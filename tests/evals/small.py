@@ -10,7 +10,8 @@ from ijepa_scale.data.images import open_images
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.evals.evaluation import Evaluation, Labelled
 from ijepa_scale.evals.labels import labelled_pair
-from ijepa_scale.models.vit import VisionTransformer, ViTSize
+from ijepa_scale.models.blocks import ViTSize
+from ijepa_scale.models.vit import VisionTransformer
 from tests.evals.labelled import write_colours
 
 SIZE = ViTSize(width=32, depth=5, heads=2, mlp_width=48)

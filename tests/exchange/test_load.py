@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file
 
 from ijepa_scale import build
-from ijepa_scale.exchange.load import load, load_first
+from ijepa_scale.exchange.load import find, load
+from ijepa_scale.models.vit import VIT_SIZES
 from tests.exchange.test_reference import predictor_weights, reference_checkpoint, stripped
 from tests.objectives.pixels import PixelObjective
 
@@ -54,10 +55,9 @@ def test_the_target_encoder_is_another_than_the_context_encoder_and_runs():
 
 
 def test_networks_of_a_file_of_the_reference(tmp_path, monkeypatch):
-    from ijepa_scale.exchange import reference
     from tests.exchange.test_reference import ENCODER, PREDICTOR
 
-    monkeypatch.setitem(reference.VIT_SIZES, "tiny", ENCODER)
+    monkeypatch.setitem(VIT_SIZES, "tiny", ENCODER)
     assert PREDICTOR.heads == ENCODER.heads
     path, content = tmp_path / "jepa-latest.pth.tar", reference_checkpoint()
     torch.save(content, path)
@@ -88,7 +88,7 @@ def test_the_newest_whole_checkpoint_of_a_run_and_why_others_are_skipped(tmp_pat
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no .*nowhere; give a run folder or one of its checkpoints, or a"):
+    with pytest.raises(ValueError, match=r"there is no .*nowhere; give a run folder or one of its checkpoints, a"):
         load(tmp_path / "nowhere")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "config.json").write_text("{}")
@@ -104,15 +104,11 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load(OLD / "zero1", "student")
 
 
-def test_the_first_of_some_networks_that_there_is(monkeypatch):
-    """An objective without a target encoder has none to load; what is no run at all is told of the first."""
-    loaded, network = load_first(OLD / "zero1", ("context", "target"))
-    assert network == "context" and loaded.step == 4
+def test_an_objective_without_a_target_has_its_encoder_alone(monkeypatch):
     monkeypatch.setitem(build.OBJECTIVES, "ijepa", lambda config: PixelObjective())
-    with pytest.raises(ValueError, match="the objective pixels has no target; it has encoder, head, context"):
-        load(OLD / "zero1", "target")
-    with pytest.raises(ValueError, match=r"there is no nowhere; give a run folder"):
-        load_first("nowhere", ("target", "context"))
+    assert find(OLD / "zero1").names == ("context",)
+    with pytest.raises(ValueError, match=r"holds no predictor; it holds: context"):
+        load(OLD / "zero1", "predictor")
 
 
 def test_a_checkpoint_that_does_not_hold_the_network(tmp_path, monkeypatch):

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from ijepa_scale.exchange import reference
 from ijepa_scale.exchange.load import load
+from ijepa_scale.models.vit import VIT_SIZES
 from ijepa_scale.verbs.embed import embed_source as embed
 from ijepa_scale.verbs.neighbours import show_neighbours as neighbours
 from launch.neighbours import main
@@ -244,7 +244,7 @@ def test_a_query_wants_the_checkpoint_that_made_the_embeddings(run, embedded, tm
 
 
 def test_a_file_of_the_reference_embeds_too(image_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(reference.VIT_SIZES, "tiny", ENCODER)
+    monkeypatch.setitem(VIT_SIZES, "tiny", ENCODER)
     path, out = tmp_path / "jepa-latest.pth.tar", tmp_path / "out"
     torch.save(reference_checkpoint(), path)
     embed(str(path), str(image_folder), str(out), workers=0)
