@@ -115,6 +115,7 @@ def _compute(evaluation: Evaluation, labelled: Labelled, folder: Path, facts: di
         blocks=last_blocks(evaluation.encoder),
         stretch=stretch,
         folder=folder,
+        facts=facts,
         watch=functools.partial(evaluation.watch, f"encoding {labelled.images.name}"),
     )
 
