@@ -41,7 +41,7 @@ class FinetuneSettings:
     cutmix: float = 1.0  # the same of CutMix's areas
     rand_augment: str = "rand-m9-mstd0.5-inc1"  # timm's name of it; "": none
     crop: str = "random"  # or stretched: the image as a whole, squashed to a square
-    zero_stage: int = 1  # of DeepSpeed, 0 to 3
+    zero_stage: int = 1  # of DeepSpeed, 1 to 3
     recompute_every: int = 0  # activation checkpointing of every Nth block; 0: of none
     checkpoint_epochs: int = 5  # epochs between checkpoints and looks at the test images; of these nothing is chosen
 
@@ -58,8 +58,8 @@ class FinetuneSettings:
             raise ValueError(
                 f"label_smoothing and drop_path must be in [0, 1), got {self.label_smoothing} and {self.drop_path}"
             )
-        if self.zero_stage not in range(4):
-            raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        if self.zero_stage not in (1, 2, 3):
+            raise ValueError(f"zero_stage must be 1, 2 or 3, got {self.zero_stage}")
         self.augment  # noqa: B018 - it checks the rest
 
     @property
@@ -176,9 +176,9 @@ def finetune(evaluation: Evaluation, settings: FinetuneSettings) -> Outcome:
         stretch = settings.crop == "stretched"
         return answers(evaluation, test, lambda images: model(images).argmax(1), words="testing", stretch=stretch)
 
-    def look() -> str:
+    def look(loss: float) -> str:
         predicted = predict()
-        return f", test {100.0 * float((predicted == test.labels)[predicted >= 0].mean()):.1f}%"
+        return f"loss {loss:.3f}, test {100.0 * float((predicted == test.labels)[predicted >= 0].mean()):.1f}%"
 
     fit = Fit(
         name="finetune",

@@ -85,11 +85,11 @@ class Fit:
         digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = evaluation.keep / "checkpoints" / f"{self.name}-{digest}"
 
-    def run(self, look: Callable[[], str] = lambda: "") -> checkpoints.Checkpoint:
+    def run(self, look: Callable[[float], str]) -> checkpoints.Checkpoint:
         """Train to the end, from the newest checkpoint of the same training if there is one; the last checkpoint.
 
-        look: after each checkpoint but the last; what it answers is shown while training goes on. Raises ValueError,
-        on every rank, where the loss is no longer finite.
+        look: called with the mean loss of an image after each checkpoint but the last, on all ranks; what it answers is
+        shown while training goes on. Raises ValueError, on every rank, where the loss is no longer finite.
         """
         ranks, batches, ema = self.evaluation.ranks, self.batches, ShardedEMA(self.engine, ())
         newest, _ = checkpoints.newest_good(self.folder, ranks)
@@ -102,7 +102,7 @@ class Fit:
             path = checkpoints.save(self.folder, self.engine, ema, ranks, step=stop, meta={})
             checkpoints.prune(self.folder, ranks, keep_last=1, keep_every=0, newest=stop)
             newest, step = checkpoints.Checkpoint(path, checkpoints.read_manifest(path)), stop
-            said = f"; loss {loss:.3f}" + (look() if step < batches.total_steps else "")
+            said = f"; {look(loss)}" if step < batches.total_steps else ""
         return newest
 
     def _train(self, start: int, stop: int, said: str) -> float:
