@@ -6,7 +6,7 @@ E, P probes, C classes.
 """
 
 import itertools
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijepa_scale.evals.batches import Augment, LabelledBatch, TrainingBatches
+from ijepa_scale.evals.batches import LabelledBatch, TrainingBatches
 from ijepa_scale.evals.evaluation import Evaluation, Labelled, Outcome, accuracy, commonest_share
 from ijepa_scale.evals.features import encoding_copy
-from ijepa_scale.evals.training import Fit, answers, start_engine
+from ijepa_scale.evals.training import Fit, TrainingSettings, answers, start_engine
 from ijepa_scale.models.attention import Sequences
 from ijepa_scale.models.blocks import NORM_EPS, Block, Mlp, ViTSize, run_blocks
 from ijepa_scale.models.initial import initial_weight
@@ -26,41 +26,26 @@ HELD_OUT_EVERY = 10  # each tenth training image, evenly over the classes, choos
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentiveSettings:
+class AttentiveSettings(TrainingSettings):
     """How the probes are trained: one for each pair of lrs and weight_decays."""
 
     epochs: int = 20
-    warmup_epochs: int = 0  # of the learning rate, from 0
-    batch_size: int = 1024  # images a step, of all ranks; cut to the number of images
-    micro_batch_size: int = 64  # images that a rank runs at once
+    batch_size: int = 1024
+    micro_batch_size: int = 64
     lrs: tuple[float, ...] = (3e-4, 1e-3, 3e-3)  # at their highest; a cosine to 0 follows
-    weight_decays: tuple[float, ...] = (1e-3, 1e-1)  # of AdamW; none on biases and norms
+    weight_decays: tuple[float, ...] = (1e-3, 1e-1)  # of AdamW; none on biases, norms and the query
     depth: int = 1  # blocks: one of cross-attention, those before it of self-attention; V-JEPA 2 has 4
     heads: int = 0  # of attention; 0: as many as the encoder has
-    crop: str = "random"  # or stretched: the image as a whole, squashed to a square
-    rand_augment: str = ""  # timm's name of a RandAugment, such as rand-m9-mstd0.5-inc1; "": none
-    zero_stage: int = 1  # of DeepSpeed, 1 to 3
-    checkpoint_epochs: int = 5  # epochs between checkpoints
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_size", "depth", "checkpoint_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("warmup_epochs", "heads"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        super().__post_init__()
+        if self.depth < 1 or self.heads < 0:
+            raise ValueError(f"depth must be 1 or more, heads 0 or more, got {self.depth} and {self.heads}")
         if not self.lrs or not self.weight_decays or min(self.lrs) <= 0.0 or min(self.weight_decays) < 0.0:
             raise ValueError(
                 "lrs must name one or more numbers above 0, weight_decays one or more from 0 on, got "
                 f"{list(self.lrs)} and {list(self.weight_decays)}"
             )
-        if self.zero_stage not in (1, 2, 3):
-            raise ValueError(f"zero_stage must be 1, 2 or 3, got {self.zero_stage}")
-        self.augment  # noqa: B018 - it checks the rest
-
-    @property
-    def augment(self) -> Augment:
-        return Augment(crop=self.crop, rand_augment=self.rand_augment)
 
     @property
     def grid(self) -> list[tuple[float, float]]:
@@ -153,21 +138,10 @@ def attentive(evaluation: Evaluation, settings: AttentiveSettings) -> Outcome:
     The encoder runs once a batch for all probes. A call that was cut short goes on from its last checkpoint when it is
     made again. Raises ValueError where the training diverges, and BadImageError where images cannot be read.
     """
-    ranks, grid = evaluation.ranks, settings.grid
-    fit_on, held_out = split(evaluation.train, len(grid))
-    batches = TrainingBatches(
-        labelled=fit_on,
-        augment=settings.augment,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        image_size=evaluation.image_size,
-        seed=evaluation.seed,
-        rank=ranks.rank,
-        ranks=ranks.world_size,
-    )
-    encoder = encoding_copy(evaluation.encoder)
-    engine = _start(evaluation, settings, batches)
+    count = len(settings.grid)
+    fit_on, held_out = split(evaluation.train, count)
+    batches = settings.batches(evaluation, fit_on)
+    encoder, engine = encoding_copy(evaluation.encoder), _start(evaluation, settings, batches)
 
     def tokens_of(images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
@@ -176,57 +150,50 @@ def attentive(evaluation: Evaluation, settings: AttentiveSettings) -> Outcome:
     def losses(batch: LabelledBatch) -> torch.Tensor:
         """Summed over the probes: of each, the gradient is as if it were alone."""
         logits_BPC = engine(tokens_of(batch.images))
-        labels_BP = batch.labels[:, None].expand(-1, len(grid))
-        return (
-            F.cross_entropy(logits_BPC.flatten(0, 1), labels_BP.flatten(), reduction="none").view(-1, len(grid)).sum(1)
-        )
+        labels_BP = batch.labels[:, None].expand(-1, count)
+        losses_T = F.cross_entropy(logits_BPC.flatten(0, 1), labels_BP.flatten(), reduction="none")
+        return losses_T.view(-1, count).sum(dim=1)
+
+    def classify(images: torch.Tensor) -> torch.Tensor:
+        return engine.module(tokens_of(images)).argmax(dim=2)
 
     def predict(labelled: Labelled, words: str) -> tuple[np.ndarray, np.ndarray]:
         """(n, P) classes by each probe, and (n,) labels, of the images that can be read."""
-        stretch = settings.crop == "stretched"
-        predicted = answers(
-            evaluation,
-            labelled,
-            lambda images: engine.module(tokens_of(images)).argmax(2),
-            words=words,
-            stretch=stretch,
-        )
+        predicted = answers(evaluation, labelled, classify, words=words, stretch=settings.stretch)
         read = predicted[:, 0] >= 0
         return predicted[read], labelled.labels[read]
 
-    fit = Fit(
-        name="attentive",
-        evaluation=evaluation,
-        batches=batches,
-        engine=engine,
-        losses=losses,
-        warmup_epochs=settings.warmup_epochs,
-        identity=asdict(settings),
-        every_epochs=settings.checkpoint_epochs,
-    )
-    fit.run(lambda loss: f"loss {loss / len(grid):.3f}")
-    chosen, held_right = 0, [float("nan")]
-    if len(grid) > 1:
-        predicted, labels = predict(held_out, "choosing a probe")
-        held_right = (100.0 * (predicted == labels[:, None]).mean(0)).tolist()
-        chosen = int(np.argmax(held_right))
-    predicted, labels = predict(evaluation.test, "testing")
+    fit = Fit(name="attentive", evaluation=evaluation, batches=batches, engine=engine, losses=losses, settings=settings)
+    fit.run(lambda loss: f"loss {loss / count:.3f}")
+    chooses = predict(held_out, "choosing a probe") if count > 1 else None
+    tested = predict(evaluation.test, "testing")
     fit.remove_checkpoints()
+    facts = {"train_images": len(fit_on), "held_out": len(held_out), "batch_size": batches.global_batch_size}
+    return _outcome(settings, chooses, tested, facts)
+
+
+def _outcome(
+    settings: AttentiveSettings,
+    chooses: tuple[np.ndarray, np.ndarray] | None,
+    tested: tuple[np.ndarray, np.ndarray],
+    facts: dict[str, Any],
+) -> Outcome:
+    """chooses, tested: (n, P) classes by each probe and (n,) labels, of the images held out and of those to test on."""
+    chosen, held_right = 0, []
+    if chooses:
+        held_right = (100.0 * (chooses[0] == chooses[1][:, None]).mean(axis=0)).tolist()
+        chosen = int(np.argmax(held_right))
+    predicted, labels = tested
     chance = commonest_share(labels)
     measures = []
-    for number, (lr, weight_decay) in enumerate(grid):
-        of_probe: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
-        if len(grid) > 1:
-            of_probe["held_out"] = held_right[number]
+    for number, (lr, weight_decay) in enumerate(settings.grid):
+        own: dict[str, Any] = {"lr": lr, "weight_decay": weight_decay}
+        if chooses:
+            own["held_out"] = held_right[number]
         words = f"lr {lr:g}, weight decay {weight_decay:g}"
-        measure = accuracy(words, predicted[:, number], labels, chance=chance, settings=of_probe)
+        measure = accuracy(words, predicted[:, number], labels, chance=chance, settings=own)
         measures.append(replace(measure, chosen=number == chosen))
-    return Outcome(
-        measures=measures,
-        predicted=predicted[:, chosen],
-        labels=labels,
-        facts={"train_images": len(fit_on), "held_out": len(held_out), "batch_size": batches.global_batch_size},
-    )
+    return Outcome(measures=measures, predicted=predicted[:, chosen], labels=labels, facts=facts)
 
 
 def _start(evaluation: Evaluation, settings: AttentiveSettings, batches: TrainingBatches) -> Any:

@@ -128,8 +128,8 @@ def test_wrong_settings_are_said():
         ({"lrs": ()}, "lrs must name"),
         ({"weight_decays": (-1.0,)}, "weight_decays one or more from 0"),
         ({"depth": 0}, "depth must be 1"),
-        ({"heads": -1}, "heads must be 0"),
-        ({"zero_stage": 4}, "zero_stage must be"),
+        ({"heads": -1}, "heads 0 or more"),
+        ({"zero_stage": 4}, "zero_stage 1, 2 or 3"),
     ):
         with pytest.raises(ValueError, match=message):
             AttentiveSettings(**wrong)

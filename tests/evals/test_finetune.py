@@ -116,7 +116,7 @@ def plain_training(root, settings: FinetuneSettings) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW(groups, foreach=False)
     batches = TrainingBatches(
         labelled=labelled(root),
-        augment=settings.augment,
+        augment=settings.augment(),
         mix=settings.mix,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
@@ -238,7 +238,7 @@ def test_wrong_settings_are_said():
         ({"drop_path": 1.0}, "drop_path must be in"),
         ({"layer_decay": 0.0}, "layer_decay in"),
         ({"crop": "middle"}, "crop must be"),
-        ({"zero_stage": 4}, "zero_stage must be"),
+        ({"zero_stage": 4}, "zero_stage 1, 2 or 3"),
         ({"weight_decay": -1.0}, "weight_decay must be 0"),
     ):
         with pytest.raises(ValueError, match=message):
