@@ -15,9 +15,9 @@ from torch import nn
 from ijepa_scale.data.files import written_whole
 from ijepa_scale.data.order import generator_for
 from ijepa_scale.engine.checkpoint import Checkpoint, read_weights
-from ijepa_scale.evals.batches import DROP_PATH, Augment, LabelledBatch, Mix, TrainingBatches
+from ijepa_scale.evals.batches import DROP_PATH, LabelledBatch, Mix, TrainingBatches
 from ijepa_scale.evals.evaluation import Evaluation, Outcome, accuracy, commonest_share
-from ijepa_scale.evals.training import Fit, answers, start_engine
+from ijepa_scale.evals.training import Fit, TrainingSettings, answers, start_engine
 from ijepa_scale.models.blocks import Block, recompute
 from ijepa_scale.models.vit import VisionTransformer
 
@@ -25,13 +25,15 @@ WEIGHTS = "finetuned.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneSettings:
-    """How the network is trained on. The defaults are those of the paper for ViT-H/16 at 448 pixels and all labels."""
+class FinetuneSettings(TrainingSettings):
+    """How the network is trained on. The defaults are those of the paper for ViT-H/16 at 448 pixels and all labels.
 
-    epochs: int = 50
-    warmup_epochs: int = 5  # of the learning rate, from 0; the paper does not say, MAE has 5
-    batch_size: int = 528  # images a step, of all ranks; cut to the number of images
-    micro_batch_size: int = 32  # images that a rank runs at once
+    At each checkpoint the test images are looked at, but nothing is chosen by them.
+    """
+
+    warmup_epochs: int = 5  # the paper does not say; MAE has 5
+    batch_size: int = 528
+    rand_augment: str = "rand-m9-mstd0.5-inc1"  # as MAE
     lr: float = 1e-4  # of the head, at its highest; a cosine to 0 follows
     weight_decay: float = 0.04  # none on biases and norms
     layer_decay: float = 0.75  # lr of a layer / lr of the one behind it
@@ -39,17 +41,11 @@ class FinetuneSettings:
     drop_path: float = 0.25  # of the last block's branches, of none of the first's, in between in proportion
     mixup: float = 0.8  # parameter of the Beta distribution of mixup's weights; 0: no mixup
     cutmix: float = 1.0  # the same of CutMix's areas
-    rand_augment: str = "rand-m9-mstd0.5-inc1"  # timm's name of it; "": none
-    crop: str = "random"  # or stretched: the image as a whole, squashed to a square
-    zero_stage: int = 1  # of DeepSpeed, 0 to 3
     recompute_every: int = 0  # activation checkpointing of every Nth block; 0: of none
-    checkpoint_epochs: int = 5  # epochs between checkpoints and looks at the test images; of these nothing is chosen
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "micro_batch_size", "checkpoint_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("warmup_epochs", "weight_decay", "mixup", "cutmix", "recompute_every"):
+        super().__post_init__()
+        for name in ("weight_decay", "mixup", "cutmix", "recompute_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if self.lr <= 0.0 or not 0.0 < self.layer_decay <= 1.0:
@@ -58,13 +54,6 @@ class FinetuneSettings:
             raise ValueError(
                 f"label_smoothing and drop_path must be in [0, 1), got {self.label_smoothing} and {self.drop_path}"
             )
-        if self.zero_stage not in range(4):
-            raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
-        self.augment  # noqa: B018 - it checks the rest
-
-    @property
-    def augment(self) -> Augment:
-        return Augment(crop=self.crop, rand_augment=self.rand_augment)
 
     @property
     def mix(self) -> Mix | None:
@@ -148,51 +137,32 @@ def finetune(evaluation: Evaluation, settings: FinetuneSettings) -> Outcome:
     A call that was cut short goes on from its last checkpoint when it is made again. Raises ValueError where it
     diverges, and BadImageError where images cannot be read.
     """
-    ranks, encoder, train, test = evaluation.ranks, evaluation.encoder, evaluation.train, evaluation.test
-    batches = TrainingBatches(
-        labelled=train,
-        augment=settings.augment,
-        mix=settings.mix,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        image_size=evaluation.image_size,
-        seed=evaluation.seed,
-        rank=ranks.rank,
-        ranks=ranks.world_size,
-    )
-    model, engine = _start(evaluation, settings, batches)
-    depth, smoothing = encoder.size.depth, settings.label_smoothing
+    ranks, test = evaluation.ranks, evaluation.test
+    batches = settings.batches(evaluation, evaluation.train, settings.mix)
+    engine = _start(evaluation, settings, batches)
 
     def losses(batch: LabelledBatch) -> torch.Tensor:
         keep = None
         if settings.drop_path:
-            positions = batch.positions.tolist()
+            positions, depth = batch.positions.tolist(), evaluation.encoder.size.depth
             keep = kept_branches(evaluation.seed, batch.step, positions, depth, settings.drop_path).to(ranks.device)
-        targets = batch.labels if batch.targets is None else batch.targets
-        return F.cross_entropy(engine(batch.images, keep), targets, label_smoothing=smoothing, reduction="none")
+        logits_BC, targets = engine(batch.images, keep), batch.labels if batch.targets is None else batch.targets
+        return F.cross_entropy(logits_BC, targets, label_smoothing=settings.label_smoothing, reduction="none")
 
     def predict() -> np.ndarray:
-        stretch = settings.crop == "stretched"
-        return answers(evaluation, test, lambda images: model(images).argmax(1), words="testing", stretch=stretch)
+        stretch = settings.stretch
+        return answers(
+            evaluation, test, lambda images: engine.module(images).argmax(1), words="testing", stretch=stretch
+        )
 
-    def look() -> str:
+    def look(loss: float) -> str:
         predicted = predict()
-        return f", test {100.0 * float((predicted == test.labels)[predicted >= 0].mean()):.1f}%"
+        return f"loss {loss:.3f}, test {100.0 * float((predicted == test.labels)[predicted >= 0].mean()):.1f}%"
 
-    fit = Fit(
-        name="finetune",
-        evaluation=evaluation,
-        batches=batches,
-        engine=engine,
-        losses=losses,
-        warmup_epochs=settings.warmup_epochs,
-        identity=asdict(settings),
-        every_epochs=settings.checkpoint_epochs,
-    )
+    fit = Fit(name="finetune", evaluation=evaluation, batches=batches, engine=engine, losses=losses, settings=settings)
     last = fit.run(look)
     predicted = predict()
-    ranks.together(lambda: _write(evaluation, last, model) if ranks.first else None)
+    ranks.together(lambda: _write(evaluation, last, engine.module) if ranks.first else None)
     fit.remove_checkpoints()
     read = predicted >= 0
     labels, predicted = test.labels[read], predicted[read]
@@ -201,12 +171,12 @@ def finetune(evaluation: Evaluation, settings: FinetuneSettings) -> Outcome:
         measures=[replace(measure, chosen=True)],
         predicted=predicted,
         labels=labels,
-        facts={"train_images": len(train), "batch_size": batches.global_batch_size, "weights": WEIGHTS},
+        facts={"train_images": len(evaluation.train), "batch_size": batches.global_batch_size, "weights": WEIGHTS},
     )
 
 
-def _start(evaluation: Evaluation, settings: FinetuneSettings, batches: TrainingBatches) -> tuple[nn.Module, Any]:
-    """The classifier and its engine, at the encoder's weights; the head at 0, so the first answers are all alike."""
+def _start(evaluation: Evaluation, settings: FinetuneSettings, batches: TrainingBatches) -> Any:
+    """The engine of a classifier at the encoder's weights; the head at 0, so the first answers are all alike."""
     encoder = evaluation.encoder
     weights = {f"encoder.{name}": parameter.detach() for name, parameter in encoder.named_parameters()}
 
@@ -221,8 +191,7 @@ def _start(evaluation: Evaluation, settings: FinetuneSettings, batches: Training
     def groups(model: nn.Module) -> list[dict[str, Any]]:
         return layer_groups(model, encoder.size.depth, settings)
 
-    engine = start_engine(batches, build, initial, groups, zero_stage=settings.zero_stage, whole=Block)
-    return engine.module, engine
+    return start_engine(batches, build, initial, groups, zero_stage=settings.zero_stage, whole=Block)
 
 
 def _write(evaluation: Evaluation, last: Checkpoint, model: nn.Module) -> None:

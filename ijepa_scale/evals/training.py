@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,55 @@ from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.schedules import cosine
 from ijepa_scale.engine.zero import building_context, deepspeed_config, initialize
-from ijepa_scale.evals.batches import LabelledBatch, TrainingBatches, eval_batches
+from ijepa_scale.evals.batches import Augment, LabelledBatch, Mix, TrainingBatches, eval_batches
 from ijepa_scale.evals.evaluation import Evaluation, Labelled
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What all tasks that train have settings of."""
+
+    epochs: int = 50
+    warmup_epochs: int = 0  # of the learning rate, from 0
+    batch_size: int = 512  # images a step, of all ranks; cut to the number of images
+    micro_batch_size: int = 32  # images that a rank runs at once
+    crop: str = "random"  # a random resized crop; or stretched: the whole image, squashed to a square
+    rand_augment: str = ""  # timm's name of a RandAugment, such as rand-m9-mstd0.5-inc1; "": none
+    zero_stage: int = 1  # of DeepSpeed, 1 to 3
+    checkpoint_epochs: int = 5  # epochs between checkpoints
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "micro_batch_size", "checkpoint_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.warmup_epochs < 0 or self.zero_stage not in (1, 2, 3):
+            raise ValueError(
+                f"warmup_epochs must be 0 or more, zero_stage 1, 2 or 3, got {self.warmup_epochs} and {self.zero_stage}"
+            )
+        self.augment()  # which checks the rest
+
+    def augment(self) -> Augment:
+        return Augment(crop=self.crop, rand_augment=self.rand_augment)
+
+    @property
+    def stretch(self) -> bool:
+        """Whether test images are whole ones, too."""
+        return self.crop == "stretched"
+
+    def batches(self, evaluation: Evaluation, labelled: Labelled, mix: Mix | None = None) -> TrainingBatches:
+        """This rank's batches of the labelled images."""
+        return TrainingBatches(
+            labelled=labelled,
+            augment=self.augment(),
+            mix=mix,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            image_size=evaluation.image_size,
+            seed=evaluation.seed,
+            rank=evaluation.ranks.rank,
+            ranks=evaluation.ranks.world_size,
+        )
 
 
 def warmup_cosine(step: int, total_steps: int, warmup_steps: int) -> float:
@@ -64,8 +111,8 @@ def start_engine(
 class Fit:
     """A classifier, what it is trained on, and how far it is.
 
-    losses: a micro-batch on the device -> (B,), of each image. identity: what a checkpoint must agree in to be gone on
-    from. every_epochs: between checkpoints.
+    losses: a micro-batch on the device -> (B,), of each image. A checkpoint is gone on from where all that is trained
+    on agrees: settings, seed, weights and images.
     """
 
     name: str
@@ -73,36 +120,35 @@ class Fit:
     batches: TrainingBatches
     engine: Any
     losses: Callable[[LabelledBatch], torch.Tensor]
-    warmup_epochs: int
-    identity: dict[str, Any]
-    every_epochs: int
+    settings: TrainingSettings
     folder: Path = field(init=False)
 
     def __post_init__(self) -> None:
         labelled, evaluation = self.batches.labelled, self.evaluation
         places = hashlib.sha256(labelled.indices.tobytes() + labelled.labels.tobytes()).hexdigest()
-        of = [evaluation.sha256, evaluation.image_size, evaluation.seed, labelled.images.name, places, self.identity]
+        of = [evaluation.sha256, evaluation.image_size, evaluation.seed, labelled.images.name, places]
+        of.append(asdict(self.settings))
         digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = evaluation.keep / "checkpoints" / f"{self.name}-{digest}"
 
-    def run(self, look: Callable[[], str] = lambda: "") -> checkpoints.Checkpoint:
+    def run(self, look: Callable[[float], str]) -> checkpoints.Checkpoint:
         """Train to the end, from the newest checkpoint of the same training if there is one; the last checkpoint.
 
-        look: after each checkpoint but the last; what it answers is shown while training goes on. Raises ValueError,
-        on every rank, where the loss is no longer finite.
+        look: called with the mean loss of an image after each checkpoint but the last, on all ranks; what it answers is
+        shown while training goes on. Raises ValueError, on every rank, where the loss is no longer finite.
         """
         ranks, batches, ema = self.evaluation.ranks, self.batches, ShardedEMA(self.engine, ())
         newest, _ = checkpoints.newest_good(self.folder, ranks)
         if newest:
             checkpoints.restore(newest, self.engine, ema)
-        step, stride, said = newest.step if newest else 0, self.every_epochs * batches.steps_per_epoch, ""
+        step, stride, said = newest.step if newest else 0, self.settings.checkpoint_epochs * batches.steps_per_epoch, ""
         while newest is None or step < batches.total_steps:
             stop = min(batches.total_steps, step + stride)
             loss = self._train(step, stop, said)
             path = checkpoints.save(self.folder, self.engine, ema, ranks, step=stop, meta={})
             checkpoints.prune(self.folder, ranks, keep_last=1, keep_every=0, newest=stop)
             newest, step = checkpoints.Checkpoint(path, checkpoints.read_manifest(path)), stop
-            said = f"; loss {loss:.3f}" + (look() if step < batches.total_steps else "")
+            said = f"; {look(loss)}" if step < batches.total_steps else ""
         return newest
 
     def _train(self, start: int, stop: int, said: str) -> float:
@@ -110,7 +156,7 @@ class Fit:
         ranks, batches, engine = self.evaluation.ranks, self.batches, self.engine
         # DeepSpeed takes the mean over ranks and micro-steps, of which each may have other numbers of images.
         scale = ranks.world_size * batches.accumulation_steps / batches.global_batch_size
-        warmup_steps = self.warmup_epochs * batches.steps_per_epoch
+        warmup_steps = self.settings.warmup_epochs * batches.steps_per_epoch
         total = torch.zeros((), device=ranks.device)
         words = f"{self.name}, epoch {start // batches.steps_per_epoch + 1} of {batches.epochs} on{said}"
         with (

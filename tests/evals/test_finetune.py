@@ -46,7 +46,7 @@ QUICK = FinetuneSettings(
 )
 OFTEN = replace(QUICK, epochs=3, checkpoint_epochs=1)
 SEPARABLE = replace(
-    QUICK, epochs=30, checkpoint_epochs=15, mixup=0.0, cutmix=0.0, rand_augment="", drop_path=0.0, label_smoothing=0.0
+    QUICK, epochs=16, checkpoint_epochs=16, mixup=0.0, cutmix=0.0, rand_augment="", drop_path=0.0, label_smoothing=0.0
 )
 WEIGHTS = "out/finetuned.safetensors"
 
@@ -116,7 +116,7 @@ def plain_training(root, settings: FinetuneSettings) -> dict[str, torch.Tensor]:
     optimizer = torch.optim.AdamW(groups, foreach=False)
     batches = TrainingBatches(
         labelled=labelled(root),
-        augment=settings.augment,
+        augment=settings.augment(),
         mix=settings.mix,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
@@ -201,8 +201,8 @@ def cut_short(evaluation, settings):
         def run(self, look):
             said = []
 
-            def then_die():
-                said.append(look())
+            def then_die(loss):
+                said.append(look(loss))
                 if len(said) == 2:
                     os._exit(9)
                 return said[-1]
@@ -224,7 +224,7 @@ def test_a_killed_training_goes_on_to_the_same_bits(colours, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_every_zero_stage_and_recomputed_blocks_train_alike(colours, tmp_path, stage):
     settings = replace(QUICK, zero_stage=stage, recompute_every=1)
     arguments = (finetune, str(colours), str(tmp_path), {"case": (settings, {})})
@@ -238,7 +238,7 @@ def test_wrong_settings_are_said():
         ({"drop_path": 1.0}, "drop_path must be in"),
         ({"layer_decay": 0.0}, "layer_decay in"),
         ({"crop": "middle"}, "crop must be"),
-        ({"zero_stage": 4}, "zero_stage must be"),
+        ({"zero_stage": 4}, "zero_stage 1, 2 or 3"),
         ({"weight_decay": -1.0}, "weight_decay must be 0"),
     ):
         with pytest.raises(ValueError, match=message):
