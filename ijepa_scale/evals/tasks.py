@@ -8,6 +8,7 @@ from typing import Any
 
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.evals import clevr
+from ijepa_scale.evals.attentive import AttentiveSettings, attentive
 from ijepa_scale.evals.evaluation import Evaluation, Labelled, Outcome
 from ijepa_scale.evals.finetune import finetune, recipe
 from ijepa_scale.evals.knn import KnnSettings, knn
@@ -38,6 +39,7 @@ TASKS: dict[str, Task] = {
     "linear": Task(linear_defaults, linear),
     "logistic": Task(lambda _: LogisticSettings(), logistic),
     "lowshot": Task(lambda _: LowshotSettings(), lowshot),
+    "attentive": Task(lambda _: AttentiveSettings(), attentive),
     "finetune": Task(lambda of: recipe(of.encoder.size.width, few_labels=False), finetune),
     "count": Task(lambda _: clevr.COUNT, clevr.count, COUNT),
     "distance": Task(lambda _: clevr.DISTANCE, clevr.distance, DISTANCE),
