@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from ijepa_scale.evals.evaluation import Evaluation, Measure, Outcome
-from ijepa_scale.evals.features import features_of
+from ijepa_scale.evals.features import Features, features_of
 from ijepa_scale.evals.linear import LinearSettings, linear
 from ijepa_scale.evals.logistic import standardise
 
@@ -38,7 +38,7 @@ def distance(
     """How far the nearest object is, as classes; and by ridge regression the distance itself.
 
     values: the distances of the training and of the test split's images, (num_images,) each, NaN where one has none;
-    None: they are not known.
+    None: they are not known. Of fewer than five that are, nothing is regressed.
     """
     outcome = linear(evaluation, settings)
     if values is None:
@@ -46,12 +46,17 @@ def distance(
     parts = [features_of(evaluation, part, stretch=True) for part in (evaluation.train, evaluation.test)]
     if not evaluation.ranks.first:
         return outcome
-    train, test = (
-        (torch.from_numpy(np.array(part.last)), torch.from_numpy(of_all[part.indices]))
-        for part, of_all in zip(parts, values, strict=True)
-    )
+    train, test = (_with_values(part, of_all[part.indices]) for part, of_all in zip(parts, values, strict=True))
+    if len(train[1]) < HELD_OUT_EVERY or not len(test[1]):
+        return outcome
     predicted, strength = ridge_predictions(*train, test[0])
     return replace(outcome, measures=[*outcome.measures, *_errors(predicted, test[1], train[1].mean(), strength)])
+
+
+def _with_values(features: Features, values: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs and the values, (n, D) and (n,), of the images that have a value."""
+    known = np.isfinite(values)
+    return torch.from_numpy(features.last[known]), torch.from_numpy(values[known])
 
 
 def ridge_predictions(
@@ -82,34 +87,31 @@ def ridge_predictions(
 
 
 def _errors(predicted: torch.Tensor, values: torch.Tensor, guess: torch.Tensor, strength: float) -> list[Measure]:
-    """The mean absolute error, beside that of always answering the training images' mean, and R^2."""
+    """The mean absolute error, beside that of always answering the training images' mean, and R^2.
+
+    R^2's standard error is that of its numerator, the mean of the squares; of values that are all alike there is none.
+    """
     off = (predicted - values).abs()
-    squares = (predicted - values).square()
-    explained = 1.0 - float(squares.mean() / (values - values.mean()).square().mean())
     count, settings = len(values), {"l2": strength}
-    error = float(off.std(correction=0)) / math.sqrt(count)
-    return [
-        Measure(
-            name="ridge regression, mean absolute error",
-            value=float(off.mean()),
-            error=error,
-            count=count,
-            chance=float((guess - values).abs().mean()),
-            unit="of distance",
-            settings=settings,
-        ),
-        Measure(
-            name="ridge regression, variance explained",
-            value=100.0 * explained,
-            error=_explained_error(squares, values),
-            count=count,
-            chance=0.0,
-            settings=settings,
-        ),
-    ]
-
-
-def _explained_error(squares: torch.Tensor, values: torch.Tensor) -> float:
-    """One standard error of the percent of variance explained: that of the mean of the squares, its numerator."""
-    variance = float((values - values.mean()).square().mean())
-    return 100.0 * float(squares.std(correction=0)) / math.sqrt(len(values)) / variance
+    error = Measure(
+        name="ridge regression, mean absolute error",
+        value=float(off.mean()),
+        error=float(off.std(correction=0)) / math.sqrt(count),
+        count=count,
+        chance=float((guess - values).abs().mean()),
+        unit="of distance",
+        settings=settings,
+    )
+    variance = float(values.var(correction=0))
+    if not variance:
+        return [error]
+    unexplained = 100.0 * off.square() / variance
+    explained = Measure(
+        name="ridge regression, variance explained",
+        value=100.0 - float(unexplained.mean()),
+        error=float(unexplained.std(correction=0)) / math.sqrt(count),
+        count=count,
+        chance=0.0,
+        settings=settings,
+    )
+    return [error, explained]

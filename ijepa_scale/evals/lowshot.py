@@ -1,5 +1,6 @@
 """Few labels a class: 1%, 10% or so many, drawn once and written down, to be given again."""
 
+import bisect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -96,39 +97,57 @@ def drawn_places(labels: np.ndarray, text: str, seed: int) -> np.ndarray:
     """Places of so many images, as evenly over the classes as can be, ascending; a smaller draw is part of a larger.
 
     labels: (n,) int64, each image's class. text: as of LowshotSettings.labels. A share of all images is rounded down;
-    some classes, drawn at random, have one more than others, and each has one at least.
+    some classes, drawn at random, have one more than others, and each has one at least. A class that has fewer than
+    others are asked for gives all of its own.
     """
     share, each = share_of_labels(text)
-    classes = np.unique(labels)
-    wanted = np.full(len(classes), each)
-    if share is not None:
-        each, more = divmod(int(share * len(labels) + 1e-9), len(classes))
-        wanted = each + (np.argsort(np.argsort(generator_for(seed, SUBSET).random(len(classes)))) < more)
+    order = np.argsort(labels, kind="stable")
+    classes, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    if share is None:
+        wanted = np.minimum(sizes, each)
+    else:
+        wanted = _even_shares(sizes, int(share * len(labels) + 1e-9), generator_for(seed, SUBSET).random(len(classes)))
     chosen = []
-    for number, count in zip(classes.tolist(), np.maximum(wanted, 1).tolist(), strict=True):
-        places = np.flatnonzero(labels == number)
-        draws = generator_for(seed, SUBSET, number).random(len(places))
-        chosen.append(places[np.argsort(draws, kind="stable")[:count]])
+    for number, start, size, count in zip(classes, starts, sizes, wanted, strict=True):
+        draws = generator_for(seed, SUBSET, int(number)).random(int(size))
+        chosen.append(order[start + np.argsort(draws, kind="stable")[:count]])
     return np.sort(np.concatenate(chosen))
+
+
+def _even_shares(sizes: np.ndarray, total: int, draws: np.ndarray) -> np.ndarray:
+    """How many of each class: so many of all, or all that a class has, and one more of those with the lowest draws."""
+    level = bisect.bisect_right(range(1, sizes.max() + 1), total, key=lambda each: np.minimum(sizes, each).sum())
+    wanted = np.minimum(sizes, level)
+    larger = np.flatnonzero(sizes > level)
+    wanted[larger[np.argsort(draws[larger], kind="stable")[: total - wanted.sum()]]] += 1
+    return np.maximum(wanted, 1)
 
 
 def listed_places(train: Labelled, path: Path) -> np.ndarray:
     """Places of the images that a file names, by their whole names or the last parts of them, ascending.
 
-    Raises ValueError for a file that is not there, and for names that no image of the training split has.
+    Raises ValueError for a file that is not there, for names that no image of the training split has or several have,
+    and for images of one class alone.
     """
     if not path.is_file():
         raise ValueError(f"subset={path} is no file; give one with the name of an image a line")
     wanted = {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
-    found, places = set(), []
+    found: dict[str, int] = {}
     for place, index in enumerate(train.indices.tolist()):
         name = train.images.sample_id(index)
-        if matches := wanted & {name, name.rpartition("/")[2]}:
-            found |= matches
-            places.append(place)
-    if missing := sorted(wanted - found):
+        for match in wanted & {name, name.rpartition("/")[2]}:
+            if match in found:
+                first = train.images.sample_id(int(train.indices[found[match]]))
+                raise ValueError(f"{path} names {match}, which several images are called: {first} and {name}")
+            found[match] = place
+    if missing := sorted(wanted - found.keys()):
         raise ValueError(
             f"{path} names {len(missing)} images that {train.images.name} does not have with a label, such as "
             f"{missing[0]}; its own names are like {train.images.sample_id(int(train.indices[0]))}"
         )
-    return np.array(places)
+    places = np.unique(np.array(list(found.values()), dtype=np.int64))
+    if len(np.unique(train.labels[places])) < 2:
+        raise ValueError(
+            f"{path} names {len(places)} images, of fewer than two classes: there is nothing to tell apart"
+        )
+    return places

@@ -9,27 +9,19 @@ from ijepa_scale.data.files import write_whole
 from ijepa_scale.evals.evaluation import Measure, Outcome
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 RESULTS = "results.json"
 
 
-def results_table(task: str, measures: list[Measure], words: str) -> "Table":
+def results_table(task: str, measures: list[Measure], words: str) -> "Group":
     """The measures of a task, the result marked; print it with Console.print. words: of what they are, in a line."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=Text(f"{task}: {words}"),
-        caption="± one standard error, of the choice of test images alone" + "; *: the result" * (len(measures) > 1),
-        title_justify="left",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("measure")
     for heading in ("value", "±", "chance", "images"):
         table.add_column(heading, justify="right")
@@ -41,7 +33,9 @@ def results_table(task: str, measures: list[Measure], words: str) -> "Table":
         value, error = f"{measure.value:.{digits}f}{unit}", f"{measure.error:.{digits}f}"
         style = "bold" if measure.chosen and len(measures) > 1 else None
         table.add_row(name, value, error, chance, f"{measure.count:,}", style=style)
-    return table
+    note = "± one standard error, of the choice of test images alone" + "; *: the result" * (len(measures) > 1)
+    # Not the table's own title and caption, which are wrapped to its width.
+    return Group(Text(f"{task}: {words}"), table, Text(note, style="italic"))
 
 
 def read_results(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +50,7 @@ def read_results(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         tasks = dict(results.pop("tasks"))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results: {error}; remove it, or give another --out") from error
     if differing := [key for key, value in json.loads(json.dumps(facts)).items() if results.get(key) != value]:
         key = differing[0]

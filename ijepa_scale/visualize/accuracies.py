@@ -44,7 +44,7 @@ def draw_accuracies(
     axis.set_xlabel(along)
     axis.set_ylabel("top-1 accuracy (%)")
     axis.set_ylim(0, 1.15 * highest)
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title, fontsize=10, parse_math=False)
     axis.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
@@ -74,7 +74,7 @@ def draw_confusions(path: Path, title: str, labels: np.ndarray, predicted: np.nd
         label.set(**rotated)
     axis.set_xlabel("taken for (%)")
     axis.set_ylabel("least recognised classes")
-    axis.set_title(title, fontsize=10)
+    axis.set_title(title, fontsize=10, parse_math=False)
     save(figure, path)
 
 
