@@ -44,6 +44,8 @@ class AttentiveSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.zero_stage == 3:
+            raise ValueError("zero_stage must be 1 or 2, got 3: probes are small, and the encoder is not trained")
         if self.depth < 1 or self.heads < 0:
             raise ValueError(f"depth must be 1 or more, heads 0 or more, got {self.depth} and {self.heads}")
         if not self.lrs or not self.weight_decays or min(self.lrs) <= 0.0 or min(self.weight_decays) < 0.0:
@@ -253,5 +255,5 @@ def _start(evaluation: Evaluation, settings: AttentiveSettings, batches: Trainin
         lambda name, shape: initial_probe_weight(name, shape, evaluation.seed),
         lambda model: probe_groups(model, settings.grid),
         zero_stage=settings.zero_stage,
-        whole=Probe,
+        whole=Block,
     )
