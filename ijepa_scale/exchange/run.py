@@ -95,13 +95,16 @@ def _predictor(config: PretrainConfig) -> nn.Module:
 def stored_names(objective: Objective, network: str) -> tuple[dict[str, str], str]:
     """Where a checkpoint holds a network: {a parameter's name in it: its full name}, and "master" or "ema".
 
-    network: one of the objective's encoders, or of the networks that it trains.
+    network: one of the objective's encoders, or of the networks that it trains. Raises ValueError for another.
     """
     with torch.device("meta"):  # for its names alone
         module = objective.build()
     trained = {id(average): parameter for parameter, average in objective.averaged(module)}
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    parameters = dict({**objective.trained(module), **objective.encoders(module)}[network].named_parameters())
+    networks = {**objective.trained(module), **objective.encoders(module)}
+    if network not in networks:
+        raise ValueError(f"the objective {objective.name} has no {network}; it has {', '.join(networks)}")
+    parameters = dict(networks[network].named_parameters())
     stored = {name: names[id(trained.get(id(p), p))] for name, p in parameters.items()}
     return stored, "ema" if any(id(p) in trained for p in parameters.values()) else "master"
 

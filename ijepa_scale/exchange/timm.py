@@ -52,7 +52,7 @@ def networks_of_name(name: str) -> Networks:
             raise ValueError(f"timm gives no weights of {name}: {reason}") from error
         return _encoder(model.state_dict(), Path(f"{SCHEME}{name}"), network, model=model)
 
-    return Networks(path=Path(f"{SCHEME}{name}"), names=("context",), read=read, known=False)
+    return Networks.of_encoder(Path(f"{SCHEME}{name}"), None, read)
 
 
 def networks_of_folder(folder: Path) -> Networks:
@@ -66,10 +66,9 @@ def networks_of_folder(folder: Path) -> Networks:
                 model = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
         except Exception as error:  # what arguments lead to has no common type
             raise ValueError(f"timm cannot make the model of {folder / 'config.json'}: {error}") from error
-        weights, path = read_shards(folder)
-        return _encoder(weights, path, network, model=model, record=record)
+        return _encoder(read_shards(folder), folder, network, model=model, record=record)
 
-    return Networks(path=folder, names=(record.network if record else "context",), read=read, known=bool(record))
+    return Networks.of_encoder(folder, record.network if record else None, read)
 
 
 def networks_of_file(path: Path, content: Any = None) -> Networks:
@@ -80,7 +79,7 @@ def networks_of_file(path: Path, content: Any = None) -> Networks:
         found = content if content is not None else _read(path)
         return _encoder(_unwrapped(path, found), path, network, record=record)
 
-    return Networks(path=path, names=(record.network if record else "context",), read=read, known=bool(record))
+    return Networks.of_encoder(path, record.network if record else None, read)
 
 
 def _read(path: Path) -> Any:

@@ -64,12 +64,12 @@ def networks(folder: Path, config: Mapping[str, Any]) -> Networks:
             if config["hidden_act"] != "gelu":
                 raise ValueError(f"its hidden_act is {config['hidden_act']}, and ours is gelu")
             notes = eps_notes(config["layer_norm_eps"])
-            weights, path = read_shards(folder)
-            return encoder_from(weights, path, name, heads=config["num_attention_heads"], record=record, notes=notes)
+            weights = read_shards(folder)
+            return encoder_from(weights, folder, name, heads=config["num_attention_heads"], record=record, notes=notes)
         except ValueError as error:
             raise ValueError(f"cannot load {folder} as an IJepaModel of transformers: {error}") from error
 
-    return Networks(path=folder, names=(record.network if record else "context",), read=read, known=bool(record))
+    return Networks.of_encoder(folder, record.network if record else None, read)
 
 
 def encoder_from(
