@@ -1,6 +1,5 @@
 """The one loader: a run, a checkpoint, an export or a file of another project -> one of its networks."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,13 @@ READ = (
 def load(path: str | Path, network: str = "target") -> Loaded:
     """One network of whatever find() takes.
 
-    network: "target" (the EMA of the context encoder), "context" or "predictor". Where a format has one encoder alone
-    it answers to both of the names, and the notes say which it is.
+    network: "target" (the EMA of the context encoder), "context" or "predictor". Where there is one encoder
+    alone it answers to both of the names, and the notes say which it is.
     Raises ValueError where there is nothing, something else, no such network, or weights that do not fit.
     """
     if network not in NETWORKS:
         raise ValueError(f"unknown network {network!r}; choose one of {', '.join(NETWORKS)}")
     return find(path).load(network)
-
-
-def load_first(path: str | Path, networks: Sequence[str]) -> tuple[Loaded, str]:
-    """The first of these networks that there is, and which one it is: not every objective and file has a target.
-
-    Raises ValueError where there is none of them, and as load() does.
-    """
-    found = find(path)
-    chosen = next((network for network in networks if network in found.names), networks[0])
-    loaded = found.load(chosen)
-    return loaded, loaded.name
 
 
 def find(path: str | Path) -> Networks:

@@ -34,30 +34,28 @@ class Loaded:
 class Networks:
     """The networks of a run, a folder or a file. names: those that it holds. read: one of them, by its name.
 
-    one_encoder: that a file has one alone, which then stands for the other too; a run is asked by name. known: that
-    names say which one that is.
+    known: that names say which encoder a lone one is.
     """
 
     path: Path
     names: tuple[str, ...]
     read: Callable[[str], Loaded]
-    one_encoder: bool = False
     known: bool = True
 
     @classmethod
     def of_encoder(cls, path: Path, name: str | None, read: Callable[[str], Loaded]) -> "Networks":
         """One encoder. name: which one; None: its format does not say, and it is called "context", as most are."""
-        return cls(path=path, names=(name or "context",), read=read, one_encoder=True, known=name is not None)
+        return cls(path=path, names=(name or "context",), read=read, known=name is not None)
 
     def load(self, network: str) -> Loaded:
-        """One network, frozen. Where a format has one encoder it answers to both names, and a note says which it is.
+        """One network, frozen. A lone encoder answers to "target" and to "context", and a note says which it is.
 
         Raises ValueError for a network that is not there, and whatever the reader refuses.
         """
         if network not in NETWORKS:
             raise ValueError(f"unknown network {network!r}; choose one of {', '.join(NETWORKS)}")
-        alone = next((name for name in self.names if name in ENCODERS), network) if self.one_encoder else network
-        chosen = alone if network in ENCODERS else network
+        there = [name for name in ENCODERS if name in self.names]
+        chosen = there[0] if network in ENCODERS and len(there) == 1 else network
         if chosen not in self.names:
             raise ValueError(f"{self.path} holds no {network}; it holds: {', '.join(self.names)}")
         loaded = self.read(chosen)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ijepa_scale.exchange.networks import ENCODERS, Loaded, Networks
+from ijepa_scale.exchange.networks import Loaded, Networks
 from ijepa_scale.exchange.record import Record, read_record
 from ijepa_scale.exchange.weights import digest, fill, read_json, read_safetensors
 from ijepa_scale.masking.grid import PatchGrid
@@ -34,13 +34,12 @@ def networks(folder: Path) -> Networks:
             raise ValueError(f"{files[name]} does not match its SHA-256 in {MANIFEST}: it was changed or damaged")
         return loaded
 
-    return Networks(path=folder, names=tuple(files), read=read, one_encoder=len(files.keys() & {*ENCODERS}) == 1)
+    return Networks(path=folder, names=tuple(files), read=read)
 
 
 def networks_of_file(path: Path, record: Record) -> Networks:
     """What load() gives of one file of an export. record: its own."""
-    one_encoder = record.network in ENCODERS
-    return Networks(path=path, names=(record.network,), read=lambda name: _read(path, record), one_encoder=one_encoder)
+    return Networks(path=path, names=(record.network,), read=lambda name: _read(path, record))
 
 
 def write(loaded: Loaded, folder: Path) -> None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from ijepa_scale.evals.scores import Score, write_report
 from ijepa_scale.exchange import export as exports
 from ijepa_scale.exchange.export import export
-from ijepa_scale.exchange.load import find, load, load_first
+from ijepa_scale.exchange.load import find, load
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 from ijepa_scale.verbs import export as verb
@@ -51,7 +51,7 @@ def test_every_network_is_there_and_read_back_bit_for_bit(folder):
         assert said["size"] == {"width": 16, "depth": 2 - (network == "predictor"), "heads": 2, "mlp_width": 64}
         assert not again.network.training and not any(p.requires_grad for p in again.network.parameters())
     assert (manifest["format"], manifest["step"], manifest["config"]["seed"]) == ("safetensors", 4, 0)
-    assert load_first(folder / "context.safetensors", ("target", "context"))[1] == "context"
+    assert load(folder / "context.safetensors", "target").name == "context"
     with pytest.raises(ValueError, match="holds no target; it holds: predictor"):
         load(folder / "predictor.safetensors")
 

@@ -5,11 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ijepa_scale import build
-from ijepa_scale.exchange.load import load, load_first
+from ijepa_scale.exchange.load import load
 from ijepa_scale.models.vit import VIT_SIZES
 from tests.exchange.test_reference import predictor_weights, reference_checkpoint, stripped
-from tests.objectives.pixels import PixelObjective
 
 OLD = Path(__file__).parents[1] / "fixtures" / "before_rooms"
 
@@ -102,17 +100,6 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load(tmp_path / "config.yaml")
     with pytest.raises(ValueError, match="unknown network 'student'; choose one of target, context, predictor"):
         load(OLD / "zero1", "student")
-
-
-def test_the_first_of_some_networks_that_there_is(monkeypatch):
-    """An objective without a target encoder has none to load; what is no run at all is told."""
-    loaded, network = load_first(OLD / "zero1", ("context", "target"))
-    assert network == "context" and loaded.step == 4
-    monkeypatch.setitem(build.OBJECTIVES, "ijepa", lambda config: PixelObjective())
-    with pytest.raises(ValueError, match="holds no target; it holds: context"):
-        load(OLD / "zero1", "target")
-    with pytest.raises(ValueError, match=r"there is no nowhere; give a run folder"):
-        load_first("nowhere", ("target", "context"))
 
 
 def test_a_checkpoint_that_does_not_hold_the_network(tmp_path, monkeypatch):
