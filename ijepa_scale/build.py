@@ -31,7 +31,8 @@ from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.attention_backends import Choice, choose_attention
 from ijepa_scale.models.attention_self_test import self_test
-from ijepa_scale.models.vit import VIT_SIZES, Block, VisionTransformer, ViTSize
+from ijepa_scale.models.blocks import Block, ViTSize
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 from ijepa_scale.objectives.ijepa import IJepaObjective
 from ijepa_scale.objectives.masks import BlockMasks
 from ijepa_scale.objectives.objective import Objective, Total
@@ -186,14 +187,18 @@ def _prepared_sources(config: PretrainConfig) -> list[tuple[str, float]]:
 
 
 def _scenes(config: PretrainConfig) -> str:
-    data = config.data
-    folder = cache_path(data.cache_dir or "~/.cache/ijepa-scale") / "scenes"
+    return scenes(config.data.cache_dir, image_size=config.data.image_size, num_train=config.data.num_images)
+
+
+def scenes(cache_dir: str, *, image_size: int, num_train: int = 0) -> str:
+    """The folder of the rendered scenes, which are made first, once. num_train: 0: as many as is usual."""
+    folder = cache_path(cache_dir or "~/.cache/ijepa-scale") / "scenes"
     return str(
         prepare_scenes(
             folder,
-            num_train=data.num_images or DEFAULT_SCENES,
+            num_train=num_train or DEFAULT_SCENES,
             num_validation=VALIDATION_SCENES,
-            image_size=data.image_size,
+            image_size=image_size,
             seed=SCENES_SEED,
         )
     )

@@ -28,7 +28,8 @@ from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.models.attention import packed_attention_reference
 from ijepa_scale.models.attention_backends import BACKENDS, Choice
-from ijepa_scale.models.vit import VIT_SIZES, ViTSize
+from ijepa_scale.models.blocks import ViTSize
+from ijepa_scale.models.vit import VIT_SIZES
 from ijepa_scale.plan.dry_run import dry_run
 from tests.data.small_sources import IMAGE, WHOLE, encoded, number_of, write_images, write_parquet, write_tar
 

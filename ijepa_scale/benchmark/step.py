@@ -27,8 +27,8 @@ from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.optim import adamw, parameter_groups, set_schedules
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention_backends import Choice
+from ijepa_scale.models.blocks import Block
 from ijepa_scale.models.initial import initial_weight
-from ijepa_scale.models.vit import Block
 from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.objectives.ijepa import IJepaObjective
 

@@ -12,6 +12,7 @@ from ijepa_scale.config.loading import (
     to_yaml,
     valid_keys,
 )
+from ijepa_scale.config.reading import over
 from ijepa_scale.config.sections import (
     ATTENTION,
     OBJECTIVE_SECTIONS,
@@ -47,6 +48,7 @@ __all__ = [
     "changed_keys",
     "from_dict",
     "load_config",
+    "over",
     "to_dict",
     "to_yaml",
     "valid_keys",

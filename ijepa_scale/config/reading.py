@@ -10,7 +10,7 @@ import os.path
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +55,16 @@ def from_literal(schema: type[T], values: dict[str, Any]) -> T:
     """The dataclass that holds these values, to the letter; raises ValueError as read() does."""
     _check_keys(schema, values, schema)
     return _typed(schema, OmegaConf.create(_literal(values)), None)
+
+
+def over(settings: T, overrides: list[str]) -> T:
+    """The same settings, a dataclass of plain values, with key=value words over them. Raises ValueError as read()."""
+    schema = type(settings)
+    try:
+        values = OmegaConf.merge(OmegaConf.create(asdict(typing.cast(Any, settings))), _overrides(schema, overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ValueError(f"{' '.join(overrides)}: {_first_line(error)}") from error
+    return _typed(schema, typing.cast(DictConfig, values), None)
 
 
 def _typed(schema: type[T], user: DictConfig, path: Path | None) -> T:

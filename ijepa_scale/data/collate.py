@@ -200,7 +200,7 @@ def micro_batch_stream(
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         pin_memory=pinned,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
     )
     return MicroBatchStream(loader)
 
@@ -259,7 +259,8 @@ def _kill(processes: set[Any]) -> None:
         process.join(1.0)  # none outlives it, but one that waits for a dead network disk may take its time
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
+    """For a loader process to begin with: it ends with its rank, and not by a signal that is meant for the rank."""
     # Ctrl-C reaches the whole process group: the rank decides when its workers end.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

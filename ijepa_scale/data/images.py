@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ _log = logging.getLogger(__name__)
 
 SUBSTITUTE_SEED = 20230119  # fixed: the substitute of an image is a property of the data set, not of the run
 MAX_SUBSTITUTES = 100
+_DIGESTED = 256  # images by whose contents data sets are told apart
 _MAX_CLASSES = 10_000  # an integer column with larger values holds ids, not classes
 
 
@@ -149,6 +151,61 @@ class ImageSet:
                     values = np.maximum(column.cast("int64").fill_null(-1).to_numpy(), -1)
                     columns[name] = LabelColumn(name, list(names), values)
         return columns
+
+    def column_types(self) -> dict[str, str]:
+        """The columns beside the images, and their types in words."""
+        kinds = self._dataset.features.items()
+        images = self._rows.column_names
+        return {name: getattr(kind, "dtype", type(kind).__name__) for name, kind in kinds if name not in images}
+
+    def classes(self, name: str) -> LabelColumn:
+        """Any column of classes, whole numbers or words as classes of their own. ValueError for one of another type."""
+        import datasets
+        import pyarrow as pa
+
+        if name in (known := self.label_columns()) and isinstance(self._dataset.features[name], datasets.ClassLabel):
+            return known[name]
+        values = self._column(name)
+        kind = values.type
+        if not any(
+            fits(kind)
+            for fits in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
+        ):
+            raise ValueError(f"the column {name!r} of {self.name} is of {kind}; classes are whole numbers or words")
+        encoded = values.dictionary_encode().combine_chunks()
+        found = encoded.dictionary.to_pylist()
+        order = sorted(range(len(found)), key=found.__getitem__)
+        places = np.full(len(found) + 1, -1)
+        places[order] = np.arange(len(found))  # and of -1, where an image has no value, still -1
+        rows = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        return LabelColumn(name, [str(found[place]) for place in order], places[rows].astype(np.int64))
+
+    def numbers(self, name: str) -> np.ndarray:
+        """A column of numbers, (num_images,) float64, NaN where an image has none. ValueError for one of others."""
+        import pyarrow as pa
+
+        values = self._column(name)
+        if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
+            raise ValueError(f"the column {name!r} of {self.name} is of {values.type} and holds no numbers")
+        return values.cast("float64").fill_null(np.nan).to_numpy()
+
+    def _column(self, name: str) -> Any:
+        if name not in (types := self.column_types()):
+            known = ", ".join(f"{column} ({kind})" for column, kind in types.items()) or "none beside the images"
+            raise ValueError(f"{self.name} has no column {name!r}; it has: {known}")
+        return self._dataset.select_columns([name]).with_format("arrow")[:].column(0)
+
+    def digest(self) -> str:
+        """Tells data sets apart: by how many images there are, and by names and contents of 256, evenly spaced.
+
+        An image that is replaced in its place among many more may go unnoticed.
+        """
+        digest = hashlib.sha256(f"{self.split} {self.num_images}".encode())
+        for index in np.unique(np.linspace(0, self.num_images - 1, _DIGESTED).round().astype(int)).tolist():
+            digest.update(self.sample_id(index).encode(errors="surrogateescape"))
+            with contextlib.suppress(BadImageError):  # what cannot be read has no content
+                digest.update(self.content(index))
+        return digest.hexdigest()
 
     def _value(self, index: int) -> Any:
         row = int(index) * len(self._rows) // self.num_images

@@ -93,6 +93,14 @@ def _random_box(
     return (width - box_width) // 2, (height - box_height) // 2, box_width, box_height
 
 
+def stretched(image: Image.Image, size: int) -> np.ndarray:
+    """All of an RGB image as a square, whatever its shape (bicubic, antialiased), (3, size, size) uint8.
+
+    As tasks have it in which things at the image's edge count.
+    """
+    return _resized(image, size).transpose(2, 0, 1)
+
+
 def usual_shorter_side(size: int) -> int:
     """Pixels of an image's shorter side of whose middle size x size are cut out for evaluation: 256 of 224."""
     return round(size * 256 / 224)

@@ -76,6 +76,17 @@ class Ranks:
         """
         return _Total.apply(tensor) if self.world_size > 1 else tensor
 
+    def gather_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """All ranks' rows in rank order, on every rank's device. A rank may have more than another."""
+        if self.world_size == 1:
+            return rows
+        counts = self.gather(len(rows))
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
     def from_first(self, value: T) -> T:
         """Rank 0's value on every rank."""
         values = [value]

@@ -1,7 +1,8 @@
 """What every task of `evaluate` is handed, and what it answers."""
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ijepa_scale.data.images import ImageSet
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.models.vit import VisionTransformer
 
-Watch = Callable[[Iterable, str], Iterable]  # (what is gone through, in words what is done) -> the same, with a bar
+Watch = Callable[[str, Iterable], Iterable]  # (in words what is done, what is gone through) -> the same, with a bar
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Evaluation:
     workers: int
     keep: Path
     out: Path
-    watch: Watch = lambda batches, _: batches
+    watch: Watch = lambda _, batches: batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +78,34 @@ class Measure:
 class Outcome:
     """What a task answers, on the first rank; elsewhere its measures may be empty.
 
-    predicted: (n,) int64, the chosen measure's class of each test image, for the table of confusions; None: there are
-    none. facts: whatever else results.json should say.
+    predicted, labels: (n,) int64, by the chosen measure and true, of each test image, to show what is confused; None:
+    they are no classes. facts: whatever else results.json should say.
     """
 
     measures: list[Measure]
     predicted: np.ndarray | None = None
+    labels: np.ndarray | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def best_of(
+        cls, measures: list[Measure], predicted: list[np.ndarray], labels: np.ndarray, **facts: Any
+    ) -> "Outcome":
+        """All of the measures, the first of the largest as the chosen one, and what was predicted by that."""
+        best = int(np.argmax([measure.value for measure in measures]))
+        marked = [replace(measure, chosen=place == best) for place, measure in enumerate(measures)]
+        return cls(measures=marked, predicted=predicted[best], labels=labels, facts=facts)
+
+
+def accuracy(
+    name: str, predicted: np.ndarray, labels: np.ndarray, *, chance: float, settings: dict[str, Any]
+) -> Measure:
+    """Percent of the labels that were predicted, with the binomial standard error."""
+    value = 100.0 * float((predicted == labels).mean())
+    error = math.sqrt(value * (100.0 - value) / len(labels))
+    return Measure(name=name, value=value, error=error, count=len(labels), chance=chance, settings=settings)
+
+
+def commonest_share(labels: np.ndarray) -> float:
+    """Percent right by always answering the commonest class."""
+    return 100.0 * float(np.bincount(labels).max()) / len(labels)

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 
 from ijepa_scale.exchange.networks import NETWORKS, Loaded
 from ijepa_scale.exchange.weights import header
+from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import ViTSize
 
 KEY = "ijepa_scale"
 

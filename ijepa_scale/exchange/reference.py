@@ -20,8 +20,9 @@ from ijepa_scale.exchange.weights import (
     shape_of,
 )
 from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import VisionTransformer, ViTSize
+from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.ijepa import IJepa
 
 PARTS = {"context": "encoder", "predictor": "predictor", "target": "target_encoder"}

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.models.blocks import NORM_EPS, ViTSize
 from ijepa_scale.models.positions import sincos_pos_embed
-from ijepa_scale.models.vit import NORM_EPS, VIT_SIZES, VisionTransformer, ViTSize
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 
 Weights = dict[str, torch.Tensor]
 Module = TypeVar("Module", bound=nn.Module)

@@ -1,5 +1,5 @@
-"""Networks: vit.py, encoder and blocks; predictor.py, the narrow ViT behind it; positions.py, where patches are.
+"""Networks: vit.py, the encoder; predictor.py, the narrow ViT behind it; blocks.py, what both are made of.
 
-attention.py attends over packed tokens, by one of attention_backends.py, tested by attention_self_test.py before use.
-initial.py draws weights by name and seed.
+positions.py: where patches are. attention.py attends over packed tokens, by one of attention_backends.py, tested by
+attention_self_test.py before use. initial.py draws weights by name and seed.
 """

@@ -7,8 +7,8 @@ from ijepa_kernels.assemble import assemble
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention import Attend, Sequences
+from ijepa_scale.models.blocks import Block, ViTSize, run_blocks
 from ijepa_scale.models.positions import sincos_pos_embed
-from ijepa_scale.models.vit import Block, ViTSize, run_blocks
 
 
 class Predictor(nn.Module):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from ijepa_scale.masking.packing import Masks
-from ijepa_scale.models.vit import ViTSize
+from ijepa_scale.models.blocks import ViTSize
 
 
 @dataclass(frozen=True)

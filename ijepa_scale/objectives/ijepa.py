@@ -12,9 +12,10 @@ from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import check_feasible
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention import Attend
+from ijepa_scale.models.blocks import Block, ViTSize, bytes_kept, count_recomputed, recompute
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import Block, VisionTransformer, ViTSize, bytes_kept, count_recomputed, recompute
+from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.flops import Counts, StepFlops
 from ijepa_scale.objectives.masks import BlockMasks
 from ijepa_scale.objectives.objective import Expected, Shown, Total

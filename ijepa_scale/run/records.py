@@ -137,6 +137,28 @@ class WandbWriter:
             self._run = None
 
 
+def log_evaluation(checkpoint: Path, task: str, values: dict[str, float]) -> None:
+    """Put an evaluation's values into the summary of the wandb run that a checkpoint is of; nothing where it has none.
+
+    checkpoint: a checkpoint folder of a run, or anything else.
+    """
+    manifest = checkpoint / "manifest.json"
+    said = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    logging = said.get("config", {}).get("logging", {})
+    if not said.get("wandb_id") or logging.get("wandb", "disabled") == "disabled":
+        return
+    writer = WandbWriter(
+        logging["wandb"],
+        project=logging["wandb_project"],
+        name=None,
+        run_dir=checkpoint.parents[1],
+        config={},
+        run_id=said["wandb_id"],
+    )
+    writer.log({f"{task}/{name}": value for name, value in values.items()}, said["step"])
+    writer.finish()
+
+
 def is_number(value: float | None) -> TypeGuard[float]:
     """Whether a record's value is known and finite."""
     return value is not None and math.isfinite(value)

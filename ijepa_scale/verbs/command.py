@@ -11,6 +11,7 @@ import sys
 VERBS = {
     "pretrain": "train on images, on one process or on many",
     "prepare": "resize a source once, to shards that load faster",
+    "evaluate": "how good is an encoder: the paper's evaluations",
     "embed": "images -> features of a trained run",
     "export": "a trained network -> a folder for transformers, timm, ONNX or safetensors",
     "neighbours": "nearest neighbours among embeddings, as a list and a picture",

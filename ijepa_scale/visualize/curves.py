@@ -43,7 +43,7 @@ def draw_scores(path: str | Path, scores: Sequence[Score]) -> None:
     axis.set_title("Frozen features, probed (error bars: ± one standard error)", fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_loss_curve(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
@@ -89,7 +89,7 @@ def draw_loss_curve(path: str | Path, records: Sequence[dict[str, Any]]) -> None
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 150k
     for axis in axes[1]:
         axis.set_xlabel("step")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _draw_loss(axis: "Axes", records: Sequence[dict[str, Any]]) -> None:
@@ -189,6 +189,6 @@ def _thin(at: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, n
     return np.add.reduceat(at, starts) / lengths, mean, low, high
 
 
-def _save(figure: Any, path: str | Path) -> None:
+def save(figure: Any, path: str | Path) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")

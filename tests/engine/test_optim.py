@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ijepa_scale.engine.optim import adamw, set_schedules
+from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import VisionTransformer, ViTSize
+from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.ijepa import IJepa
 from tests.engine.tiny import groups_of
 

@@ -12,9 +12,10 @@ from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.optim import adamw, parameter_groups
 from ijepa_scale.masking.packing import Masks, pack_masks
+from ijepa_scale.models.blocks import Block, ViTSize, recompute
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import Block, VisionTransformer, ViTSize, recompute
+from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.ijepa import IJepa
 
 GLOBAL_BATCH = 8

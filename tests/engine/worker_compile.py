@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.optim import set_schedules
-from ijepa_scale.models.vit import _hooked
+from ijepa_scale.models.blocks import _hooked
 from tests.engine import tiny
 
 WARM_UP, STEPS = 3, 23

@@ -1,10 +1,11 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from ijepa_scale.evals import knn
-from ijepa_scale.evals.knn import knn_top1
+from ijepa_scale.evals.knn import KnnSettings, knn_predictions, knn_top1
 
 
 def slow_knn_top1(train, train_labels, test, test_labels, k, temperature):
@@ -42,6 +43,24 @@ def test_agrees_with_the_slow_version(k, temperature, chunk, monkeypatch):
     actual = knn_top1(train, train_labels, test, test_labels, k=k, temperature=temperature)
     assert actual == pytest.approx(expected, abs=1e-9)
     assert 20.0 < expected < 100.0  # neither chance nor trivial
+
+
+def test_every_k_of_one_pass_is_that_of_scikit_learn():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    train, train_labels = clusters(300, 6, 0.9, seed=1)
+    test, test_labels = clusters(120, 6, 0.9, seed=2)
+    predicted = knn_predictions(train, train_labels, test, test_labels, ks=[10, 100, 200])
+    for k in (10, 100, 200):
+        other = neighbors.KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1.0 - d) / 0.07))
+        expected = other.fit(train.double().numpy(), train_labels.numpy()).predict(test.double().numpy())
+        np.testing.assert_array_equal(predicted[k].numpy(), expected)
+    assert any((predicted[10] != predicted[k]).any() for k in (100, 200))  # the ks are not one and the same
+
+
+@pytest.mark.parametrize("wrong", [{"k": ()}, {"k": (10, 0)}, {"temperature": 0.0}])
+def test_settings_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ValueError, match="k must be at least 1 and temperature above 0"):
+        KnnSettings(**wrong)
 
 
 def test_nearness_decides_not_the_majority():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ijepa_scale.evals.logistic import fit_logistic, linear_probe_top1
+from ijepa_scale.evals.logistic import fit_logistic, linear_probe_top1, logistic_predictions
 
 
 def clusters(n, classes, seed, width=12, spread=1.5):
@@ -108,3 +108,29 @@ def test_too_little_data_or_no_strength_is_refused():
 def test_100_classes():
     (train, train_labels), (test, test_labels) = clusters(2000, 100, 1, 192), clusters(500, 100, 2, 192)
     assert linear_probe_top1(train, train_labels, test, test_labels) > 50.0
+
+
+def test_a_rotation_of_the_standardised_features_changes_nothing():
+    """Why the PCA of the paper's protocol is left out: it is a rotation."""
+    (train, train_labels), (test, _) = clusters(400, 5, seed=1), clusters(300, 5, seed=2)
+    mean, std = train.mean(0), train.std(0, correction=0)
+    train, test = ((features - mean) / std for features in (train.double(), test.double()))
+    _, axes = torch.linalg.eigh(train.T @ train)
+    weight, rotated = (fit_logistic(x, train_labels, 5, l2=1e-2, max_iterations=1000) for x in (train, train @ axes))
+    torch.testing.assert_close(axes @ rotated[:-1], weight[:-1], atol=1e-4, rtol=0.0)
+    scores = [test @ weight[:-1] + weight[-1], test @ axes @ rotated[:-1] + rotated[-1]]
+    assert (scores[0].argmax(1) == scores[1].argmax(1)).float().mean() > 0.99
+
+
+def test_shuffled_labels_give_chance_and_separable_features_everything():
+    (train, train_labels), (test, test_labels) = (
+        clusters(600, 4, seed=1, spread=0.02),
+        clusters(400, 4, seed=2, spread=0.02),
+    )
+    predicted, _ = logistic_predictions(train, train_labels, test, test_labels)
+    assert (predicted == test_labels).all()
+    shuffled = train_labels[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
+    (train, _), (test, test_labels) = clusters(600, 4, seed=1), clusters(400, 4, seed=2)
+    predicted, _ = logistic_predictions(train, shuffled, test, test_labels)
+    right = (predicted == test_labels).float().mean().item()
+    assert abs(right - 0.25) < 4 * (0.25 * 0.75 / 400) ** 0.5

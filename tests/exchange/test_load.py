@@ -5,9 +5,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ijepa_scale.exchange.load import load
+from ijepa_scale import build
+from ijepa_scale.exchange.load import find, load
 from ijepa_scale.models.vit import VIT_SIZES
 from tests.exchange.test_reference import predictor_weights, reference_checkpoint, stripped
+from tests.objectives.pixels import PixelObjective
 
 OLD = Path(__file__).parents[1] / "fixtures" / "before_rooms"
 
@@ -100,6 +102,13 @@ def test_what_cannot_be_loaded_is_named(tmp_path):
         load(tmp_path / "config.yaml")
     with pytest.raises(ValueError, match="unknown network 'student'; choose one of target, context, predictor"):
         load(OLD / "zero1", "student")
+
+
+def test_an_objective_without_a_target_has_its_encoder_alone(monkeypatch):
+    monkeypatch.setitem(build.OBJECTIVES, "ijepa", lambda config: PixelObjective())
+    assert find(OLD / "zero1").names == ("context",)
+    with pytest.raises(ValueError, match=r"holds no predictor; it holds: context"):
+        load(OLD / "zero1", "predictor")
 
 
 def test_a_checkpoint_that_does_not_hold_the_network(tmp_path, monkeypatch):

@@ -7,8 +7,9 @@ import torch
 
 from ijepa_scale.exchange.reference import load_reference_checkpoint
 from ijepa_scale.masking.packing import pack_masks
+from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 
 ENCODER = ViTSize(width=24, depth=2, heads=3, mlp_width=40)
 PREDICTOR = ViTSize(width=12, depth=3, heads=3, mlp_width=20)

@@ -13,7 +13,8 @@ from ijepa_scale.exchange import timm as ours
 from ijepa_scale.exchange.export import export
 from ijepa_scale.exchange.load import load
 from ijepa_scale.exchange.record import Record
-from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
+from ijepa_scale.models.blocks import ViTSize
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 
 OLD = Path(__file__).parents[1] / "fixtures" / "before_rooms"
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]

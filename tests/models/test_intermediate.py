@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ijepa_scale.models import vit as vit_module
-from ijepa_scale.models.vit import ViTSize
+from ijepa_scale.models.blocks import Block, ViTSize
 from tests.models.test_vit import IMAGE, PATCH, hugging_face_twin, imagenet_normalized, images_of, tiny_vit
 
 SIZE = ViTSize(width=24, depth=5, heads=3, mlp_width=40)
@@ -97,7 +97,7 @@ def test_hooks_on_blocks_are_given_what_stays(vit, kind):
     keep = {
         "after": lambda block, given, out: seen.append(out),
         "before": lambda block, given: seen.append(given[0]),
-        "global": lambda module, given, out: seen.append(out) if isinstance(module, vit_module.Block) else None,
+        "global": lambda module, given, out: seen.append(out) if isinstance(module, Block) else None,
     }[kind]
     if kind == "global":
         hooks = [torch.nn.modules.module.register_module_forward_hook(keep)]

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import pack_masks
 from ijepa_scale.models.attention import packed_attention_reference
+from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.positions import sincos_pos_embed
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import ViTSize
 
 GRID = PatchGrid(4, 4)
 ENCODER_WIDTH, WIDTH, HEADS = 20, 12, 3

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ijepa_scale.models.attention import Sequences
-from ijepa_scale.models.vit import Block, ViTSize, bytes_kept, recompute, run_blocks
+from ijepa_scale.models.blocks import Block, ViTSize, bytes_kept, recompute, run_blocks
 
 WIDTH, MLP, HEADS, DEPTH, TOKENS = 64, 256, 2, 5, 30
 SIZE = ViTSize(width=WIDTH, depth=DEPTH, heads=HEADS, mlp_width=MLP)

@@ -6,7 +6,8 @@ from safetensors.torch import save_file
 from ijepa_scale.masking.packing import Packed
 from ijepa_scale.models import vit as vit_module
 from ijepa_scale.models.attention import packed_attention_reference
-from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer, ViTSize
+from ijepa_scale.models.blocks import ViTSize
+from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 
 SIZE = ViTSize(width=24, depth=3, heads=3, mlp_width=40)
 PATCH, IMAGE = 4, 20  # 5 x 5 patches
@@ -181,8 +182,8 @@ def hugging_face_twin(vit, folder, attention="sdpa"):
         num_hidden_layers=size.depth,
         num_attention_heads=size.heads,
         intermediate_size=size.mlp_width,
-        image_size=IMAGE,
-        patch_size=PATCH,
+        image_size=vit.grid.rows * vit.patch_embed.patch_size,
+        patch_size=vit.patch_embed.patch_size,
         layer_norm_eps=1e-6,
     )
     renames = [

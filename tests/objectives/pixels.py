@@ -12,8 +12,9 @@ from ijepa_scale.data.order import generator_for
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Packed
 from ijepa_scale.models.attention import Attend
+from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.initial import initial_weight
-from ijepa_scale.models.vit import VisionTransformer, ViTSize
+from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.objective import Expected, Shown, Total
 
 SIZE = ViTSize(width=32, depth=1, heads=2, mlp_width=64)  # not the config's

@@ -13,7 +13,7 @@ from ijepa_scale.benchmark.step import sampled_masks
 from ijepa_scale.config import load_config
 from ijepa_scale.engine.device import PEAKS, device_peak, peak_flops, rates
 from ijepa_scale.masking.packing import pack_masks
-from ijepa_scale.models.vit import Block
+from ijepa_scale.models.blocks import Block
 from ijepa_scale.objectives.flops import Counts
 from tests.processes import ROOT
 
@@ -119,9 +119,9 @@ def test_compiled_blocks_are_recomputed_to_their_end(monkeypatch):
         block.compiled = block.recomputed = False  # the counter does not see into compiled code
     forward = Block.forward
 
-    def again(self, *arguments, overwrite=False):
+    def again(self, *arguments, **options):
         if not torch.is_grad_enabled():  # the target encoder's
-            return forward(self, *arguments, overwrite=overwrite)
+            return forward(self, *arguments, **options)
         return checkpoint(forward, self, *arguments, use_reentrant=True)  # repeats a block to its end
 
     monkeypatch.setattr(Block, "forward", again)

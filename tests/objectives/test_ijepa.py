@@ -13,9 +13,10 @@ from ijepa_scale.config import PretrainConfig
 from ijepa_scale.masking.packing import pack_masks
 from ijepa_scale.models.attention import packed_attention_reference
 from ijepa_scale.models.attention_backends import BACKENDS
+from ijepa_scale.models.blocks import ViTSize, recompute
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.predictor import Predictor
-from ijepa_scale.models.vit import VisionTransformer, ViTSize, recompute
+from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.ijepa import IJepa
 from ijepa_scale.objectives.regularization import of_one_rank, variance_covariance
 

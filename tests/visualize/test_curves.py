@@ -19,7 +19,7 @@ def health_record(step, **values):
 def axes_of(path, records, monkeypatch):
     """The panels by title, caught on their way to the file."""
     figures = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
     draw_loss_curve(path, records)
     return {axis.get_title(): axis for axis in figures[0].axes}
 
@@ -32,7 +32,7 @@ def test_names_of_labels_are_no_formulas(tmp_path):
 
 def test_bars_have_the_heights_of_the_scores(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
     draw_scores(tmp_path / "scores.png", scores())
     (axis,) = figures[0].axes
     assert sorted(bar.get_height() for bar in axis.patches) == sorted([28.1, 41.2, 36.0, 36.5, 40.0, 33.0])

@@ -1,0 +1,208 @@
+"""An evaluation, top to bottom: an encoder and two splits of images -> tasks -> tables, results.json and pictures."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from ijepa_scale.build import scenes
+from ijepa_scale.config import over
+from ijepa_scale.data.files import cache_path
+from ijepa_scale.data.images import ImageSet
+from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.evals.evaluation import Evaluation, Outcome
+from ijepa_scale.evals.labels import open_splits
+from ijepa_scale.evals.results import RESULTS, read_results, results_table, write_results
+from ijepa_scale.evals.tasks import TASKS, askable, settled
+from ijepa_scale.exchange.load import Loaded, load
+from ijepa_scale.run.records import log_evaluation
+from ijepa_scale.visualize.accuracies import draw_accuracies, draw_confusions
+
+LEAST_CLASSES = 3  # from which on a picture of confusions tells more than the accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is asked for: the arguments of the verb, which says what each means (verbs/evaluate.py)."""
+
+    task: str
+    overrides: list[str] = field(default_factory=list)
+    checkpoint: str
+    network: str = "target"
+    data: str
+    test_data: str = ""
+    split: str = "train"
+    test_split: str = ""
+    label: str = ""
+    features: bool = False
+    out: str = ""
+    image_size: int = 0
+    batch_size: int = 64
+    workers: int = 2
+    seed: int = 0
+    cache_dir: str = ""
+    column: str = ""
+    config: str = ""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or min(self.workers, self.image_size, self.seed) < 0:
+            raise ValueError(
+                "--batch-size must be 1 or more, --workers, --image-size and --seed 0 or more, got "
+                f"{self.batch_size}, {self.workers}, {self.image_size} and {self.seed}"
+            )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task that is to be run, with all that it takes."""
+
+    name: str
+    evaluation: Evaluation
+    settings: Any
+    run: Callable[[Evaluation, Any], Outcome]
+
+
+def evaluate_tasks(ranks: Ranks, request: Request) -> None:
+    """Run a task, or all that the images' columns allow. All ranks call it.
+
+    Raises ValueError for what a user can get wrong, before the first task begins where that can be seen.
+    """
+    say = Console(emoji=False, markup=False, highlight=False, soft_wrap=True, quiet=not ranks.first).print
+    loaded = ranks.together(lambda: load(request.checkpoint, request.network))
+    for note in loaded.notes:
+        say(note)
+    train, test = ranks.together(lambda: _open(request, loaded, say), on="node")
+    folder = Path(request.out) if request.out else _usual_folder(request, loaded, train)
+    facts = _facts(request, loaded, train, test)
+    ranks.together(lambda: read_results(folder, facts) if ranks.first else None)
+    tasks = _asked(ranks, request, loaded, train, test, folder, say)
+    say(f"{loaded.path}, the {request.network} encoder, on {train.name} and {test.name}")
+    for asked in tasks:
+        started = time.perf_counter()
+        outcome = asked.run(asked.evaluation, asked.settings)
+        seconds = time.perf_counter() - started
+        if ranks.first:
+            write_results(folder, facts, asked.name, asked.settings, outcome, seconds)
+            _show(folder, asked, outcome, seconds)
+            log_evaluation(loaded.path, asked.name, {measure.name: measure.value for measure in outcome.measures})
+    say(f"results: {folder / RESULTS}")
+
+
+def _open(request: Request, loaded: Loaded, say: Callable[[str], None]) -> tuple[ImageSet, ImageSet]:
+    size = request.image_size or loaded.image_size
+    train, test = (
+        scenes(request.cache_dir, image_size=size) if source == "scenes" else source
+        for source in (request.data, request.test_data)
+    )
+    reading: dict[str, Any] = {"cache_dir": request.cache_dir or None}
+    reading |= {"column": request.column, "config": request.config}
+    return open_splits(train, test, request.split, request.test_split, say=say, **reading)
+
+
+def _usual_folder(request: Request, loaded: Loaded, train: ImageSet) -> Path:
+    """In the run that the checkpoint is of; for what is no run, where one is."""
+    data, checkpoint = train.name.rpartition(":")[0], Path(request.checkpoint)
+    if (checkpoint / "checkpoints").is_dir():
+        return checkpoint / "evaluations" / data
+    return Path("evaluations") / f"{loaded.path.stem}-{data}"
+
+
+def _facts(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) -> dict[str, Any]:
+    """What results are of."""
+    return {
+        "checkpoint": str(loaded.path.absolute()),
+        "sha256": loaded.sha256,
+        "network": request.network,
+        "step": loaded.step,
+        "image_size": request.image_size or loaded.image_size,
+        "data": train.name,
+        "test_data": test.name,
+        "seed": request.seed,
+    }
+
+
+def _asked(
+    ranks: Ranks,
+    request: Request,
+    loaded: Loaded,
+    train: ImageSet,
+    test: ImageSet,
+    folder: Path,
+    say: Callable[[str], None],
+) -> list[Asked]:
+    """The tasks with their images and settings. ValueError for one that cannot be, and for wrong settings."""
+    names = [request.task]
+    if request.task == "all":
+        names, reasons = askable(train, test, request.label)
+        for reason in dict.fromkeys(reasons.values()):
+            say(f"left out: {', '.join(name for name in reasons if reasons[name] == reason)}: {reason}")
+        if not names:
+            raise ValueError(f"{train.name} allows no task: give --label COLUMN")
+    encoder: Any = loaded.network.to(ranks.device)
+    asked = []
+    for name in names:
+        of_all = request.task == "all"
+        label = "" if of_all and TASKS[name].column else request.label
+        of_train, of_test, run = settled(name, train, test, label)
+        evaluation = Evaluation(
+            encoder=encoder,
+            sha256=loaded.sha256,
+            image_size=request.image_size or loaded.image_size,
+            train=of_train,
+            test=of_test,
+            ranks=ranks,
+            seed=request.seed,
+            batch_size=request.batch_size,
+            workers=request.workers,
+            keep=cache_path(request.cache_dir or "~/.cache/ijepa-scale") / "features",
+            out=folder,
+            watch=_bar if ranks.first else lambda _, batches: batches,
+        )
+        defaults = TASKS[name].defaults(evaluation)
+        settings = over(defaults, _overrides(request, name, defaults))
+        asked.append(Asked(name, evaluation, settings, run))
+    _check_overrides(request, names)
+    return asked
+
+
+def _overrides(request: Request, name: str, defaults: Any) -> list[str]:
+    """The words that are of a task: with "all" those that begin with its name."""
+    has_features = any(item.name == "features" for item in fields(defaults))
+    if request.features and not has_features and request.task != "all":
+        raise ValueError(f"--features is not of {name}, which has no other way")
+    start = f"{name}." if request.task == "all" else ""
+    words = [word.removeprefix(start) for word in request.overrides if word.startswith(start)]
+    return words + ["features=true"] * (request.features and has_features)
+
+
+def _check_overrides(request: Request, names: list[str]) -> None:
+    for word in request.overrides if request.task == "all" else ():
+        if word.partition(".")[0] not in names:
+            raise ValueError(f"{word!r} is of no task: with all give TASK.key=value, of {', '.join(names)}")
+
+
+def _bar(words: str, batches: Iterable) -> Iterable:
+    return track(batches, description=words)
+
+
+def _show(folder: Path, asked: Asked, outcome: Outcome, seconds: float) -> None:
+    """A table on the terminal, and pictures."""
+    test, measures = asked.evaluation.test, outcome.measures
+    words = f"{len(asked.evaluation.train):,} images to fit on, {len(test):,} to judge by, {seconds:.0f} s"
+    Console(emoji=False).print(results_table(asked.name, measures, words))
+    chance = measures[0].chance
+    for key, along in (("k", "nearest neighbours asked, k"), ("images", "labelled images")):
+        series: dict[str, list[tuple[float, float, float]]] = {}
+        for measure in measures:
+            if key in measure.settings:
+                of = measure.name.rpartition(", ")[2] if key == "images" else measure.name.partition(",")[0]
+                series.setdefault(of, []).append((measure.settings[key], measure.value, measure.error))
+        if any(len(points) > 1 for points in series.values()):
+            draw_accuracies(folder / f"{asked.name}.png", f"{asked.name} on {test.images.name}", along, series, chance)
+    if outcome.predicted is not None and outcome.labels is not None and len(test.names) >= LEAST_CLASSES:
+        title = f"{asked.name} on {test.images.name}, {next(m.value for m in measures if m.chosen):.1f}% right"
+        draw_confusions(folder / f"{asked.name}-confusions.png", title, outcome.labels, outcome.predicted, test.names)
