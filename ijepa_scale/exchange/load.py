@@ -43,6 +43,15 @@ def find(path: str | Path) -> Networks:
     raise ValueError(f"there is no {path}; give {READ}")
 
 
+def source_of(what: str | Path, loaded: Loaded) -> str:
+    """An absolute path, or a name such as timm's. Of a run it is the checkpoint: its newest one will be another.
+
+    what: that load() was given, and gave loaded.
+    """
+    path = loaded.path if loaded.path.is_dir() else Path(what)
+    return str(path.absolute()) if path.exists() else str(what)
+
+
 def _folder(path: Path) -> Networks:
     if safetensors.is_export(path):
         return safetensors.networks(path)

@@ -1,4 +1,5 @@
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ijepa_scale import build
-from ijepa_scale.exchange.load import find, load
+from ijepa_scale.exchange.load import find, load, source_of
 from ijepa_scale.models.vit import VIT_SIZES
 from tests.exchange.test_reference import predictor_weights, reference_checkpoint, stripped
 from tests.objectives.pixels import PixelObjective
@@ -126,3 +127,15 @@ def test_a_checkpoint_that_does_not_hold_the_network(tmp_path, monkeypatch):
         run.read_network(run.Checkpoint(tmp_path, manifest), "target")
     with pytest.raises(ValueError, match=r"cannot be loaded: .* keys that .* does not know: model\.widht"):
         run.read_network(run.Checkpoint(tmp_path, {**manifest, "config": {"model": {"widht": 3}}}), "target")
+
+
+def test_what_reads_the_same_once_more(tmp_path, monkeypatch):
+    """Of a run its checkpoint; of a file, and of a name whose weights lie in some cache, what was given."""
+    loaded = load(OLD / "zero1")
+    checkpoint = str(OLD / "zero1" / "checkpoints" / "step-00000004")
+    assert source_of(OLD / "zero1", loaded) == source_of(checkpoint, loaded) == checkpoint
+    file = tmp_path / "a.pth.tar"
+    file.touch()
+    monkeypatch.chdir(tmp_path)
+    assert source_of("a.pth.tar", replace(loaded, path=file)) == str(file)
+    assert source_of("timm:vit_x", replace(loaded, path=file)) == "timm:vit_x"

@@ -115,9 +115,13 @@ def test_a_run_that_is_resumed_needs_its_source_no_more(runs, source, tmp_path):
 def test_another_resolution_and_another_predictor(runs, source, tmp_path):
     """The encoders are taken up, the predictor is drawn anew."""
     options = ("data.image_size=40", "predictor.heads=4")
-    (end,) = runs(tmp_path / "run", f"model.init_from={source}", *options, *STILL, ranks=1)
+    more = ("optimization.weight_decay=[0,0]", "report.train_images=24", "report.test_images=12")
+    (end,) = runs(tmp_path / "run", f"model.init_from={source}", *options, *more, *STILL, ranks=1)
     assert "predictor fresh (that one is another: heads 2 there, 4 here)" in end.output
     assert "; position embeddings are for 40 px, there they are for 32 px" in end.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["initial"].startswith("the weights that training started from, of ")
+    assert [score["difference"] for score in report["scores"]] == [0, 0]  # nothing has moved
     for kind in ("master", "ema"):
         theirs = stored(source / "checkpoints" / "step-00000008", kind, "context_encoder.")
         assert_same(weights_of(tmp_path / "run", kind, "context_encoder."), theirs)
