@@ -43,7 +43,7 @@ def timm_model(**arguments):
     return model
 
 
-@pytest.mark.parametrize("how", ["local-dir", "checkpoint_path"])
+@pytest.mark.parametrize("how", ["local-dir", "checkpoint_path", "pretrained_cfg_overlay"])
 @torch.no_grad()
 def test_timm_gives_our_features_and_those_of_our_blocks(folder, how):
     import timm
@@ -51,10 +51,11 @@ def test_timm_gives_our_features_and_those_of_our_blocks(folder, how):
     run = load(OLD / "zero3").network
     if how == "local-dir":
         model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    else:  # which loads strictly
-        config = ours.config_of(Record.of(load(folder)))
-        path = str(folder / "model.safetensors")
-        model = timm.create_model(config["architecture"], checkpoint_path=path, **config["model_args"]).eval()
+    else:  # which load strictly
+        config, path = ours.config_of(Record.of(load(folder))), str(folder / "model.safetensors")
+        overlay = {"pretrained": True, "pretrained_cfg_overlay": {"file": path}}
+        options = {"checkpoint_path": path} if how == "checkpoint_path" else overlay
+        model = timm.create_model(config["architecture"], **options, **config["model_args"]).eval()
     assert model.state_dict().keys() == run.state_dict().keys()
     assert all(torch.equal(values, run.state_dict()[name]) for name, values in model.state_dict().items())
     images = crops(3)
