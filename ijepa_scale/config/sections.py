@@ -105,8 +105,12 @@ class ModelConfig:
     mlp_width: int = 0  # 0: as the name says, or 4 x width where width is given
     # auto | fa2 | fa3 | fa4 | torch_varlen | sdpa: what attends over packed tokens; beyond rounding it changes nothing
     attention: str = free("auto")
+    # Continued pre-training: what exchange.load() reads, as a run folder, whose weights step 0 has; "": random ones.
+    # Free, as a run that is resumed does not read it again: it may have moved, or be gone
+    init_from: str = free("")
 
     def __post_init__(self) -> None:
+        _expand_user(self, "init_from", "model.init_from")
         _require(
             self.attention in ATTENTION,
             f"model.attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}",

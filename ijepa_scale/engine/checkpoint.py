@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -282,6 +282,23 @@ def restore(checkpoint: Checkpoint, engine: Any, ema: ShardedEMA) -> None:
             _fill(values, start, index[kind, name], f"{name} ({kind})")
     for flat in masters(engine.optimizer):
         engine.optimizer.optimizer.state[flat]["step"].fill_(checkpoint.manifest["optimizer_step"])
+    refresh_weights(engine.optimizer)
+    ema.refresh_target()
+
+
+@torch.no_grad()
+def replace_weights(engine: Any, ema: ShardedEMA, weights: Iterable[tuple[str, str, torch.Tensor]]) -> None:
+    """Put whole parameters in the places of masters and EMA, bit for bit, and bring the weights to them.
+
+    weights: (kind, name, fp32 values), of which this rank takes its share. kind: "master" (what is trained), or "ema"
+    with the trained parameter's name. Moments stay. All ranks call it with the same weights.
+    """
+    own = defaultdict(list)
+    for kind, name, start, values in _own_pieces(engine, ema):
+        own[kind, name].append((start, values))
+    for kind, name, whole in weights:
+        for start, values in own[kind, name]:
+            values.copy_(whole.flatten()[start : start + values.numel()])
     refresh_weights(engine.optimizer)
     ema.refresh_target()
 

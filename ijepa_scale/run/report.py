@@ -1,4 +1,4 @@
-"""The report at a run's end: curves, and scores of the trained encoder beside the same one at initialisation."""
+"""The report at a run's end: curves, and scores of the trained encoder beside those of what it started from."""
 
 import numpy as np
 import torch
@@ -9,10 +9,11 @@ from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.evals.probes import Features, probe_scores, unfit
 from ijepa_scale.evals.scores import Score, report_table, write_report
-from ijepa_scale.exchange.run import read_weights, stored_names
+from ijepa_scale.exchange.run import read_weights
 from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.run.health import eval_indices, features_of
+from ijepa_scale.run.init_from import fill_initial
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.setup import Run
 from ijepa_scale.visualize.curves import draw_loss_curve, draw_scores
@@ -36,13 +37,13 @@ def report(run: Run) -> None:
         report_without_probes(run, why)
         return
     if run.ranks.first:
-        print("probing the trained encoder and the same encoder at initialisation ...", flush=True)
+        print("probing the trained encoder and what it started from ...", flush=True)
     encoder, network = plain_encoder(run.objective)
     encoder.to(run.ranks.device)
-    features = {}
+    features, began = {}, found.manifest.get("init_from", {})
     for which in ("initial", "trained"):
         if which == "initial":
-            draw_weights(encoder, run.objective, network)
+            started_from = fill_initial(encoder, run.objective, network, run.ranks, began)
         else:
             read_weights(found, encoder, run.objective, network)
         features[which], fitted, scored = both_features(run, encoder, fit, held)
@@ -51,6 +52,8 @@ def report(run: Run) -> None:
         scores, reasons = probe_scores(chosen, **features)
         if scores:
             facts = {"step": found.step, "checkpoint": found.path.name, "train_images": len(fitted)}
+            if began:
+                facts["initial"] = started_from
             tell(run, scores, reasons, facts, unread=len(fit) + len(held) - len(fitted) - len(scored))
         else:
             report_without_probes(run, joined(reasons))
@@ -63,14 +66,6 @@ def plain_encoder(objective: Objective) -> tuple[VisionTransformer, str]:
         name, best = next(iter(objective.encoders(objective.build()).items()))
     patch_size = best.patch_embed.patch_size
     return VisionTransformer(best.size, image_size=best.grid.rows * patch_size, patch_size=patch_size), name
-
-
-@torch.no_grad()
-def draw_weights(encoder: nn.Module, objective: Objective, network: str) -> None:
-    """Those that training started from."""
-    stored, _ = stored_names(objective, network)
-    for name, parameter in encoder.named_parameters():
-        parameter.copy_(objective.initial_weight(stored[name], parameter.shape))
 
 
 def why_unscored(labels: Labels, found: Checkpoint | None, fit: list[int], held: list[int]) -> str:
@@ -105,6 +100,8 @@ def tell(run: Run, scores: list[Score], reasons: dict[str, str], facts: dict[str
     write_report(path / "report.json", scores, **facts)
     draw_scores(path / "scores.png", scores)
     Console(emoji=False).print(report_table(scores))
+    if "initial" in facts:
+        print(f"initial: {facts['initial']}")
     for name, reason in reasons.items():
         print(f"no probes of {name}: {reason}")
     if unread:

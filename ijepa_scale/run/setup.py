@@ -20,6 +20,7 @@ from ijepa_scale.engine.schedules import Schedules
 from ijepa_scale.models.attention_backends import Choice
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.plan import checks
+from ijepa_scale.run import init_from
 from ijepa_scale.run.folder import BadImages, RunFolder
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.resume import find_checkpoint, go_on
@@ -80,6 +81,8 @@ def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume
     )
     attention = choose_attention(config, ranks, objective)
     ranks.together(lambda: folder.lock() if ranks.first else None)
+    if config.model.init_from and starts_anew(folder, ranks, resume):
+        ranks.together(lambda: init_from.check(config, objective) if ranks.first else None)
     images = ranks.together(lambda: build.build_images(config), on="node")
     evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
     horizon = build.build_horizon(config, len(images))
@@ -120,6 +123,8 @@ def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume
     if isinstance(images, Streams):
         run.positions = list(images.positions or [None] * images.num_streams)
     take_up(run, found)
+    if config.model.init_from:
+        start_from(run, found)
     if ranks.first:
         seen = {"attention": attention.name, "images": len(images), "source": images.name}
         folder.describe(to_yaml(config), world_size=ranks.world_size, precision=precision, **seen)
@@ -149,6 +154,8 @@ def take_up(run: Run, found: checkpoints.Checkpoint | None) -> None:
     if found:
         checkpoints.restore(found, run.engine, run.ema)
         run.start_step = found.step
+        if "init_from" in found.manifest:  # of whatever it once started from
+            run.facts["init_from"] = found.manifest["init_from"]
         run.bad = BadImages(ranks.from_first([r for r in earlier if r["step"] < found.step]))
         if found.path.parent.resolve() == folder.checkpoints.resolve():  # a branch of another run gets an id of its own
             run.wandb_id = found.manifest.get("wandb_id")
@@ -158,6 +165,21 @@ def take_up(run: Run, found: checkpoints.Checkpoint | None) -> None:
         run.notes.append(
             f"no checkpoint in {folder.path}: starting from scratch; the earlier metrics are in {old.name}"
         )
+
+
+def starts_anew(folder: RunFolder, ranks: Ranks, resume: str) -> bool:
+    """Whether there is no checkpoint to go on from; before any is looked into."""
+    return resume in ("auto", "never") and not ranks.from_first(checkpoints.candidates(folder.checkpoints))
+
+
+def start_from(run: Run, found: checkpoints.Checkpoint | None) -> None:
+    """Give a run that starts anew the weights of model.init_from."""
+    if found:
+        run.notes.append("model.init_from is not read: the run goes on from a checkpoint")
+        return
+    facts, said = init_from.begin(run.config, run.objective, run.ranks, run.engine, run.ema)
+    run.facts["init_from"] = facts
+    run.notes += said
 
 
 def check_shared_memory(

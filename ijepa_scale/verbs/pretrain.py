@@ -71,11 +71,12 @@ def train(stop_request: "StopRequest", arguments: list[str] | None) -> int:
         if options.dry_run:
             from ijepa_scale.engine.launchers import place
             from ijepa_scale.plan.dry_run import dry_run
+            from ijepa_scale.run.init_from import preview
             from ijepa_scale.run.setup import check_shared_memory
 
             text = dry_run(config, ranks=place().world_size)
             if launcher_rank() == 0:
-                print(text)
+                print("\n".join([text, *preview(config)]))
             check_shared_memory(config)  # last: what a run takes is shown on machines too small for it, too
             return 0
     except (ValueError, OSError) as error:

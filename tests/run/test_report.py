@@ -62,7 +62,7 @@ def run(small_config, tmp_path, monkeypatch):
     """A run that is finished, as its report and its health check see it."""
     config = load_config(small_config, ["report.train_images=24", "report.test_images=12", "logging.health_images=32"])
     model = build.build_model(config)
-    checkpoint = SimpleNamespace(step=12, path=Path("step-00000012"))
+    checkpoint = SimpleNamespace(step=12, path=Path("step-00000012"), manifest={})
     monkeypatch.setattr(assess.checkpoints, "newest_good", lambda folder, ranks: (checkpoint, []))
     monkeypatch.setattr(assess, "read_weights", lambda found, encoder, objective, network: None)
     for drawing in ("draw_loss_curve", "draw_scores"):  # tested elsewhere, and most of the time that all of this takes
