@@ -20,13 +20,18 @@ from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.sources.folders import printable
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.evals.extract import extract, pooled
+from ijepa_scale.evals.stores import forget_half
+from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.models.vit import VisionTransformer
 
 EMBEDDINGS, IMAGES, FACTS = "embeddings.npy", "images.csv", "embeddings.json"
+PATCHES = "embeddings.patches.npy"
+NAMES = 1000  # of images, by which a half of another list of images is told
 OWN_QUERIES = 6  # shown where none is asked for
 
 
 def embed(
-    encoder: nn.Module,
+    encoder: VisionTransformer,
     images: ImageSet,
     folder: Path,
     facts: dict[str, Any],
@@ -34,30 +39,70 @@ def embed(
     image_size: int,
     batch_size: int,
     workers: int,
+    layers: Sequence[int] = (),
+    patches: bool = False,
+    say: Callable[[str], None] = lambda text: None,
     watch: Callable[[Iterable], Iterable] = iter,
 ) -> tuple[int, dict[str, str]]:
     """Average-pooled features of every readable image, to a folder; how many there are, and why others are left out.
 
-    embeddings.npy: (images, width) float32. images.csv: for each row the image's index in the source, its path or name,
-    and its label where there is one. embeddings.json: facts, image_size, and the images that could not be read.
-    The rest is as of extract(). Raises BadImageError, and leaves no file, where none can be read.
+    embeddings.npy: (images, width) float32; with layers those blocks' outputs side by side, (images, layers * width),
+    as pooled() has them. patches: also embeddings.patches.npy, (images, patches, the same width), row by row of the
+    patch grid. images.csv: for each row the image's index in the source, its path or name, and its label where there is
+    one. embeddings.json: facts, image_size, layers, the patch grid, and the images that could not be read.
+    What was stopped is gone on with where the folder has the half of a call of the same facts. The rest is as of
+    extract(). Raises BadImageError, and leaves no file, where none can be read.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FACTS).unlink(missing_ok=True)  # written last: a folder that has it is whole
+    said = {**facts, "image_size": image_size, "layers": list(layers)}
+    if patches:
+        said["patches"] = dict(zip(("rows", "columns"), _grid(encoder, image_size).shape, strict=True))
+    else:
+        (folder / PATCHES).unlink(missing_ok=True)  # of an earlier call, whose rows are others
     extracted = extract(
         {Path(EMBEDDINGS).stem: encoder},
         images,
         image_size=image_size,
         batch_size=batch_size,
         workers=workers,
+        blocks=layers,
+        patches=patches,
         folder=folder,
+        facts={**said, "device": str(encoder.norm.weight.device), "names": _some_names(images)},
+        say=say,
         watch=watch,
     )
     unreadable = {images.sample_id(index): reason for index, reason in extracted.unreadable.items()}
     _write_images(folder / IMAGES, images, extracted.indices)
-    said = {**facts, "image_size": image_size, "unreadable": unreadable}
-    write_whole(folder / FACTS, json.dumps(said, indent=2) + "\n")
+    write_whole(folder / FACTS, json.dumps({**said, "unreadable": unreadable}, indent=2) + "\n")
+    forget_half(folder)
     return len(extracted.indices), unreadable
+
+
+def check_layers(encoder: VisionTransformer, layers: Sequence[int]) -> None:
+    """Raise ValueError for a block that an encoder does not have."""
+    depth = encoder.size.depth
+    if wrong := [layer for layer in layers if not -depth <= layer < depth]:
+        raise ValueError(
+            f"--layers {' '.join(map(str, wrong))}: the encoder has {depth} blocks; give numbers of 0..{depth - 1}, or "
+            f"from the end of -{depth}..-1"
+        )
+
+
+def patch_bytes(encoder: VisionTransformer, images: int, image_size: int, layers: Sequence[int]) -> int:
+    """What embeddings.patches.npy takes on the disk."""
+    return 4 * images * _grid(encoder, image_size).num_patches * encoder.size.width * max(1, len(layers))
+
+
+def _grid(encoder: VisionTransformer, image_size: int) -> PatchGrid:
+    return PatchGrid.of_image(image_size, image_size, encoder.patch_embed.patch_size)
+
+
+def _some_names(images: ImageSet) -> list[str]:
+    """Of images all over a source: another list of images, though of as many, has others there."""
+    chosen = np.unique(np.linspace(0, max(0, len(images) - 1), NAMES).round().astype(int)).tolist()
+    return [images.sample_id(index) for index in chosen[: len(images)]]
 
 
 def _write_images(path: Path, images: ImageSet, kept: np.ndarray) -> None:
@@ -152,7 +197,7 @@ class Embeddings:
                 crop = center_crop(decode(path), self.facts["image_size"])
             except Exception as error:  # decoders raise whatever the bytes lead them to
                 raise ValueError(f"cannot read the query {printable(path)}: {reason_of(error)}") from error
-            features = pooled(encoder, torch.from_numpy(crop)[None]).numpy()[0]
+            features = pooled(encoder, torch.from_numpy(crop)[None], self.facts.get("layers", ())).numpy()[0]
             absolute = os.path.abspath(path)
             yield Query(path, crop, features, rows.get(printable(str(Path(path).absolute())), -1), _file_at(absolute))
 

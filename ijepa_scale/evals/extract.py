@@ -2,10 +2,11 @@
 
 import contextlib
 import functools
+import hashlib
 import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,10 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ijepa_scale.data.decoding import BadImageError
-from ijepa_scale.data.files import written_whole
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.engine.distributed import Ranks, alone
+from ijepa_scale.evals.stores import open_stores
 
 
 @torch.no_grad()
@@ -32,17 +33,33 @@ def pooled(encoder: Any, images_BCHW: torch.Tensor, blocks: Sequence[int] = ()) 
     paper's last four, (-4, -3, -2, -1): as of VisionTransformer.intermediate().
     Returns (B, D), or (B, len(blocks) * D), float32 on the CPU. Each module's training mode is as before on return.
     """
+    return _mean_of(_tokens(encoder, images_BCHW, blocks))
+
+
+def _tokens(encoder: Any, images_BCHW: torch.Tensor, blocks: Sequence[int]) -> list[torch.Tensor]:
+    """Of each of the blocks, or of the last one, (B, N, D) after the final LayerNorm."""
     tensor = next(chain(encoder.parameters(), encoder.buffers()), None)
     images_BCHW = images_BCHW.to("cpu" if tensor is None else tensor.device, non_blocking=True)
     modes = [(module, module.training) for module in encoder.modules()]
     encoder.eval()
     try:
-        tokens = encoder.intermediate(images_BCHW, blocks) if len(blocks) else [encoder(images_BCHW)]
+        return encoder.intermediate(images_BCHW, blocks) if len(blocks) else [encoder(images_BCHW)]
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _mean_of(tokens: list[torch.Tensor]) -> torch.Tensor:
     # Averaged in fp32: a bf16 sum over hundreds of patches would lose the small differences between images.
     return torch.cat([tokens_BND.float().mean(dim=1) for tokens_BND in tokens], dim=1).cpu()
+
+
+@torch.no_grad()
+def _features(encoder: Any, images_BCHW: torch.Tensor, blocks: Sequence[int], patches: bool) -> list[np.ndarray]:
+    """What goes to a row of each of an encoder's stores: pooled, (B, D), and with patches each one's, (B, N, D)."""
+    tokens = _tokens(encoder, images_BCHW, blocks)
+    each = [torch.cat([tokens_BND.float() for tokens_BND in tokens], dim=2).cpu().numpy()] if patches else []
+    return [_mean_of(tokens).numpy(), *each]
 
 
 @dataclass(frozen=True)
@@ -50,8 +67,8 @@ class Extracted:
     """Features of the images that could be read.
 
     features: by the encoders' names, (n, D) float32 arrays (read-only maps of files, where they went to disk); on the
-    first rank alone. indices: (n,) int64, which image each row is of, and unreadable: why the others have none, on
-    every rank.
+    first rank alone. Patch features are (n, N, D), under NAME.patches. indices: (n,) int64, which image each row is of,
+    and unreadable: why the others have none, on every rank.
     """
 
     features: dict[str, np.ndarray]
@@ -69,7 +86,10 @@ def extract(
     ranks: Ranks | None = None,
     workers: int = 0,
     blocks: Sequence[int] = (),
+    patches: bool = False,
     folder: Path | None = None,
+    facts: dict[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
     watch: Callable[[Iterable], Iterable] = iter,
 ) -> Extracted:
     """Pooled features, as pooled() has them, of the centre of each image. All ranks call it.
@@ -77,23 +97,35 @@ def extract(
     Images are read once for all encoders, in the order of indices (None: all of the set). Each rank computes its share
     of them, batch_size at a time, in as many batches as any other: at ZeRO-3 ranks need each other in the forward.
     image_size: pixels a side that the centre is cut to (data/transforms.py). ranks: None: this process alone.
-    workers: loader processes of a rank; 0: it loads itself. folder: the first rank writes NAME.npy of each encoder
-    there as they come: memory grows by 8 bytes an image, its index. watch: is handed the batches to show how it goes.
+    workers: loader processes of a rank; 0: it loads itself. patches: also the features of each patch, which pooled()
+    averages. folder: the first rank writes NAME.npy of each encoder there as they come, and NAME.patches.npy: memory
+    grows by 8 bytes an image, its index. watch: is handed the batches to show how it goes.
+    facts: all that the features depend on, as JSON holds it. What a stop leaves half done in the folder is then gone on
+    with by a call of the same facts, number of images and batch_size, to the same bits; what lies there of others is
+    deleted. say is told of it. A journal stays, until stores.forget_half(): call it when what goes with the features is
+    there, too.
     Raises BadImageError, on every rank, where no image can be read, ValueError where there is none, and leaves no file.
     """
     ranks, chosen = ranks or alone(), range(len(images)) if indices is None else indices
     if not len(chosen):
         raise ValueError(f"no images of {images.name} to compute features of; check the split and its filter")
-    crops = _Crops(images, image_size, chosen, ranks.rank, ranks.world_size)
-    # A generator of its own: a loader draws from torch's global one, even where nothing is random.
-    draws = torch.Generator()
-    loader = DataLoader(crops, batch_size=batch_size, num_workers=workers, collate_fn=_stacked, generator=draws)
-    kept = array("q")
-    unreadable: dict[int, str] = {}
-    wanted = iter(chosen)
+    names = [f"{name}{part}" for name in encoders for part in ("", ".patches")[: 1 + patches]]
+    if facts is not None:
+        facts = {"of": facts, "images": _digest(indices) if indices is not None else len(chosen), "batch": batch_size}
+        facts |= {"image_size": image_size, "blocks": list(blocks), "names": names}
     with contextlib.ExitStack() as stack:
-        stores = {name: stack.enter_context(_store(folder, name)) for name in encoders} if ranks.first else {}
-        for rows in _batches(list(encoders.values()), watch(loader), ranks, blocks):
+        opened = open_stores(folder, names, facts, len(chosen))
+        stores = ranks.together(lambda: stack.enter_context(opened) if ranks.first else None)
+        done, unreadable = ranks.gather((stores.done, dict(stores.unreadable)) if stores else (0, {}))[0]
+        if stores and (told := stores.begun(len(chosen))):
+            say(told)
+        kept = array("q", (index for index in chosen[:done] if index not in unreadable))
+        crops = _Crops(images, image_size, chosen, ranks.rank, ranks.world_size, done)
+        # A generator of its own: a loader draws from torch's global one, even where nothing is random.
+        draws = torch.Generator()
+        loader = DataLoader(crops, batch_size=batch_size, num_workers=workers, collate_fn=_stacked, generator=draws)
+        wanted = iter(chosen[done:])
+        for rows in _batches(list(encoders.values()), watch(loader), ranks, blocks, patches):
             found = []
             for (vectors, reason), index in zip(rows, wanted, strict=False):  # the last ranks may be an image short
                 if reason:
@@ -101,37 +133,40 @@ def extract(
                 else:
                     kept.append(index)
                     found.append(vectors)
-            ranks.together(functools.partial(_append, list(stores.values()), found))
+            done = min(done + len(rows), len(chosen))
+            ranks.together(functools.partial(stores.append, found, done, unreadable) if stores else _nothing)
         if not kept:
+            ranks.together(stores.discard if stores else _nothing)
             index, reason = next(iter(unreadable.items()))
             raise BadImageError(
                 f"{images.name}: none of {len(chosen)} images can be read, the first because: cannot read "
                 f"{images.sample_id(index)}: {reason}"
             )
-        for store in stores.values():
-            store.end()
+        ranks.together(stores.end if stores else _nothing)
         ranks.together(stack.close)  # the files get their names
-    return Extracted({name: store.rows_read() for name, store in stores.items()}, np.array(kept), unreadable)
+    return Extracted(stores.rows_read() if stores else {}, np.array(kept, np.int64), unreadable)
+
+
+def _digest(indices: Sequence[int]) -> str:
+    return hashlib.blake2b(np.asarray(indices, np.int64).tobytes(), digest_size=16).hexdigest()
+
+
+def _nothing() -> None:
+    """What ranks but the first do where it writes."""
 
 
 def _batches(
-    encoders: list[nn.Module], loader: Iterable, ranks: Ranks, blocks: Sequence[int]
+    encoders: list[nn.Module], loader: Iterable, ranks: Ranks, blocks: Sequence[int], patches: bool
 ) -> Iterator[list[tuple[list[np.ndarray], str]]]:
-    """For each batch, of all ranks' images in order: every encoder's vector of it, and why it cannot be read."""
+    """For each batch, of all ranks' images in order: a row for every store of it, and why it cannot be read."""
     for batch, reasons in loader:
-        values = [pooled(encoder, batch, blocks).numpy() for encoder in encoders]
+        values = [part for encoder in encoders for part in _features(encoder, batch, blocks, patches)]
         shares = ranks.gather((values, reasons))
         yield [
             ([vectors[row] for vectors in values_there], reasons_there[row])
             for row in range(len(reasons))
             for values_there, reasons_there in shares
         ]
-
-
-def _append(stores: list["_InMemory | _OnDisk"], found: list[list[np.ndarray]]) -> None:
-    """found: of each image a vector for every store."""
-    for store, rows in zip(stores, zip(*found, strict=True), strict=False):  # none was read, or not the first rank
-        store.append(np.stack(rows))
 
 
 @dataclass(frozen=True)
@@ -146,12 +181,13 @@ class _Crops(Dataset):
     indices: Sequence[int]  # of all ranks; a range of a whole set takes no memory
     rank: int
     ranks: int
+    done: int  # how many of the first are left out
 
     def __len__(self) -> int:
-        return math.ceil(len(self.indices) / self.ranks)
+        return math.ceil((len(self.indices) - self.done) / self.ranks)
 
     def __getitem__(self, item: int) -> tuple[np.ndarray, str]:
-        place, reason = item * self.ranks + self.rank, ""
+        place, reason = self.done + item * self.ranks + self.rank, ""
         if place < len(self.indices):
             try:
                 return center_crop(self.images.read(self.indices[place]), self.size), reason
@@ -162,60 +198,3 @@ class _Crops(Dataset):
 
 def _stacked(items: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, list[str]]:
     return torch.from_numpy(np.stack([crop for crop, _ in items])), [reason for _, reason in items]
-
-
-@contextlib.contextmanager
-def _store(folder: Path | None, name: str) -> Iterator["_InMemory | _OnDisk"]:
-    if folder is None:
-        yield _InMemory()
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.npy"
-    with written_whole(path) as file:
-        yield _OnDisk(file, path)
-
-
-@dataclass
-class _InMemory:
-    parts: list[np.ndarray] = field(default_factory=list)
-
-    def append(self, rows: np.ndarray) -> None:
-        self.parts.append(rows)
-
-    def end(self) -> None:
-        """There is nothing to do."""
-
-    def rows_read(self) -> np.ndarray:
-        return np.concatenate(self.parts)
-
-
-@dataclass
-class _OnDisk:
-    """Rows go to the end of a .npy file; how many they are is written at its beginning last."""
-
-    file: Any
-    path: Path
-    rows: int = 0
-    width: int = 0
-    start: int = 0
-
-    def append(self, rows: np.ndarray) -> None:
-        if not self.rows:
-            self.width = rows.shape[1]
-            self._write_header()
-            self.start = self.file.tell()
-        rows.tofile(self.file)
-        self.rows += len(rows)
-
-    def end(self) -> None:
-        self.file.seek(0)
-        self._write_header()
-        assert self.file.tell() == self.start, "NumPy keeps room for the number of rows to grow"
-
-    def rows_read(self) -> np.ndarray:
-        """Once the file has its name."""
-        return np.load(self.path, mmap_mode="r")
-
-    def _write_header(self) -> None:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (self.rows, self.width)}
-        np.lib.format.write_array_header_1_0(self.file, header)

@@ -1,26 +1,40 @@
-"""Embeddings of images by the target encoder of a trained run, or of a checkpoint of the public reference.
+"""Embeddings of images by the encoder of a trained run, or of a checkpoint of another project.
 
 python launch/embed.py runs/small_images /data/my_images --out embeddings
 
-Writes embeddings.npy (images x width, float32), images.csv (which image each row is) and embeddings.json to the folder.
-Exit codes: 0 done, 2 wrong input.
+Writes embeddings.npy (images x width, float32), images.csv (which image each row is) and embeddings.json to the folder,
+with --patches also embeddings.patches.npy (images x patches x width). Stopped, the same command goes on.
+Exit codes: 0 done, 2 wrong input, 75 stopped with Ctrl-C (run again to go on).
 """
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ijepa_scale.verbs import parser_of
+
+if TYPE_CHECKING:
+    from ijepa_scale.exchange.load import Loaded
+
+STOPPED = 75  # as of a run that is stopped
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = parser_of("embed", __doc__)
     parser.add_argument(
-        "run", help="a run folder (its newest checkpoint is used), a checkpoint, or a file of the reference"
+        "run", help="a run folder (its newest checkpoint is used), a checkpoint, or a file of another project"
     )
     parser.add_argument("source", help="as data.source, not scenes: a folder of images or data files, or a Hub id")
     parser.add_argument("--out", required=True, help="the folder to write to")
     parser.add_argument("--split", default="train", help="of the source (default: train)")
+    parser.add_argument(
+        "--network", default="", metavar="target|context", help="default: the target encoder, where there is one"
+    )
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[], metavar="N", help="blocks from 0, or from the end with -1, "
+        "side by side, each after the final norm (default: the encoder's output)",
+    )  # fmt: skip
+    parser.add_argument("--patches", action="store_true", help="also the features of each patch")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2, help="loader processes")
     parser.add_argument("--cache-dir", default="", help="as data.cache_dir")
@@ -32,6 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from what is in {options.out}", file=sys.stderr)
+        return STOPPED
     return 0
 
 
@@ -41,6 +58,9 @@ def embed_source(
     out: str,
     *,
     split: str = "train",
+    network: str = "",
+    layers: list[int] | None = None,
+    patches: bool = False,
     batch_size: int = 64,
     workers: int = 2,
     cache_dir: str = "",
@@ -52,22 +72,26 @@ def embed_source(
 
     from ijepa_scale.data.images import open_images
     from ijepa_scale.engine.distributed import alone
-    from ijepa_scale.evals.embed import EMBEDDINGS, FACTS, IMAGES, embed
-    from ijepa_scale.exchange.load import load
+    from ijepa_scale.evals.embed import EMBEDDINGS, FACTS, IMAGES, PATCHES, check_layers, embed, patch_bytes
 
-    loaded = load(run)
-    for note in loaded.notes:
-        print(note, flush=True)
+    check_numbers(batch_size, workers)
+    loaded, network = load_encoder(run, network)
+    encoder: Any = loaded.network.to(alone().device)
+    check_layers(encoder, layers or ())
     reading: dict[str, Any] = {"cache_dir": cache_dir, "column": column, "config": config}
     images = open_images(source, split=split, **reading)
-    encoder: Any = loaded.network.to(alone().device)
-    print(f"{images.name}: {len(images):,} images -> {encoder.size.width} numbers each, by {loaded.path}", flush=True)
+    width = encoder.size.width * max(1, len(layers or ()))
+    print(f"{images.name}: {len(images):,} images -> {width} numbers each, by {loaded.path}", flush=True)
+    if patches:
+        size = patch_bytes(encoder, len(images), loaded.image_size, layers or ())
+        print(f"and {width} numbers of each patch: {size / 1e9:,.2f} GB in {PATCHES}", flush=True)
     facts = {
-        "run": str(Path(run).absolute()),
-        "checkpoint": str(loaded.path.absolute()),
+        "run": absolute(run),
+        "checkpoint": absolute(str(loaded.path)),
         "checkpoint_sha256": loaded.sha256,
+        "network": network,
         "step": loaded.step,
-        "source": str(Path(source).absolute()) if Path(source).exists() else source,
+        "source": absolute(source),
         "split": images.split,
         **reading,
     }
@@ -79,8 +103,38 @@ def embed_source(
         image_size=loaded.image_size,
         batch_size=batch_size,
         workers=workers,
+        layers=layers or (),
+        patches=patches,
+        say=lambda text: print(text, flush=True),
         watch=lambda batches: track(batches, description="embedding", disable=len(images) < batch_size),
     )
     for name, reason in list(unreadable.items())[:10]:
         print(f"warning: left out: cannot read {name}: {reason}")
-    print(f"{count:,} embeddings, {len(unreadable)} unreadable images: {out}/{EMBEDDINGS}, {IMAGES}, {FACTS}")
+    made = ", ".join([EMBEDDINGS, *[PATCHES] * patches, IMAGES, FACTS])
+    print(f"{count:,} embeddings, {len(unreadable)} unreadable images: {out}/{made}")
+
+
+def load_encoder(path: str, network: str) -> tuple["Loaded", str]:
+    """The encoder to embed by, and which it is. network: "target", "context", or "": the first of these there is."""
+    from ijepa_scale.exchange.load import load_first
+
+    if network not in ("", "target", "context"):
+        raise ValueError(f"--network must be target or context, got {network!r}")
+    loaded, found = load_first(path, [network] if network else ["target", "context"])
+    for note in loaded.notes:
+        print(note, flush=True)
+    if found == "context" and not network:
+        print(f"{loaded.path} has no target encoder: embedding by its context encoder", flush=True)
+    return loaded, found
+
+
+def check_numbers(batch_size: int, workers: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"--batch-size must be 1 or more, got {batch_size}")
+    if workers < 0:
+        raise ValueError(f"--workers must be 0 (this process loads) or more, got {workers}")
+
+
+def absolute(path: str) -> str:
+    """A path that holds wherever it is read; what is no path here, such as a Hub id, as it is."""
+    return str(Path(path).absolute()) if Path(path).exists() else path

@@ -69,9 +69,9 @@ def encoder_of(facts: dict[str, Any]) -> "nn.Module":
     advice = (
         f"a query needs it: embed {facts['source']} again with ijepa-scale embed {facts['run']}, or leave out --query"
     )
-    if not path.exists():
+    if path.is_absolute() and not path.exists():  # else it is a name, such as one of timm's
         raise ValueError(f"the checkpoint of these embeddings, {path}, is no longer there: a run keeps few; {advice}")
-    loaded = load(path)
+    loaded = load(facts["checkpoint"], facts.get("network", "target"))  # older ones are all of a target encoder
     if facts.get("checkpoint_sha256", loaded.sha256) != loaded.sha256:
         raise ValueError(f"the checkpoint of these embeddings, {path}, has been replaced by another one; {advice}")
     return loaded.network.to(alone().device)

@@ -286,7 +286,7 @@ def different(value):
 FREE = {
     "run_dir", "data.workers", "data.retry_seconds", "data.cache_dir", "data.eval_split", "data.max_bad_fraction",
     "data.max_pixels",
-    "model.attention",
+    "model.attention", "model.init_from",
     "optimization.micro_batch_size", "optimization.stop_at_step", "engine.zero_stage", "engine.hang_seconds",
     "engine.activation_checkpointing", "engine.compile",
     "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every", "logging.wandb",

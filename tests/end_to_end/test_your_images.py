@@ -24,7 +24,7 @@ SMALLER = [
 ]
 
 
-@pytest.mark.slow  # six cold starts; what each does, quicker tests ask of it
+@pytest.mark.slow  # seven cold starts; what each does, quicker tests ask of it
 def test_each_command_runs_and_leaves_what_the_text_says(image_folder, tmp_path):
     for name in ("launch", "ijepa_scale", "kernels"):
         (tmp_path / name).symlink_to(ROOT / name)
@@ -34,7 +34,7 @@ def test_each_command_runs_and_leaves_what_the_text_says(image_folder, tmp_path)
     (tmp_path / "configs").mkdir()
     OmegaConf.save(config, tmp_path / "configs" / "small_images.yaml")
     commands = re.findall(r"```bash\n(.*?)\n```", (ROOT / "docs" / "your_images.md").read_text(), re.DOTALL)
-    assert len(commands) == 5
+    assert len(commands) == 6
     environment = {**os.environ, **ENVIRONMENT, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     outputs = []
     for command in commands:
@@ -48,6 +48,7 @@ def test_each_command_runs_and_leaves_what_the_text_says(image_folder, tmp_path)
     assert "health at step 4" in outputs[1]
     made = ["runs/small_images/masks.png", "neighbours.png", "holiday_neighbours.png"]
     made += [f"my_embeddings/{name}" for name in ("embeddings.npy", "images.csv", "embeddings.json")]
+    made += ["my_patches/embeddings.patches.npy"]
     assert [name for name in made if not (tmp_path / name).is_file()] == []
     assert outputs[3].count(":\n") == 6
     assert outputs[4].startswith("holiday.jpg:\n  1.000  ") and "class-0/000.png" in outputs[4].splitlines()[1]

@@ -166,6 +166,29 @@ def test_ranks_share_the_images_and_the_first_has_their_features(ranks, indices,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "b.npy", "expected.npy"]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("blocks", [(), (-1, 0)])
+def test_patch_features_are_what_is_averaged(ranks, blocks, tmp_path):
+    """In the order of the patches, blocks side by side; on disk as in memory."""
+    vit = VisionTransformer(ViTSize(width=8, depth=3, heads=2, mlp_width=8), image_size=8, patch_size=4)
+    images = Pictures(7, bad={2})
+
+    def call(own):
+        options = {"image_size": 8, "batch_size": 2, "ranks": own, "blocks": blocks, "patches": True}
+        return extract({"v": vit}, images, **options), extract({"v": vit}, images, folder=tmp_path, **options)
+
+    memory, disk = on_ranks(ranks, call)[0]
+    crops = torch.stack([torch.from_numpy(center_crop(images.read(i), 8)) for i in (0, 1, 3, 4, 5, 6)])
+    with torch.no_grad():
+        expected = torch.cat([vit(crops), vit.intermediate(crops, [0])[0]], dim=2) if blocks else vit(crops)
+    for found in (memory, disk):
+        assert found.features["v.patches"].shape == (6, 4, 16 if blocks else 8)
+        np.testing.assert_allclose(found.features["v.patches"], expected.numpy(), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found.features["v.patches"].mean(axis=1), found.features["v"], rtol=1e-5, atol=1e-6)
+    assert np.array_equal(np.load(tmp_path / "v.patches.npy"), memory.features["v.patches"])
+    assert isinstance(disk.features["v.patches"], np.memmap)
+
+
 def test_loader_processes_change_nothing_and_draw_nothing():
     images, state = Pictures(7, bad={2}), torch.get_rng_state()
     found = [
@@ -179,7 +202,8 @@ def test_loader_processes_change_nothing_and_draw_nothing():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_memory_does_not_grow_with_what_goes_to_disk(tmp_path):
+@pytest.mark.parametrize("more", [{}, {"patches": True, "facts": {}}])
+def test_memory_does_not_grow_with_what_goes_to_disk(tmp_path, more):
     class Wide(torch.nn.Module):
         def forward(self, images):
             return torch.zeros(len(images), 1, 1 << 14)
@@ -187,7 +211,7 @@ def test_memory_does_not_grow_with_what_goes_to_disk(tmp_path):
     peaks = []
     for count in (64, 512):
         tracemalloc.start()
-        found = extract({"wide": Wide()}, Pictures(count), image_size=8, batch_size=4, folder=tmp_path)
+        found = extract({"wide": Wide()}, Pictures(count), image_size=8, batch_size=4, folder=tmp_path, **more)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert found.features["wide"].shape == (count, 1 << 14)  # 4 and 32 MiB
