@@ -16,6 +16,7 @@ from ijepa_scale.config import PretrainConfig
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.exchange.again import source_of
 from ijepa_scale.exchange.load import Loaded, load, load_first
 from ijepa_scale.exchange.run import stored_names
 from ijepa_scale.models.positions import sincos_pos_embed
@@ -153,7 +154,7 @@ class Account:
         if loaded.image_size != here:
             self._end = f"; position embeddings are for {here} px, there they are for {loaded.image_size} px"
         self._notes += [note for note in loaded.notes if note not in self._notes]
-        path = str(loaded.path.absolute()) if loaded.path.exists() else self._config.model.init_from
+        path = source_of(self._config.model.init_from, loaded)
         self.facts[name] = {"path": path, "network": which, "sha256": loaded.sha256}
 
     def lines(self, others: list[str]) -> list[str]:

@@ -73,6 +73,7 @@ def embed_source(
     from ijepa_scale.data.images import open_images
     from ijepa_scale.engine.distributed import alone
     from ijepa_scale.evals.embed import EMBEDDINGS, FACTS, IMAGES, PATCHES, check_layers, embed, patch_bytes
+    from ijepa_scale.exchange.again import source_of
 
     check_numbers(batch_size, workers)
     loaded, network = load_encoder(run, network)
@@ -87,7 +88,7 @@ def embed_source(
         print(f"and {width} numbers of each patch: {size / 1e9:,.2f} GB in {PATCHES}", flush=True)
     facts = {
         "run": absolute(run),
-        "checkpoint": absolute(str(loaded.path)),
+        "checkpoint": source_of(run, loaded),
         "checkpoint_sha256": loaded.sha256,
         "network": network,
         "step": loaded.step,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ from ijepa_scale import build
 from ijepa_scale.config import load_config
 from ijepa_scale.engine.distributed import alone
 from ijepa_scale.exchange import load as exchange
-from ijepa_scale.exchange.load import Loaded, load
+from ijepa_scale.exchange.load import load
 from ijepa_scale.models.vit import VIT_SIZES
 from ijepa_scale.run import init_from
 from ijepa_scale.run.report import plain_encoder
 from ijepa_scale.verbs.pretrain import train as verb
 from tests.end_to_end.runs import Runs, steps_of
-from tests.exchange.test_load import stored
+from tests.exchange.test_load import OLD, stored
 from tests.objectives.pixels import pretrain_pixels
 from tests.processes import assert_all, run_ranks
 
@@ -115,9 +116,13 @@ def test_a_run_that_is_resumed_needs_its_source_no_more(runs, source, tmp_path):
 def test_another_resolution_and_another_predictor(runs, source, tmp_path):
     """The encoders are taken up, the predictor is drawn anew."""
     options = ("data.image_size=40", "predictor.heads=4")
-    (end,) = runs(tmp_path / "run", f"model.init_from={source}", *options, *STILL, ranks=1)
+    more = ("optimization.weight_decay=[0,0]", "report.train_images=24", "report.test_images=12")
+    (end,) = runs(tmp_path / "run", f"model.init_from={source}", *options, *more, *STILL, ranks=1)
     assert "predictor fresh (that one is another: heads 2 there, 4 here)" in end.output
     assert "; position embeddings are for 40 px, there they are for 32 px" in end.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["initial"].startswith("the weights that training started from, of ")
+    assert [score["difference"] for score in report["scores"]] == [0, 0]  # nothing has moved
     for kind in ("master", "ema"):
         theirs = stored(source / "checkpoints" / "step-00000008", kind, "context_encoder.")
         assert_same(weights_of(tmp_path / "run", kind, "context_encoder."), theirs)
@@ -163,9 +168,7 @@ def overrides_in(message):
 )
 def test_sizes_that_differ_are_named_with_what_would_fit(small_config, tmp_path, monkeypatch, there, here):
     theirs = load_config(small_config, there)
-    loaded = Loaded(
-        network=build.build_encoder(theirs), image_size=theirs.data.image_size, path=tmp_path, sha256="", step=None
-    )
+    loaded = replace(load(OLD / "zero1"), network=build.build_encoder(theirs), image_size=theirs.data.image_size)
     monkeypatch.setattr(exchange, "load", lambda path, network: loaded)
     words = [*here, f"model.init_from={tmp_path}", "predictor.width=24"]  # which all of these heads divide
     config = load_config(small_config, words)
@@ -195,7 +198,8 @@ class OneEncoder:
     def load(self, path, network):
         if network in self.missing:
             raise ValueError(f"{path} holds no {network}")
-        return Loaded(network=self.encoder, image_size=self.image_size, path=Path(path), sha256=network, notes=("n",))
+        facts = {"image_size": self.image_size, "path": Path(path), "sha256": network, "step": None, "notes": ("n",)}
+        return replace(load(OLD / "zero1"), network=self.encoder, **facts)
 
 
 @pytest.mark.parametrize("missing", [(), ("target",), ("context",)])
