@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ijepa_scale.exchange.load import Loaded
+from ijepa_scale.exchange.networks import Loaded
 
 
 def source_of(what: str | Path, loaded: Loaded) -> str:

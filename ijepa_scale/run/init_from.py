@@ -17,14 +17,14 @@ from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.exchange.again import source_of
-from ijepa_scale.exchange.load import Loaded, load, load_first
+from ijepa_scale.exchange.load import load
+from ijepa_scale.exchange.networks import Loaded
 from ijepa_scale.exchange.run import stored_names
 from ijepa_scale.models.positions import sincos_pos_embed
 from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 from ijepa_scale.objectives.objective import Objective
 
-# A network of the objective -> those of the source that it may start from, the first that there is.
-SOURCES = {"context": ("context", "target"), "target": ("target", "context"), "predictor": ("predictor",)}
+# Of an objective's networks those that a source may have, too.
 WORDS = {"context": "context encoder", "target": "target encoder", "predictor": "predictor"}
 POSITION_TOLERANCE = 1e-2  # of embeddings that were rounded to bf16; learned ones differ by far more
 Facts = dict[str, dict[str, str]]  # by the objective's networks: path, network and sha256 of what each started from
@@ -46,7 +46,7 @@ def parts_of(objective: Objective) -> tuple[list[Part], list[str]]:
         module = objective.build()
     trained = objective.trained(module)
     named = {**trained, **objective.encoders(module)}
-    parts = [Part(name, named[name], *stored_names(objective, name)) for name in SOURCES if name in named]
+    parts = [Part(name, named[name], *stored_names(objective, name)) for name in WORDS if name in named]
     filled = {full for part in parts for full in part.stored.values()}
     full = {id(parameter): name for name, parameter in module.named_parameters()}
     others = [name for name, other in trained.items() if not filled & {full[id(p)] for p in other.parameters()}]
@@ -59,16 +59,16 @@ def read_part(config: PretrainConfig, part: Part) -> tuple[Loaded | None, str]:
     Raises ValueError where model.init_from is not there, or its encoder does not fit.
     """
     try:
-        loaded, network = load_first(config.model.init_from, SOURCES[part.name])
+        loaded = load(config.model.init_from, part.name)
     except ValueError as error:
         if part.name == "predictor":  # an encoder was read before it: there is no predictor
             return None, str(error)
         raise ValueError(f"model.init_from: {error}") from error
     if part.name == "predictor":
         differing = _differing(part.own, loaded.network)
-        return (None, f"that one is another: {differing[0]}") if differing else (loaded, network)
+        return (None, f"that one is another: {differing[0]}") if differing else (loaded, loaded.name)
     check_fits(config, part.own, loaded)
-    return loaded, network
+    return loaded, loaded.name
 
 
 def check(config: PretrainConfig, objective: Objective) -> None:

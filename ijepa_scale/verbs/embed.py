@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ijepa_scale.verbs import parser_of
 
 if TYPE_CHECKING:
-    from ijepa_scale.exchange.load import Loaded
+    from ijepa_scale.exchange.networks import Loaded
 
 STOPPED = 75  # as of a run that is stopped
 
@@ -28,7 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="the folder to write to")
     parser.add_argument("--split", default="train", help="of the source (default: train)")
     parser.add_argument(
-        "--network", default="", metavar="target|context", help="default: the target encoder, where there is one"
+        "--network",
+        default="target",
+        metavar="target|context",
+        help="which encoder (default: target; where there is one alone, that one)",
     )
     parser.add_argument(
         "--layers", type=int, nargs="+", default=[], metavar="N", help="blocks from 0, or from the end with -1, "
@@ -58,7 +61,7 @@ def embed_source(
     out: str,
     *,
     split: str = "train",
-    network: str = "",
+    network: str = "target",
     layers: list[int] | None = None,
     patches: bool = False,
     batch_size: int = 64,
@@ -76,7 +79,7 @@ def embed_source(
     from ijepa_scale.exchange.again import source_of
 
     check_numbers(batch_size, workers)
-    loaded, network = load_encoder(run, network)
+    loaded = load_encoder(run, network)
     encoder: Any = loaded.network.to(alone().device)
     check_layers(encoder, layers or ())
     reading: dict[str, Any] = {"cache_dir": cache_dir, "column": column, "config": config}
@@ -90,7 +93,7 @@ def embed_source(
         "run": absolute(run),
         "checkpoint": source_of(run, loaded),
         "checkpoint_sha256": loaded.sha256,
-        "network": network,
+        "network": loaded.name,
         "step": loaded.step,
         "source": absolute(source),
         "split": images.split,
@@ -115,18 +118,16 @@ def embed_source(
     print(f"{count:,} embeddings, {len(unreadable)} unreadable images: {out}/{made}")
 
 
-def load_encoder(path: str, network: str) -> tuple["Loaded", str]:
-    """The encoder to embed by, and which it is. network: "target", "context", or "": the first of these there is."""
-    from ijepa_scale.exchange.load import load_first
+def load_encoder(path: str, network: str) -> "Loaded":
+    """The encoder to embed by; its name says which it is. What there is to tell of it is printed."""
+    from ijepa_scale.exchange.load import load
 
-    if network not in ("", "target", "context"):
+    if network not in ("target", "context"):
         raise ValueError(f"--network must be target or context, got {network!r}")
-    loaded, found = load_first(path, [network] if network else ["target", "context"])
+    loaded = load(path, network)
     for note in loaded.notes:
         print(note, flush=True)
-    if found == "context" and not network:
-        print(f"{loaded.path} has no target encoder: embedding by its context encoder", flush=True)
-    return loaded, found
+    return loaded
 
 
 def check_numbers(batch_size: int, workers: int) -> None:

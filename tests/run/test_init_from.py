@@ -11,8 +11,8 @@ import torch
 from ijepa_scale import build
 from ijepa_scale.config import load_config
 from ijepa_scale.engine.distributed import alone
-from ijepa_scale.exchange import load as exchange
 from ijepa_scale.exchange.load import load
+from ijepa_scale.exchange.networks import Networks
 from ijepa_scale.models.vit import VIT_SIZES
 from ijepa_scale.run import init_from
 from ijepa_scale.run.report import plain_encoder
@@ -169,7 +169,7 @@ def overrides_in(message):
 def test_sizes_that_differ_are_named_with_what_would_fit(small_config, tmp_path, monkeypatch, there, here):
     theirs = load_config(small_config, there)
     loaded = replace(load(OLD / "zero1"), network=build.build_encoder(theirs), image_size=theirs.data.image_size)
-    monkeypatch.setattr(exchange, "load", lambda path, network: loaded)
+    monkeypatch.setattr(init_from, "load", lambda path, network: loaded)
     words = [*here, f"model.init_from={tmp_path}", "predictor.width=24"]  # which all of these heads divide
     config = load_config(small_config, words)
     with pytest.raises(ValueError, match=f"model.init_from={tmp_path} does not fit this config: ") as refused:
@@ -189,36 +189,35 @@ def test_sizes_that_differ_are_named_with_what_would_fit(small_config, tmp_path,
 
 
 class OneEncoder:
-    """As a file of another project, which holds an encoder alone. missing: networks that it does not answer."""
+    """As a file of another project, which holds an encoder alone, of a name."""
 
-    def __init__(self, config, missing=("predictor",)):
+    def __init__(self, config, name="context"):
         torch.manual_seed(0)
-        self.encoder, self.missing, self.image_size = build.build_encoder(config), missing, config.data.image_size
+        self.encoder, self.name, self.image_size = build.build_encoder(config), name, config.data.image_size
 
     def load(self, path, network):
-        if network in self.missing:
-            raise ValueError(f"{path} holds no {network}")
         facts = {"image_size": self.image_size, "path": Path(path), "sha256": network, "step": None, "notes": ("n",)}
-        return replace(load(OLD / "zero1"), network=self.encoder, **facts)
+        read = replace(load(OLD / "zero1"), network=self.encoder, **facts)
+        return Networks.of_encoder(Path(path), self.name, lambda name: read).load(network)
 
 
-@pytest.mark.parametrize("missing", [(), ("target",), ("context",)])
-def test_both_encoders_start_from_the_one_that_there_is(small_config, monkeypatch, missing):
+@pytest.mark.parametrize("name", ["context", "target"])
+def test_both_encoders_start_from_the_one_that_there_is(small_config, monkeypatch, name):
     config = load_config(small_config, ["model.init_from=timm:x"])
-    source = OneEncoder(config, ("predictor", *missing))
-    monkeypatch.setattr(exchange, "load", source.load)
-    note, line = init_from.preview(config)
-    expected = {(): ("context", "target"), ("target",): ("context",) * 2, ("context",): ("target",) * 2}[missing]
-    assert note == "n" and line == (
-        f"model.init_from: timm:x: context encoder from its {expected[0]} encoder, target encoder from its "
-        f"{expected[1]} encoder, predictor fresh (timm:x holds no predictor)"
+    monkeypatch.setattr(init_from, "load", OneEncoder(config, name).load)
+    first, second, line = init_from.preview(config)
+    assert {first, second} == {"n", f"timm:x holds the {name} encoder alone: it is taken for the "
+                               f"{'target' if name == 'context' else 'context'} encoder too"}  # fmt: skip
+    assert line == (
+        f"model.init_from: timm:x: context encoder from its {name} encoder, target encoder from its {name} encoder, "
+        f"predictor fresh (timm:x holds no predictor; it holds: {name})"
     )
 
 
 def test_learned_position_embeddings_are_refused(small_config, monkeypatch):
     config = load_config(small_config, ["model.init_from=x"])
     source = OneEncoder(config)
-    monkeypatch.setattr(exchange, "load", source.load)
+    monkeypatch.setattr(init_from, "load", source.load)
     source.encoder.pos_embed.copy_(source.encoder.pos_embed.bfloat16())  # a file may be of rounded ones
     init_from.check(config, build.build_objective(config))
     source.encoder.pos_embed += 0.02 * torch.randn(source.encoder.pos_embed.shape)
