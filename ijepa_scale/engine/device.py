@@ -1,5 +1,6 @@
 """What a device can do at most, and what memory this process has used."""
 
+import os
 import re
 import resource
 import sys
@@ -22,6 +23,15 @@ def memory_bytes() -> int:
         return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, others KiB
+
+
+def free_memory() -> int:
+    """Bytes of the machine's memory that a process can still take, its page cache included (Linux; else all of it)."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+        return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # Most TFLOP/s in (bf16, tf32, fp32) by torch's name of the device: dense, as published, bf16 accumulated in fp32. Not

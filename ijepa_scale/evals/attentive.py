@@ -6,6 +6,8 @@ E, P probes, C classes.
 """
 
 import itertools
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ijepa_scale.evals.batches import LabelledBatch, TrainingBatches
+from ijepa_scale.engine.device import free_memory
+from ijepa_scale.engine.launchers import ranks_here
+from ijepa_scale.evals.batches import LabelledBatch, TrainingBatches, eval_batches
 from ijepa_scale.evals.evaluation import Evaluation, Labelled, Outcome, accuracy, commonest_share
 from ijepa_scale.evals.features import encoding_copy
 from ijepa_scale.evals.training import Fit, TrainingSettings, answers, start_engine
@@ -36,6 +40,7 @@ class AttentiveSettings(TrainingSettings):
     weight_decays: tuple[float, ...] = (1e-3, 1e-1)  # of AdamW; none on biases, norms and the query
     depth: int = 1  # blocks: one of cross-attention, those before it of self-attention; V-JEPA 2 has 4
     heads: int = 0  # of attention; 0: as many as the encoder has
+    features: bool = False  # tokens of images as they are tested, computed once and held in memory: much quicker
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -140,16 +145,22 @@ def attentive(evaluation: Evaluation, settings: AttentiveSettings) -> Outcome:
     """
     count = len(settings.grid)
     fit_on, held_out = split(evaluation.train, count)
-    batches = settings.batches(evaluation, fit_on)
-    encoder, engine = encoding_copy(evaluation.encoder), _start(evaluation, settings, batches)
+    encoder = encoding_copy(evaluation.encoder)
 
     def tokens_of(images: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             return encoder(images)
 
+    kept_BND = None
+    if settings.features:
+        fit_on, kept_BND = _kept_tokens(evaluation, fit_on, tokens_of, stretch=settings.stretch)
+    batches = settings.batches(evaluation, fit_on, read=kept_BND is None)
+    engine = _start(evaluation, settings, batches)
+
     def losses(batch: LabelledBatch) -> torch.Tensor:
         """Summed over the probes: of each, the gradient is as if it were alone."""
-        logits_BPC = engine(tokens_of(batch.images))
+        tokens_BND = tokens_of(batch.images) if kept_BND is None else kept_BND[batch.places.cpu()]
+        logits_BPC = engine(tokens_BND.to(batch.labels.device))
         labels_BP = batch.labels[:, None].expand(-1, count)
         losses_T = F.cross_entropy(logits_BPC.flatten(0, 1), labels_BP.flatten(), reduction="none")
         return losses_T.view(-1, count).sum(dim=1)
@@ -170,6 +181,43 @@ def attentive(evaluation: Evaluation, settings: AttentiveSettings) -> Outcome:
     fit.remove_checkpoints()
     facts = {"train_images": len(fit_on), "held_out": len(held_out), "batch_size": batches.global_batch_size}
     return _outcome(settings, chooses, tested, facts)
+
+
+def _kept_tokens(
+    evaluation: Evaluation, labelled: Labelled, tokens_of: Callable[[torch.Tensor], torch.Tensor], *, stretch: bool
+) -> tuple[Labelled, torch.Tensor]:
+    """The images that can be read, and their tokens in memory, (n, N, D) in the encoder's dtype.
+
+    Each rank computes and holds them all: any may be in its share of a batch. ValueError where memory does not hold
+    them.
+    """
+    encoder, image_size, device = evaluation.encoder, evaluation.image_size, evaluation.ranks.device
+    patches = (image_size // encoder.patch_embed.patch_size) ** 2
+    shape = len(labelled), patches, encoder.size.width
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    needed, free = math.prod(shape) * dtype.itemsize * ranks_here(), free_memory()
+    if needed > free:
+        raise ValueError(
+            f"the tokens of {len(labelled):,} images take {needed / 2**30:,.1f} GiB of this machine's memory, of which "
+            f"{free / 2**30:,.1f} GiB are free; leave out features=true, or use fewer images"
+        )
+    kept_BND, read = torch.empty(shape, dtype=dtype), np.zeros(len(labelled), bool)
+    loader = eval_batches(
+        labelled,
+        image_size=image_size,
+        batch_size=evaluation.batch_size,
+        ranks=replace(evaluation.ranks, rank=0, world_size=1),
+        workers=evaluation.workers,
+        stretch=stretch,
+    )
+    for batch in evaluation.watch(f"encoding {labelled.images.name}", loader):
+        here = batch.places >= 0
+        kept_BND[batch.places[here]] = tokens_of(batch.images.to(device))[here.to(device)].to("cpu", dtype)
+        read[batch.places[here]] = True
+    if not read.any():
+        raise ValueError(f"{labelled.images.name}: none of {len(labelled)} images can be read; check its files")
+    places = np.flatnonzero(read)
+    return labelled.take(places), kept_BND if read.all() else kept_BND[torch.from_numpy(places)]
 
 
 def _outcome(

@@ -68,14 +68,16 @@ class Mix:
 
 @dataclass(frozen=True)
 class LabelledBatch:
-    """A micro-batch. images: (B, 3, S, S) uint8. labels: (B,) int64. positions: (B,) int64, in the global batch.
+    """A micro-batch. images: (B, 3, S, S) uint8; (0, 3, S, S) where they are not read.
 
-    targets: (B, classes) float32, rows that sum to 1, where images are mixed; else None. last: of its step. bad:
+    labels, places, positions: (B,) int64. places: which of the labelled images was asked for. positions: in the global
+    batch. targets: (B, classes) float32, rows that sum to 1, where images are mixed; else None. last: of its step. bad:
     unreadable images, each of which another stands in for.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
+    places: torch.Tensor
     positions: torch.Tensor
     targets: torch.Tensor | None
     step: int
@@ -87,6 +89,7 @@ class LabelledBatch:
             self,
             images=change(self.images),
             labels=change(self.labels),
+            places=change(self.places),
             positions=change(self.positions),
             targets=None if self.targets is None else change(self.targets),
         )
@@ -116,6 +119,7 @@ class TrainingBatches(Dataset):
     batch_size: int  # images a step, of all ranks; cut to the number of images
     micro_batch_size: int  # images that a rank runs at once, about; 2 at least
     image_size: int  # pixels a side
+    read: bool = True  # False: no image is, as where tokens of each place are there already
     seed: int
     rank: int = 0
     ranks: int = 1
@@ -194,19 +198,19 @@ class TrainingBatches(Dataset):
     def batch(self, micro_step: int) -> LabelledBatch:
         """Raises BadImageError where an image and all that might stand in for it are bad."""
         step, micro = divmod(micro_step, self.accumulation_steps)
-        positions = self.positions(micro)
-        images = np.empty((len(positions), 3, self.image_size, self.image_size), np.uint8)
-        labels = np.empty(len(positions), np.int64)
+        positions, size = self.positions(micro), self.global_batch_size
+        num_images = len(self.labelled)
+        places = [image_at(self.seed, step, at, num_images=num_images, global_batch_size=size) for at in positions]
+        labels = self.labelled.labels[places]
+        images = np.empty((len(positions) * self.read, 3, self.image_size, self.image_size), np.uint8)
         bad: list[BadImage] = []
-        for row, position in enumerate(positions):
-            place = image_at(
-                self.seed, step, position, num_images=len(self.labelled), global_batch_size=self.global_batch_size
-            )
-            images[row], labels[row], missed = self._read(place, step, position)
+        for row in range(len(images)):
+            images[row], labels[row], missed = self._read(places[row], step, positions[row])
             bad += missed
         batch = LabelledBatch(
             torch.from_numpy(images),
             torch.from_numpy(labels),
+            torch.tensor(places),
             torch.arange(positions.start, positions.stop),
             targets=None,
             step=step,

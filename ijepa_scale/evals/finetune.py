@@ -138,7 +138,7 @@ def finetune(evaluation: Evaluation, settings: FinetuneSettings) -> Outcome:
     diverges, and BadImageError where images cannot be read.
     """
     ranks, test = evaluation.ranks, evaluation.test
-    batches = settings.batches(evaluation, evaluation.train, settings.mix)
+    batches = settings.batches(evaluation, evaluation.train, mix=settings.mix)
     engine = _start(evaluation, settings, batches)
 
     def losses(batch: LabelledBatch) -> torch.Tensor:

@@ -54,8 +54,10 @@ class TrainingSettings:
         """Whether test images are whole ones, too."""
         return self.crop == "stretched"
 
-    def batches(self, evaluation: Evaluation, labelled: Labelled, mix: Mix | None = None) -> TrainingBatches:
-        """This rank's batches of the labelled images."""
+    def batches(
+        self, evaluation: Evaluation, labelled: Labelled, *, mix: Mix | None = None, read: bool = True
+    ) -> TrainingBatches:
+        """This rank's batches of the labelled images. mix, read: as of TrainingBatches."""
         return TrainingBatches(
             labelled=labelled,
             augment=self.augment(),
@@ -64,6 +66,7 @@ class TrainingSettings:
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,
             image_size=evaluation.image_size,
+            read=read,
             seed=evaluation.seed,
             rank=evaluation.ranks.rank,
             ranks=evaluation.ranks.world_size,

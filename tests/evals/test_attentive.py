@@ -1,5 +1,6 @@
 """The attentive probe beside torch's own attention; trainings on one rank and on two; who chooses among probes."""
 
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -7,11 +8,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ijepa_scale.evals.attentive import AttentiveSettings, Probe, Probes, attentive, probe_groups, split
+from ijepa_scale.data.transforms import center_crop
+from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.evals import attentive as attentive_module
+from ijepa_scale.evals.attentive import (
+    AttentiveSettings,
+    Probe,
+    Probes,
+    _kept_tokens,
+    attentive,
+    probe_groups,
+    split,
+)
 from ijepa_scale.models.blocks import ViTSize
 from tests.evals import worker_training
 from tests.evals.labelled import labelled, write_colours
-from tests.evals.worker_training import outcome_of
+from tests.evals.worker_training import evaluation_of, outcome_of
 from tests.processes import assert_all, run_ranks
 
 QUICK = AttentiveSettings(
@@ -33,6 +45,7 @@ def alone(colours, tmp_path_factory):
     cases = {
         "quick": (QUICK, {}),
         "shuffled": (QUICK, {"shuffle": True}),
+        "features": (replace(QUICK, features=True), {}),
         "single": (replace(QUICK, depth=2, heads=4, lrs=(1e-2,)), {}),
     }
     assert_all(run_ranks(worker_training.run, 1, folder / "log", attentive, str(colours), str(folder), cases))
@@ -96,10 +109,11 @@ def test_held_out_images_are_of_all_classes_and_none_is_fitted_on(colours):
 
 
 def test_all_of_separable_classes_chance_of_shuffled_labels_and_the_held_out_choose(alone):
-    measures = outcome_of(alone, "quick")["measures"]
-    assert [measure["chosen"] for measure in measures] == [True, False]
-    assert measures[0]["value"] == 100.0 and measures[0]["settings"]["held_out"] == 100.0
-    assert measures[1]["value"] < 60.0 and measures[1]["settings"]["held_out"] < 60.0, "too small a learning rate"
+    for name in ("quick", "features"):
+        measures = outcome_of(alone, name)["measures"]
+        assert [measure["chosen"] for measure in measures] == [True, False]
+        assert measures[0]["value"] == 100.0 and measures[0]["settings"]["held_out"] == 100.0
+        assert measures[1]["value"] < 60.0 and measures[1]["settings"]["held_out"] < 60.0, "too small a learning rate"
     assert all(measure["value"] < 60.0 for measure in outcome_of(alone, "shuffled")["measures"])
     (single,) = outcome_of(alone, "single")["measures"]
     assert single["chosen"] and single["value"] == 100.0 and "held_out" not in single["settings"]
@@ -108,12 +122,33 @@ def test_all_of_separable_classes_chance_of_shuffled_labels_and_the_held_out_cho
 
 
 def test_probes_are_the_same_on_two_ranks(colours, alone, tmp_path):
-    cases = {"quick": (QUICK, {}), "shuffled": (QUICK, {"shuffle": True})}
+    cases = {name: (replace(QUICK, features=name == "features"), {}) for name in ("quick", "features")}
+    cases["shuffled"] = (QUICK, {"shuffle": True})
     assert_all(run_ranks(worker_training.run, 2, tmp_path / "log", attentive, str(colours), str(tmp_path), cases))
     for name in cases:
         one, two = outcome_of(alone, name), outcome_of(tmp_path, name)
         assert one["measures"] == two["measures"] and one["predicted"] == two["predicted"]
         assert one["left"] == two["left"] == []
+
+
+def test_kept_tokens_are_those_of_the_images_in_the_batch_and_must_fit(colours, tmp_path, monkeypatch):
+    shutil.copytree(colours, tmp_path / "data")
+    images = labelled(tmp_path / "data")
+    with open(images.images.sample_id(7), "wb") as file:
+        file.write(b"no image")
+    evaluation = evaluation_of(Ranks(0, 1, 0, torch.device("cpu")), str(tmp_path / "data"), tmp_path, batch_size=5)
+    asked = images.take(np.array([3, 7, 40, 1]))
+    read, kept = _kept_tokens(evaluation, asked, lambda x: evaluation.encoder(x).detach(), stretch=False)
+    assert read.indices.tolist() == [3, 40, 1]
+    crops = np.stack([center_crop(images.images.read(i), 16) for i in (3, 40, 1)])
+    torch.testing.assert_close(kept, evaluation.encoder(torch.from_numpy(crops)).detach())
+    batches = QUICK.batches(evaluation, read, read=False)
+    batch = batches.batch(0)
+    assert len(batch.images) == 0 and sorted(batch.places.tolist()) == [0, 1, 2]
+    assert batch.labels.tolist() == read.labels[batch.places].tolist()
+    monkeypatch.setattr(attentive_module, "free_memory", lambda: 100)
+    with pytest.raises(ValueError, match="leave out features=true"):
+        _kept_tokens(evaluation, asked, lambda x: x, stretch=False)
 
 
 @pytest.mark.slow

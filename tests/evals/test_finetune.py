@@ -223,6 +223,13 @@ def test_a_killed_training_goes_on_to_the_same_bits(colours, alone, tmp_path):
     assert all(torch.equal(whole[name], killed[name]) for name in whole)
 
 
+def test_a_training_that_diverges_is_said_on_every_rank(colours, tmp_path):
+    cases = {"case": (replace(QUICK, epochs=2, warmup_epochs=0, lr=1e30), {})}
+    ends = run_ranks(worker_training.run, 2, tmp_path / "log", finetune, str(colours), str(tmp_path), cases)
+    assert_all(ends, 1)
+    assert all("finetune: the loss became nan" in end.output and "give a smaller lr" in end.output for end in ends)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 def test_every_zero_stage_and_recomputed_blocks_train_alike(colours, tmp_path, stage):
