@@ -13,10 +13,10 @@ from torch import nn
 
 from ijepa_kernels.patchify import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_scale.data.transforms import usual_shorter_side
-from ijepa_scale.exchange.extras import needed
 from ijepa_scale.exchange.networks import Loaded, Networks
 from ijepa_scale.exchange.record import Record, encoder_from, read_record
 from ijepa_scale.exchange.weights import Weights, eps_notes, read_shards
+from ijepa_scale.extras import needed
 from ijepa_scale.models.vit import NORM_EPS, VIT_SIZES
 
 SCHEME = "timm:"
@@ -34,7 +34,7 @@ def networks_of_name(name: str) -> Networks:
     """What load() gives of an installed timm's model, its weights from timm's cache or where timm has them from."""
 
     def read(network: str) -> Loaded:
-        timm = needed("timm")
+        timm = needed("timm", extra="export")
         try:
             model = timm.create_model(name, pretrained=True, num_classes=0)
         except Exception as error:  # what a name, a network and a cache lead to has no common type
@@ -50,7 +50,7 @@ def networks_of_folder(folder: Path) -> Networks:
     record = read_record(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else None
 
     def read(network: str) -> Loaded:
-        timm = needed("timm")
+        timm = needed("timm", extra="export")
         try:
             with torch.device("meta"):  # for what its weights do not show
                 model = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
@@ -73,7 +73,7 @@ def _encoder(weights: Weights, path: Path, network: str, *, model: nn.Module, re
 
 def _differences(model: Any) -> list[str]:
     """What to tell of a model's differences from ours that its weights do not show; ValueError for one that matters."""
-    transformer = needed("timm").models.vision_transformer
+    transformer = needed("timm", extra="export").models.vision_transformer
     if type(model) is not transformer.VisionTransformer:
         raise ValueError(f"it is a {type(model).__name__} of timm; wants its VisionTransformer")
     for block in model.blocks:
