@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from ijepa_scale.evals.labels import open_splits
 from ijepa_scale.evals.results import RESULTS, read_results, results_table, write_results
 from ijepa_scale.evals.tasks import TASKS, askable, settled
 from ijepa_scale.exchange.load import Loaded, load
+from ijepa_scale.exchange.weights import digest
 from ijepa_scale.run.records import log_evaluation
 from ijepa_scale.visualize.accuracies import draw_accuracies, draw_confusions
 
@@ -75,9 +76,11 @@ def evaluate_tasks(ranks: Ranks, request: Request) -> None:
     loaded = ranks.together(lambda: load(request.checkpoint, request.network))
     for note in loaded.notes:
         say(note)
+    # Of the network itself: a checkpoint's own digest is of all its networks.
+    loaded = replace(loaded, sha256=ranks.from_first(digest(loaded.network) if ranks.first else ""))
     train, test = ranks.together(lambda: _open(request, loaded, say), on="node")
     folder = Path(request.out) if request.out else _usual_folder(request, loaded, train)
-    facts = _facts(request, loaded, train, test)
+    facts = ranks.together(lambda: _facts(request, loaded, train, test) if ranks.first else {})
     ranks.together(lambda: read_results(folder, facts) if ranks.first else None)
     tasks = _asked(ranks, request, loaded, train, test, folder, say)
     say(f"{loaded.path}, the {request.network} encoder, on {train.name} and {test.name}")
@@ -104,11 +107,11 @@ def _open(request: Request, loaded: Loaded, say: Callable[[str], None]) -> tuple
 
 
 def _usual_folder(request: Request, loaded: Loaded, train: ImageSet) -> Path:
-    """In the run that the checkpoint is of; for what is no run, where one is."""
-    data, checkpoint = train.name.rpartition(":")[0], Path(request.checkpoint)
-    if (checkpoint / "checkpoints").is_dir():
-        return checkpoint / "evaluations" / data
-    return Path("evaluations") / f"{loaded.path.stem}-{data}"
+    """One for each checkpoint and network: in the run that it is of; for what is of no run, where one is."""
+    of_run = loaded.path.is_dir() and loaded.path.parent.name == "checkpoints"
+    run = loaded.path.parents[1] if of_run else Path()
+    name = f"{train.name.rpartition(':')[0]}-{loaded.path.stem}" + "-context" * (request.network == "context")
+    return run / "evaluations" / name
 
 
 def _facts(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) -> dict[str, Any]:
@@ -121,6 +124,7 @@ def _facts(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) ->
         "image_size": request.image_size or loaded.image_size,
         "data": train.name,
         "test_data": test.name,
+        "images": [images.digest() for images in (train, test)],
         "seed": request.seed,
     }
 

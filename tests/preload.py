@@ -8,4 +8,5 @@ import matplotlib.pyplot  # noqa: F401
 import torch._dynamo
 import torch._inductor.compile_fx  # noqa: F401
 
+import ijepa_scale.evaluate
 import ijepa_scale.train  # noqa: F401

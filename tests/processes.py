@@ -20,7 +20,7 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-PRETRAIN, BENCHMARK = ROOT / "launch" / "pretrain.py", ROOT / "launch" / "benchmark.py"
+PRETRAIN, BENCHMARK, EVALUATE = (ROOT / "launch" / f"{verb}.py" for verb in ("pretrain", "benchmark", "evaluate"))
 
 # Ranks of tests share few cores, and run on the CPU whatever the machine has.
 ENVIRONMENT = {
@@ -118,6 +118,12 @@ def benchmark(*arguments: str) -> None:
     """launch/benchmark.py as a script."""
     sys.argv = [str(BENCHMARK), *arguments]
     runpy.run_path(str(BENCHMARK), run_name="__main__")
+
+
+def evaluate(*arguments: str) -> None:
+    """launch/evaluate.py as a script."""
+    sys.argv = [str(EVALUATE), *arguments]
+    runpy.run_path(str(EVALUATE), run_name="__main__")
 
 
 def free_port() -> int:

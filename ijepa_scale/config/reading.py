@@ -59,9 +59,17 @@ def from_literal(schema: type[T], values: dict[str, Any]) -> T:
 
 def over(settings: T, overrides: list[str]) -> T:
     """The same settings, a dataclass of plain values, with key=value words over them. Raises ValueError as read()."""
-    schema = type(settings)
+    schema, held = type(settings), asdict(typing.cast(Any, settings))
     try:
-        values = OmegaConf.merge(OmegaConf.create(asdict(typing.cast(Any, settings))), _overrides(schema, overrides))
+        words = _overrides(schema, overrides)
+        given = typing.cast(dict, OmegaConf.to_container(words))
+        _check_keys(schema, given, schema)
+        for key, value in given.items():
+            if isinstance(held[key], tuple) and not isinstance(value, list):
+                raise ValueError(
+                    f"config key {key} is a list: give {key}=[{'...' if isinstance(value, dict) else value}]"
+                )
+        values = OmegaConf.merge(OmegaConf.create(_literal(held)), words)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{' '.join(overrides)}: {_first_line(error)}") from error
     return _typed(schema, typing.cast(DictConfig, values), None)

@@ -25,6 +25,7 @@ from ijepa_scale.data.order import generator_for, image_at
 from ijepa_scale.data.transforms import RandomCrop, center_crop, stretched
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.evals.evaluation import Labelled
+from ijepa_scale.extras import needed
 
 # Streams of random numbers, beside those of data/order.py.
 AUGMENT, RAND_AUGMENT, MIX, DROP_PATH = range(100, 104)
@@ -128,6 +129,8 @@ class TrainingBatches(Dataset):
         for name in ("epochs", "batch_size", "micro_batch_size", "image_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.mix or self.augment.rand_augment:
+            needed("timm", extra="evaluate")  # a loader process would say it too late
         if not len(self.labelled):
             raise ValueError(f"{self.labelled.images.name} has no labelled images to train on")
         if self._pairs < self.ranks:

@@ -72,6 +72,7 @@ def features_of(evaluation: Evaluation, labelled: Labelled, *, stretch: bool = F
         "image_size": evaluation.image_size,
         "stretch": stretch,
         "blocks": list(last_blocks(encoder)),
+        "heads": encoder.size.heads,  # which weights do not tell
         "dtype": str(next(encoding_copy(encoder).parameters()).dtype).removeprefix("torch."),
     }
     folder = evaluation.keep / _digest(facts)

@@ -22,6 +22,7 @@ from ijepa_scale.evals.batches import Augment, TrainingBatches
 from ijepa_scale.evals.evaluation import Evaluation, Outcome, accuracy, commonest_share
 from ijepa_scale.evals.extract import pooled
 from ijepa_scale.evals.features import Features, encoding_copy, features_of, last_blocks
+from ijepa_scale.extras import needed
 
 HEADS = 0x6865616473  # the stream of random numbers that heads are drawn from
 LR_IMAGES = 256  # that a learning rate is for; it grows with the batch
@@ -134,6 +135,7 @@ def optimizer(head: Head, settings: LinearSettings) -> torch.optim.Optimizer:
         {"params": others, "weight_decay": 0.0, "always_adapt": False},
     ]
     if settings.optimizer == "lars":
+        needed("timm", extra="evaluate")
         from timm.optim.lars import Lars
 
         return Lars(groups, lr=0.0, momentum=settings.momentum)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.exchange import reference, run, safetensors, timm, transformers
+from ijepa_scale.exchange import files, reference, run, safetensors, timm, transformers
 from ijepa_scale.exchange.networks import NETWORKS, Loaded, Networks
 from ijepa_scale.exchange.record import read_record
 from ijepa_scale.exchange.weights import read_json, read_pickle
@@ -17,8 +17,8 @@ READ = (
 def load(path: str | Path, network: str = "target") -> Loaded:
     """One network of whatever find() takes.
 
-    network: "target" (the EMA of the context encoder), "context" or "predictor". Where there is one encoder alone it
-    answers to both of the names, and the notes say which it is.
+    network: "target" (the EMA of the context encoder), "context" or "predictor". Where there is one encoder
+    alone it answers to both of the names, and the notes say which it is.
     Raises ValueError where there is nothing, something else, no such network, or weights that do not fit.
     """
     if network not in NETWORKS:
@@ -76,6 +76,6 @@ def _file(path: Path) -> Networks:
     if record and record.network == "predictor":
         return safetensors.networks_of_file(path, record)
     if path.suffix == ".safetensors":
-        return timm.networks_of_file(path)
+        return files.networks(path)
     content = read_pickle(path)
-    return reference.networks(path) if reference.is_reference(content) else timm.networks_of_file(path, content)
+    return reference.networks(path) if reference.is_reference(content) else files.networks(path, content)

@@ -34,13 +34,18 @@ class Loaded:
 class Networks:
     """The networks of a run, a folder or a file. names: those that it holds. read: one of them, by its name.
 
-    known: that names say which encoder a lone one is; a format that does not say is taken at its readers' word.
+    known: that names say which encoder a lone one is.
     """
 
     path: Path
     names: tuple[str, ...]
     read: Callable[[str], Loaded]
     known: bool = True
+
+    @classmethod
+    def of_encoder(cls, path: Path, name: str | None, read: Callable[[str], Loaded]) -> "Networks":
+        """One encoder. name: which one; None: its format does not say, and it is called "context", as most are."""
+        return cls(path=path, names=(name or "context",), read=read, known=name is not None)
 
     def load(self, network: str) -> Loaded:
         """One network, frozen. A lone encoder answers to "target" and to "context", and a note says which it is.

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_kernels.patchify import IMAGENET_MEAN, IMAGENET_STD
-from ijepa_scale.exchange.extras import needed
 from ijepa_scale.exchange.networks import Loaded
 from ijepa_scale.exchange.record import KEY, Record
+from ijepa_scale.extras import needed
 
 FILE = "model.onnx"
 INPUT, PATCHES, POOLED = "images", "patch_features", "pooled_features"
@@ -59,7 +59,7 @@ def write(loaded: Loaded, folder: Path) -> None:
 
     Raises ValueError where a package is missing, and where the graph's features are not the encoder's.
     """
-    needed("onnx", "onnxscript", "onnxruntime")
+    needed("onnx", "onnxscript", "onnxruntime", extra="export")
     record = Record.of(loaded)
     encoder: Any = loaded.network
     images = _noise(3, record.image_size)
@@ -90,7 +90,7 @@ def _noise(count: int, size: int) -> torch.Tensor:
 
 
 def _check(path: Path, images: np.ndarray, expected: dict[str, np.ndarray]) -> None:
-    session = needed("onnxruntime").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = needed("onnxruntime", extra="export").InferenceSession(str(path), providers=["CPUExecutionProvider"])
     for name, values in expected.items():
         (found,) = session.run([name], {INPUT: images})
         difference = float(np.abs(found - values).max()) if found.shape == values.shape else float("nan")

@@ -1,8 +1,8 @@
-"""What an export says of a network beside its weights, in the header of its safetensors file."""
+"""What an export says of a network beside its weights, in the header of its safetensors file, and encoders by that."""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from ijepa_scale.exchange.networks import NETWORKS, Loaded
-from ijepa_scale.exchange.weights import header
+from ijepa_scale.exchange.weights import Weights, check_tensors, digest, encoder_of, header
 from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.predictor import Predictor
 
@@ -67,3 +67,30 @@ def read_record(path: Path) -> Record | None:
     if record.network not in NETWORKS:
         raise ValueError(f"the header of {path} tells of an unknown network {record.network!r}")
     return record
+
+
+def encoder_from(
+    weights: Weights,
+    path: Path,
+    name: str,
+    *,
+    heads: int | None = None,
+    record: Record | None = None,
+    notes: Sequence[str] = (),
+) -> Loaded:
+    """An encoder of weights by our names, and of what is said beside them. path: of what they are from.
+
+    heads: None: as the record says, or as is usual. Raises ValueError as encoder_of() and check_tensors().
+    """
+    check_tensors(weights)
+    encoder, more = encoder_of(weights, heads=record.size.heads if heads is None and record else heads)
+    return Loaded(
+        network=encoder,
+        name=name,
+        image_size=encoder.grid.rows * encoder.patch_embed.patch_size,
+        path=path,
+        sha256=digest(encoder),
+        step=record.step if record else None,
+        config=record.config if record else None,
+        notes=(*notes, *more),
+    )

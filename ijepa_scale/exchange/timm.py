@@ -1,4 +1,4 @@
-"""Vision transformers of timm without a class token: its folders, its checkpoint files and its own models, by name.
+"""Vision transformers of timm without a class token: its folders, and its own models by name.
 
 Our names of weights are timm's. What weights do not show, as heads and the activation, timm itself is asked for.
 """
@@ -13,23 +13,13 @@ from torch import nn
 
 from ijepa_kernels.patchify import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_scale.data.transforms import usual_shorter_side
-from ijepa_scale.exchange.extras import needed
 from ijepa_scale.exchange.networks import Loaded, Networks
-from ijepa_scale.exchange.record import Record, read_record
-from ijepa_scale.exchange.transformers import encoder_from
-from ijepa_scale.exchange.weights import (
-    Weights,
-    eps_notes,
-    read_pickle,
-    read_safetensors,
-    read_shards,
-    without_prefixes,
-)
-from ijepa_scale.models.vit import VIT_SIZES
+from ijepa_scale.exchange.record import Record, encoder_from, read_record
+from ijepa_scale.exchange.weights import Weights, eps_notes, read_shards
+from ijepa_scale.extras import needed
+from ijepa_scale.models.vit import NORM_EPS, VIT_SIZES
 
 SCHEME = "timm:"
-NESTED = ("state_dict_ema", "model_ema", "state_dict", "model", "encoder")  # where files keep weights, the first wins
-PREFIXES = ("module.", "_orig_mod.", "backbone.")  # of wrappers
 # timm's own name, where its model of that name is ours. All of a model's arguments are written besides: no name is
 # trusted with its heads, as vit_base_patch16_gap_224 has 16 where ViT-B has 12.
 ARCHITECTURES = {
@@ -44,7 +34,7 @@ def networks_of_name(name: str) -> Networks:
     """What load() gives of an installed timm's model, its weights from timm's cache or where timm has them from."""
 
     def read(network: str) -> Loaded:
-        timm = needed("timm")
+        timm = needed("timm", extra="export")
         try:
             model = timm.create_model(name, pretrained=True, num_classes=0)
         except Exception as error:  # what a name, a network and a cache lead to has no common type
@@ -52,7 +42,7 @@ def networks_of_name(name: str) -> Networks:
             raise ValueError(f"timm gives no weights of {name}: {reason}") from error
         return _encoder(model.state_dict(), Path(f"{SCHEME}{name}"), network, model=model)
 
-    return Networks(path=Path(f"{SCHEME}{name}"), names=("context",), read=read, known=False)
+    return Networks.of_encoder(Path(f"{SCHEME}{name}"), None, read)
 
 
 def networks_of_folder(folder: Path) -> Networks:
@@ -60,60 +50,30 @@ def networks_of_folder(folder: Path) -> Networks:
     record = read_record(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else None
 
     def read(network: str) -> Loaded:
-        timm = needed("timm")
+        timm = needed("timm", extra="export")
         try:
             with torch.device("meta"):  # for what its weights do not show
                 model = timm.create_model(f"local-dir:{folder}", pretrained=False, num_classes=0)
         except Exception as error:  # what arguments lead to has no common type
             raise ValueError(f"timm cannot make the model of {folder / 'config.json'}: {error}") from error
-        weights, path = read_shards(folder)
-        return _encoder(weights, path, network, model=model, record=record)
+        return _encoder(read_shards(folder), folder, network, model=model, record=record)
 
-    return Networks(path=folder, names=(record.network if record else "context",), read=read, known=bool(record))
-
-
-def networks_of_file(path: Path, content: Any = None) -> Networks:
-    """What load() gives of a file of weights. content: what it holds, of a pickle that has been read already."""
-    record = read_record(path)
-
-    def read(network: str) -> Loaded:
-        found = content if content is not None else _read(path)
-        return _encoder(_unwrapped(path, found), path, network, record=record)
-
-    return Networks(path=path, names=(record.network if record else "context",), read=read, known=bool(record))
+    return Networks.of_encoder(folder, record.network if record else None, read)
 
 
-def _read(path: Path) -> Any:
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-
-
-def _unwrapped(path: Path, content: Any) -> Weights:
-    """The weights in what a file holds, by their own names. ValueError where there are none."""
-    for key in NESTED:
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not any(isinstance(value, torch.Tensor) for value in content.values()):
-        found = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{path} holds no weights that can be loaded, but {found or 'nothing'}")
-    return without_prefixes(content, PREFIXES, "patch_embed.")
-
-
-def _encoder(
-    weights: Weights, path: Path, network: str, *, model: nn.Module | None = None, record: Record | None = None
-) -> Loaded:
-    """model: timm's own of these weights, where it is known."""
+def _encoder(weights: Weights, path: Path, network: str, *, model: nn.Module, record: Record | None = None) -> Loaded:
+    """model: timm's own of these weights."""
     try:
-        notes = _differences(model) if model else []
-        heads = model.blocks[0].attn.num_heads if model else None  # type: ignore[index, union-attr]
-        return encoder_from(weights, path, network, heads=heads, record=record, notes=notes)
+        notes = _differences(model)
+        first: Any = model.get_submodule("blocks.0.attn")
+        return encoder_from(weights, path, network, heads=first.num_heads, record=record, notes=notes)
     except ValueError as error:
         raise ValueError(f"cannot load {path} as a vision transformer of timm: {error}") from error
 
 
 def _differences(model: Any) -> list[str]:
     """What to tell of a model's differences from ours that its weights do not show; ValueError for one that matters."""
-    transformer = needed("timm").models.vision_transformer
+    transformer = needed("timm", extra="export").models.vision_transformer
     if type(model) is not transformer.VisionTransformer:
         raise ValueError(f"it is a {type(model).__name__} of timm; wants its VisionTransformer")
     for block in model.blocks:
@@ -122,7 +82,8 @@ def _differences(model: Any) -> list[str]:
         if not isinstance(block.mlp.act, nn.GELU) or block.mlp.act.approximate != "none":
             raise ValueError(f"its activation is {block.mlp.act}, and ours is the exact GELU")
     mean, std = model.pretrained_cfg.get("mean", IMAGENET_MEAN), model.pretrained_cfg.get("std", IMAGENET_STD)
-    notes = eps_notes(max(norm.eps for norm in model.modules() if isinstance(norm, nn.LayerNorm)))
+    norms = [norm.eps for norm in model.modules() if isinstance(norm, nn.LayerNorm)]
+    notes = eps_notes(max(norms, default=NORM_EPS))
     if (tuple(mean), tuple(std)) != (IMAGENET_MEAN, IMAGENET_STD):
         notes.append(
             f"warning: timm normalizes its pixels with mean {tuple(mean)} and std {tuple(std)}; ours are normalized "

@@ -16,8 +16,8 @@ import torch
 from ijepa_kernels.patchify import IMAGENET_MEAN, IMAGENET_STD
 from ijepa_scale.data.transforms import usual_shorter_side
 from ijepa_scale.exchange.networks import Loaded, Networks
-from ijepa_scale.exchange.record import Record, read_record
-from ijepa_scale.exchange.weights import Weights, check_tensors, digest, encoder_of, eps_notes, read_shards
+from ijepa_scale.exchange.record import Record, encoder_from, read_record
+from ijepa_scale.exchange.weights import Weights, check_tensors, eps_notes, read_shards
 from ijepa_scale.models.vit import NORM_EPS
 
 OUTSIDE = {
@@ -64,34 +64,15 @@ def networks(folder: Path, config: Mapping[str, Any]) -> Networks:
             if config["hidden_act"] != "gelu":
                 raise ValueError(f"its hidden_act is {config['hidden_act']}, and ours is gelu")
             notes = eps_notes(config["layer_norm_eps"])
-            weights, path = read_shards(folder)
-            return encoder_from(weights, path, name, heads=config["num_attention_heads"], record=record, notes=notes)
+            weights = read_shards(folder)
+            check_tensors(weights)
+            return encoder_from(
+                to_ours(weights), folder, name, heads=config["num_attention_heads"], record=record, notes=notes
+            )
         except ValueError as error:
             raise ValueError(f"cannot load {folder} as an IJepaModel of transformers: {error}") from error
 
-    return Networks(path=folder, names=(record.network if record else "context",), read=read, known=bool(record))
-
-
-def encoder_from(
-    weights: Weights, path: Path, name: str, *, heads: int | None, record: Record | None, notes: list[str]
-) -> Loaded:
-    """An encoder of weights by transformers' names or by ours. path: of what they are from. ValueError: encoder_of()'s.
-
-    heads: None: as the record says, or as is usual.
-    """
-    check_tensors(weights)
-    heads = record.size.heads if heads is None and record else heads
-    encoder, more = encoder_of(to_ours(weights) if is_named(weights) else weights, heads=heads)
-    return Loaded(
-        network=encoder,
-        name=name,
-        image_size=encoder.grid.rows * encoder.patch_embed.patch_size,
-        path=path,
-        sha256=digest(encoder),
-        step=record.step if record else None,
-        config=record.config if record else None,
-        notes=(*notes, *more),
-    )
+    return Networks.of_encoder(folder, record.network if record else None, read)
 
 
 def to_ours(weights: Weights) -> Weights:

@@ -61,14 +61,14 @@ def header(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} is no whole safetensors file: {error}") from error
 
 
-def read_shards(folder: Path) -> tuple[Weights, Path]:
-    """Weights of a folder as from_pretrained() takes it, in one file or in several with an index; and the first file.
+def read_shards(folder: Path) -> Weights:
+    """Weights of a folder as from_pretrained() takes it, in one file or in several with an index.
 
     model.safetensors is preferred to pytorch_model.bin. Raises ValueError where there is none, or one is damaged.
     """
     for name, read in (("model.safetensors", read_safetensors), ("pytorch_model.bin", read_pickle)):
         if (folder / name).is_file():
-            return read(folder / name), folder / name
+            return read(folder / name)
         index = folder / f"{name}.index.json"
         if index.is_file():
             weights: Weights = {}
@@ -76,7 +76,7 @@ def read_shards(folder: Path) -> tuple[Weights, Path]:
                 if Path(file).name != file or not (folder / file).is_file():
                     raise ValueError(f"{index} names {file}, and there is no such file in {folder}")
                 weights.update(read(folder / file))
-            return weights, index
+            return weights
     raise ValueError(f"{folder} has no model.safetensors and no pytorch_model.bin")
 
 

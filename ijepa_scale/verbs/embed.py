@@ -25,7 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="the folder to write to")
     parser.add_argument("--split", default="train", help="of the source (default: train)")
     parser.add_argument(
-        "--network", default="target", metavar="target|context", help="default: the target encoder, where there is one"
+        "--network",
+        default="target",
+        metavar="target|context",
+        help="which encoder (default: target; where there is one alone, that one)",
     )
     parser.add_argument(
         "--layers", type=int, nargs="+", default=[], metavar="N", help="blocks from 0, or from the end with -1, "

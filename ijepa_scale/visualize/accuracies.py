@@ -60,10 +60,10 @@ def draw_confusions(path: Path, title: str, labels: np.ndarray, predicted: np.nd
     size = (2.5 + 0.55 * len(columns), 1.8 + 0.4 * len(rows))
     figure = Figure(figsize=size, dpi=120, facecolor="white", layout="constrained")
     axis = figure.subplots()
-    axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=100.0, aspect="auto")
+    axis.imshow(shares, cmap="Blues", vmin=0.0, vmax=shares.max(), aspect="auto")
     for row, column in np.ndindex(shares.shape):
         if shares[row, column] >= 0.5:
-            colour = "white" if shares[row, column] > 60.0 else "black"
+            colour = "white" if shares[row, column] > 0.6 * shares.max() else "black"
             weight = "bold" if rows[row] == columns[column] else "normal"
             words = f"{shares[row, column]:.0f}"
             axis.text(column, row, words, ha="center", va="center", fontsize=7, color=colour, fontweight=weight)

@@ -10,7 +10,7 @@ import pytest
 
 from ijepa_scale.config import PretrainConfig, from_dict, load_config, to_dict
 from ijepa_scale.config import to_yaml as config_to_yaml
-from ijepa_scale.config.reading import NUMBERS_TOO, from_literal, leaves, read, to_yaml
+from ijepa_scale.config.reading import NUMBERS_TOO, from_literal, leaves, over, read, to_yaml
 
 TEXTS = [
     "set #2", "# x", "2024_01", "202401", "0x10", "1e3", ".5", "-1", "12:30:45", "2024-01-01", "on", "yes", "null", "~",
@@ -183,3 +183,58 @@ def test_a_number_for_a_source_in_what_earlier_versions_wrote():
     values = to_dict(PretrainConfig())
     values["data"]["source"] = 202401
     assert from_dict(values).data.source == "202401"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """As the settings of a task of an evaluation."""
+
+    k: tuple[int, ...] = (10, 20)
+    labels: tuple[str, ...] = ("1%",)
+    lr: float = 0.1
+    subset: str = ""
+    features: bool = False
+
+    def __post_init__(self):
+        if self.lr <= 0.0:
+            raise ValueError(f"lr must be above 0, got {self.lr}")
+
+
+def test_words_over_the_values_of_a_dataclass():
+    """Over those that it holds, which need not be the defaults."""
+    settings = Probe(lr=0.5, k=(3,))
+    assert over(settings, []) == settings
+    changed = over(settings, ["labels=[1%,2,5]", "subset=/d/${x} #1", "features=true"])
+    assert changed == Probe(lr=0.5, k=(3,), labels=("1%", "2", "5"), subset="/d/${x} #1", features=True)
+    assert isinstance(changed.k, tuple) and isinstance(changed.labels, tuple)
+    assert over(settings, ["k=[5, 7]", "lr=1e-3"]) == Probe(lr=1e-3, k=(5, 7))
+    assert settings == Probe(lr=0.5, k=(3,))
+
+
+def test_texts_that_settings_hold_stay_as_they_are():
+    for text in ("${x}", "???", "a: b", r"\${x}", "3"):
+        assert over(Probe(subset=text), ["lr=2.0"]) == Probe(subset=text, lr=2.0)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["kk=3"], "unknown config key kk; did you mean k"),
+        (["epochs=3"], "unknown config key epochs; valid here: k, labels, lr, subset, features"),
+        (["k=3"], r"config key k is a list: give k=\[3\]"),
+        (["k=3,5"], r"config key k is a list: give k=\[3,5\]"),
+        (["k.a=3"], r"config key k is a list: give k=\[\.\.\.\]"),
+        (["k=[few]"], "config key k.*: .* could not be converted to Integer"),
+        (["lr=0"], "lr must be above 0, got 0.0"),
+        (["lr=fast"], "config key lr: Value 'fast' .* could not be converted to Float"),
+        (["lr.a=1"], "lr"),
+        (["features=perhaps"], "config key features: Value 'perhaps' is not a valid bool"),
+        (["lr"], "override 'lr' is not of the form key.sub=value"),
+        (["lr=1", "lr=2"], "config key lr is given 2 times, '1' and '2'"),
+        (["k=[1"], r"k=\[1: while parsing a flow sequence"),
+    ],
+)
+def test_wrong_words_over_a_dataclass(words, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        over(Probe(), words)
+    assert "\n" not in str(caught.value)

@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -321,3 +322,97 @@ def test_check_images(tmp_path):
 def test_check_images_reads_no_pixels(tmp_path):
     write_files(tmp_path, {"cut.png": encoded(0)[:60], "bomb.png": encoded(0)[:60]})
     check_images(open_images(str(tmp_path)), min_side=8)
+
+
+# Columns for evaluations
+
+
+def opened(root, **columns):
+    arrays = {name: pa.array(*of) for name, of in columns.items()}
+    write_parquet(root / "set" / "train.parquet", len(next(iter(arrays.values()))), **arrays)
+    return open_images(str(root / "set"), cache_dir=str(root / "cache"))
+
+
+@pytest.mark.parametrize(
+    "values, names, expected",
+    [
+        (([7, None, -3, 7, 100],), ["-3", "7", "100"], [1, -1, 0, 1, 2]),
+        (([2**40, 5, 5, None, 2**63], pa.uint64()), ["5", "1099511627776", str(2**63)], [1, 0, 0, -1, 2]),
+        ((["b", "a", None, "", "b"],), ["", "a", "b"], [2, 1, -1, 0, 2]),
+        ((["b", "a", "b", "b", "ä"], pa.large_string()), ["a", "b", "ä"], [1, 0, 1, 1, 2]),
+        (([True, None, False, False, True],), ["False", "True"], [1, -1, 0, 0, 1]),
+        (([None] * 5, pa.string()), [], [-1] * 5),
+    ],
+    ids=["integers", "large", "words", "large words", "booleans", "none"],
+)
+def test_whole_numbers_and_words_as_classes_in_their_order(tmp_path, values, names, expected):
+    found = opened(tmp_path, kind=values).classes("kind")
+    assert (found.name, found.names, found.values.tolist()) == ("kind", names, expected)
+    assert found.values.dtype == np.int64
+
+
+def test_class_labels_as_classes_keep_those_that_no_image_has(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "kind": datasets.ClassLabel(names=["x", "w", "v"])})
+    rows = {"image": [{"bytes": encoded(i), "path": None} for i in range(3)], "kind": [1, None, 0]}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "set")
+    images = open_images(str(tmp_path / "set"))
+    found = images.classes("kind")
+    assert (found.names, found.values.tolist()) == (["x", "w", "v"], [1, -1, 0])
+    assert images.column_types() == {"kind": "int64"}
+
+
+def test_numbers_and_what_is_none(tmp_path):
+    images = opened(
+        tmp_path,
+        far=([0.5, None, 2.5, float("nan")], pa.float32()),
+        size=([3, 4, None, 2**53],),
+        word=(["a", "b", "c", "d"],),
+        boxes=([[1.0], [], None, [2.0]],),
+    )
+    for name, expected in (("far", [0.5, np.nan, 2.5, np.nan]), ("size", [3, 4, np.nan, 2**53])):
+        values = images.numbers(name)
+        assert values.dtype == np.float64 and np.array_equal(values, expected, equal_nan=True)
+    with pytest.raises(ValueError, match=r"the column 'word' of .* is of string and holds no numbers"):
+        images.numbers("word")
+    with pytest.raises(ValueError, match=r"the column 'far' of .* is of float; classes are whole numbers or words"):
+        images.classes("far")
+    types = images.column_types()
+    assert [types[name] for name in ("far", "size", "word")] == ["float32", "int64", "string"]
+    for read in (images.classes, images.numbers):
+        with pytest.raises(ValueError, match=r"has no column 'image'; it has: far \(float32\), size \(int64\), word"):
+            read("image")
+    assert "image" not in types and list(types) == ["far", "size", "word", "boxes"]
+
+
+def test_digests_tell_data_sets_apart_by_their_images(tmp_path):
+    """In one place, so that names and numbers are told apart, too."""
+
+    def digest(numbers, split="train", name="{:03}.png"):
+        shutil.rmtree(tmp_path / "train" / "a", ignore_errors=True)
+        write_files(tmp_path / split / "a", {name.format(place): i for place, i in enumerate(numbers)})
+        return open_images(str(tmp_path), split=split).digest()
+
+    digests = [
+        digest(range(8)),
+        digest(range(7)),  # one image fewer
+        digest([0, 1, 2, 3, 9, 5, 6, 7]),  # one is another
+        digest([1, 0, *range(2, 8)]),  # two in each other's place
+        digest(range(8), name="x{:03}.png"),
+        digest(range(8), split="test"),
+    ]
+    assert len(set(digests)) == 6
+    assert digest(range(8)) == digests[0]
+    (tmp_path / "train/a/003.png").unlink()
+    (tmp_path / "train/a/003.png").symlink_to(tmp_path / "nothing")  # what cannot be read is no error
+    assert open_images(str(tmp_path)).digest() not in digests
+
+
+def test_a_digest_reads_so_many_images(tmp_path, monkeypatch):
+    from ijepa_scale.data import images as module
+
+    write_files(tmp_path / "train" / "a", {f"{i:03}.png": i for i in range(50)})
+    images, read = open_images(str(tmp_path)), []
+    monkeypatch.setattr(module, "_DIGESTED", 6)
+    monkeypatch.setattr(images, "content", lambda index: read.append(index) or b"")
+    images.digest()
+    assert read == [0, 10, 20, 29, 39, 49]

@@ -97,3 +97,25 @@ def test_cudnn_attention_is_off_in_training():
     environment = {**os.environ, "PYTHONPATH": ENVIRONMENT["PYTHONPATH"]}  # the rest of ENVIRONMENT hides the GPU
     ended = subprocess.run([sys.executable, "-c", STARTED], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ended.returncode == 0 and ended.stdout.split()[-2:] == ["False", "True"], ended.stderr
+
+
+def gather_uneven_rows(counts: list[int]) -> None:
+    """Rank r has counts[r] rows, which say of whom they are."""
+    ranks = distributed.start()
+    for dtype in (torch.float32, torch.int64):
+        own = torch.arange(counts[ranks.rank] * 3).reshape(-1, 3).to(dtype) + 100 * ranks.rank
+        rows = ranks.gather_rows(own)
+        expected = [torch.arange(count * 3).reshape(-1, 3).to(dtype) + 100 * rank for rank, count in enumerate(counts)]
+        assert rows.dtype == dtype and torch.equal(rows, torch.cat(expected))
+        vector = ranks.gather_rows(own[:, 0])
+        assert torch.equal(vector, torch.cat(expected)[:, 0])
+    ranks.close()
+
+
+def test_rows_of_all_ranks_in_their_order_however_many_each_has(tmp_path):
+    assert_all(run_ranks(gather_uneven_rows, 3, tmp_path, [2, 0, 5]))
+
+
+def test_one_rank_has_all_rows():
+    rows = torch.arange(6.0).reshape(2, 3)
+    assert distributed.alone().gather_rows(rows) is rows

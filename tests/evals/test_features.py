@@ -106,10 +106,11 @@ def test_neither_other_weights_nor_another_preprocessing_or_data_are_served(root
         assert encoded == 40 and np.abs(found.blocks - first.blocks).max() > 0.01
     found, encoded = calls.of(lambda: features_of(evaluation, evaluation.train, stretch=True))
     assert encoded == 40 and np.abs(found.blocks - first.blocks).max() > 0.01
-    copied = tmp_path / "copy"
-    shutil.copytree(root / "train", copied / "train")
-    shutil.copytree(root / "validation", copied / "validation")
-    shutil.copy(next(copied.glob("train/class-1/*")), copied / "train/class-0/000.png")  # one image is another
+    copied = shutil.copytree(root, tmp_path / "copy")
+    for encodes in (40, 0):
+        other, calls_of_other = counted(copied, tmp_path)
+        assert calls_of_other.of(lambda other=other: features_of(other, other.train))[1] == encodes
+    shutil.copy(copied / "train/class-1/001.png", copied / "train/class-0/000.png")  # one image is another
     other, calls_of_other = counted(copied, tmp_path)
     found, encoded = calls_of_other.of(lambda: features_of(other, other.train))
     assert encoded == 40 and not np.array_equal(found.blocks[0], first.blocks[0])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from ijepa_scale.engine.device import memory_bytes
-from ijepa_scale.run.records import JsonlWriter, WandbWriter, read_records
+from ijepa_scale.run import records
+from ijepa_scale.run.records import JsonlWriter, WandbWriter, log_evaluation, read_records
 
 
 def step(number, **values):
@@ -171,3 +172,54 @@ print(before, memory_bytes())
     before, after = map(int, done.stdout.split())
     assert 250 * 2**20 < after - before < 350 * 2**20
     assert 10 * 2**20 < memory_bytes() < 2**45
+
+
+# Evaluations
+
+
+class FakeWandb:
+    """In the place of WandbWriter: what it was made with and given, until it is finished."""
+
+    def __init__(self):
+        self.made, self.logged, self.finished = [], [], 0
+
+    def __call__(self, mode, **options):
+        self.made.append((mode, options))
+        return self
+
+    def log(self, record, step):
+        self.logged.append((record, step))
+
+    def finish(self):
+        self.finished += 1
+
+
+def write_manifest(run, *, wandb="offline", wandb_id="abc", **changed):
+    folder = run / "checkpoints" / "step-00000004"
+    folder.mkdir(parents=True)
+    said = {"step": 4, "wandb_id": wandb_id, "config": {"logging": {"wandb": wandb, "wandb_project": "p"}}, **changed}
+    (folder / "manifest.json").write_text(json.dumps(said))
+    return folder
+
+
+def test_an_evaluation_goes_to_the_wandb_run_that_trained_its_checkpoint(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setattr(records, "WandbWriter", fake)
+    log_evaluation(write_manifest(tmp_path), "knn", {"k-NN, k = 10": 61.5, "k-NN, k = 20": 63.0})
+    (mode, options), *more = fake.made
+    assert (mode, options["run_id"], options["run_dir"], options["project"]) == ("offline", "abc", tmp_path, "p")
+    assert fake.logged == [({"knn/k-NN, k = 10": 61.5, "knn/k-NN, k = 20": 63.0}, 4)] and more == []
+    assert fake.finished == 1
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"wandb": "disabled"}, {"wandb_id": None}, {"wandb_id": ""}, {"config": {}}, {"config": {"logging": {}}}],
+)
+def test_an_evaluation_of_a_run_without_wandb_goes_nowhere(tmp_path, monkeypatch, changed):
+    fake = FakeWandb()
+    monkeypatch.setattr(records, "WandbWriter", fake)
+    log_evaluation(write_manifest(tmp_path, **changed), "knn", {"k": 1.0})
+    log_evaluation(tmp_path / "nothing.pth.tar", "knn", {"k": 1.0})
+    log_evaluation(tmp_path, "knn", {"k": 1.0})
+    assert fake.made == []

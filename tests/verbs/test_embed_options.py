@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from ijepa_scale import build
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.evals.stores import JOURNAL
-from ijepa_scale.exchange import run as exchange_run
 from ijepa_scale.exchange.load import load
+from ijepa_scale.objectives.ijepa import IJepaObjective
 from ijepa_scale.verbs.embed import embed_source as embed
 from ijepa_scale.verbs.embed import main
 from ijepa_scale.verbs.neighbours import show_neighbours as neighbours
@@ -105,24 +106,22 @@ def test_what_a_signal_stops_the_same_command_ends_with_the_same_files(run, pict
     assert files[0] == files[1] and len(files[0]) == 4
 
 
+class WithoutTarget(IJepaObjective):
+    def encoders(self, module):
+        return {"context": module.context_encoder}
+
+
 def test_an_objective_without_a_target_is_embedded_by_its_context_encoder(run, pictures, tmp_path, monkeypatch, capsys):
-    names = exchange_run.stored_names
-
-    def without_target(objective, network):
-        if network == "target":
-            raise ValueError("the objective has no target")
-        return names(objective, network)
-
-    monkeypatch.setattr(exchange_run, "stored_names", without_target)
+    """Which embeddings.json says; neighbours look a query up by the same."""
+    objective = build.build_ijepa
+    monkeypatch.setitem(build.OBJECTIVES, "ijepa", lambda config: WithoutTarget(**vars(objective(config))))
     embed(str(run), pictures, str(tmp_path / "out"), workers=0)
-    assert "has no target encoder: embedding by its context encoder\n" in capsys.readouterr().out
+    assert "holds the context encoder alone: it is taken for the target encoder too\n" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "embeddings.json").read_text())["network"] == "context"
     features = np.load(tmp_path / "out" / "embeddings.npy")[:5]
-    np.testing.assert_allclose(
-        features, tokens_by_hand(run, pictures, "context", [-1]).mean(axis=1), rtol=1e-4, atol=1e-5
-    )
+    expected = tokens_by_hand(run, pictures, "context", [-1]).mean(axis=1)
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-5)
     neighbours(str(tmp_path / "out"), [f"{pictures}/class-0/000.png"], str(tmp_path / "a.png"), count=2)
-    with pytest.raises(ValueError, match="the objective has no target"):
-        embed(str(run), pictures, str(tmp_path / "out"), workers=0, network="target")
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,11 @@ import importlib
 from types import ModuleType
 
 
-def needed(*names: str) -> ModuleType:
-    """The first of these packages; all must be there. Raises ValueError, with the line that installs them."""
+def needed(*names: str, extra: str) -> ModuleType:
+    """The first of these packages; all must be there. Raises ValueError, with the line that installs them.
+
+    extra: of pyproject.toml, which lists them.
+    """
     missing = []
     for name in names:
         try:
@@ -15,5 +18,5 @@ def needed(*names: str) -> ModuleType:
                 raise
             missing.append(name)
     if missing:
-        raise ValueError(f"{', '.join(missing)} not installed; get it with: pip install 'ijepa-scale[export]'")
+        raise ValueError(f"{', '.join(missing)} not installed; get it with: pip install 'ijepa-scale[{extra}]'")
     return importlib.import_module(names[0])
