@@ -161,7 +161,8 @@ class Fit:
         scale = ranks.world_size * batches.accumulation_steps / batches.global_batch_size
         warmup_steps = self.settings.warmup_epochs * batches.steps_per_epoch
         total = torch.zeros((), device=ranks.device)
-        words = f"{self.name}, epoch {start // batches.steps_per_epoch + 1} of {batches.epochs} on{said}"
+        first, last = start // batches.steps_per_epoch + 1, stop // batches.steps_per_epoch
+        words = f"{self.name}, epochs {first} to {last} of {batches.epochs}{said}"
         with (
             torch.enable_grad(),
             batches.stream(workers=self.evaluation.workers, start_step=start, stop_step=stop) as stream,
