@@ -90,15 +90,7 @@ def test_a_task_and_then_all_that_the_columns_allow(all_tasks):
 
 @pytest.mark.slow
 def test_two_ranks_of_torchrun_have_the_numbers_of_one_process(all_tasks, images, tmp_path):
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(free_port()),
-    ]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", free_port()]
     usual = ["--checkpoint", RUN, "--data", images, "--workers", "0", "--cache-dir", tmp_path / "cache"]
     done = subprocess.run(
         [*map(str, [*torchrun, EVALUATE, "all", *usual, "--out", tmp_path / "out", *ALL])],
