@@ -177,7 +177,7 @@ def _overrides(request: Request, name: str, defaults: Any) -> list[str]:
     """The words that are of a task: with "all" those that begin with its name."""
     has_features = any(item.name == "features" for item in fields(defaults))
     if request.features and not has_features and request.task != "all":
-        raise ValueError(f"--features is not of {name}, which has no other way")
+        raise ValueError(f"--features is of linear, count and distance, not of {name}; leave it out")
     start = f"{name}." if request.task == "all" else ""
     words = [word.removeprefix(start) for word in request.overrides if word.startswith(start)]
     return words + ["features=true"] * (request.features and has_features)

@@ -129,7 +129,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(images, tmp_path, words, messag
         ({"overrides": ["k=3"]}, r"k is a list: give k=\[3\]"),
         ({"overrides": ["k=[0]"]}, r"k must be at least 1 and temperature above 0, got k \[0\]"),
         ({"overrides": ["k"]}, "'k' is not of the form"),
-        ({"features": True}, "--features is not of knn, which has no other way"),
+        ({"features": True}, "--features is of linear, count and distance, not of knn"),
         ({"split": "trane"}, "has no split 'trane'; it has: train, validation"),
         ({"test_split": "tset"}, "has no split 'tset'; it has: train, validation"),
         ({"test_split": "train"}, "--split and --test-split are both 'train'; .* has: train, validation"),
