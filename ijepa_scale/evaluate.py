@@ -118,13 +118,13 @@ def _facts(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) ->
     """What results are of."""
     return {
         "checkpoint": str(loaded.path.absolute()),
-        "sha256": loaded.sha256,
         "network": request.network,
         "step": loaded.step,
+        "sha256": loaded.sha256,
         "image_size": request.image_size or loaded.image_size,
         "data": train.name,
         "test_data": test.name,
-        "images": [images.digest() for images in (train, test)],
+        "images_sha256": [images.digest() for images in (train, test)],
         "seed": request.seed,
     }
 
