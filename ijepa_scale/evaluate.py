@@ -197,7 +197,10 @@ def _show(folder: Path, asked: Asked, outcome: Outcome, seconds: float) -> None:
     """A table on the terminal, and pictures."""
     test, measures = asked.evaluation.test, outcome.measures
     words = f"{len(asked.evaluation.train):,} images to fit on, {len(test):,} to judge by, {seconds:.0f} s"
-    Console(emoji=False).print(results_table(asked.name, measures, words))
+    console = Console(emoji=False)
+    if not console.is_terminal:
+        console.width = 120  # a log file has no width; the names of heads do not fit into 80
+    console.print(results_table(asked.name, measures, words))
     chance = measures[0].chance
     for key, along in (("k", "nearest neighbours asked, k"), ("images", "labelled images")):
         series: dict[str, list[tuple[float, float, float]]] = {}

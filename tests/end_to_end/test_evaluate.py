@@ -79,6 +79,7 @@ def test_a_task_and_then_all_that_the_columns_allow(all_tasks):
     )  # of all, no more of k=[3]
     assert 25.0 < results["tasks"]["logistic"]["result"] < 100.0
     assert results["tasks"]["linear"]["settings"]["epochs"] == 2
+    assert "\nlast 2 blocks, BatchNorm, lr 0.01, weight decay 0.0005 " in second  # in one line
     assert "k-NN, k = 3" in first and "k-NN, k = 1" in second and "encoding" in first
     for name in ("count", "distance"):
         assert f"left out: {name}: " in second and f"has no column '{name}'; it has: label (int64)" in second
