@@ -118,13 +118,13 @@ def _facts(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) ->
     """What results are of."""
     return {
         "checkpoint": str(loaded.path.absolute()),
-        "sha256": loaded.sha256,
         "network": request.network,
         "step": loaded.step,
+        "sha256": loaded.sha256,
         "image_size": request.image_size or loaded.image_size,
         "data": train.name,
         "test_data": test.name,
-        "images": [images.digest() for images in (train, test)],
+        "images_sha256": [images.digest() for images in (train, test)],
         "seed": request.seed,
     }
 
@@ -177,7 +177,7 @@ def _overrides(request: Request, name: str, defaults: Any) -> list[str]:
     """The words that are of a task: with "all" those that begin with its name."""
     has_features = any(item.name == "features" for item in fields(defaults))
     if request.features and not has_features and request.task != "all":
-        raise ValueError(f"--features is not of {name}, which has no other way")
+        raise ValueError(f"--features is of linear, count and distance, not of {name}; leave it out")
     start = f"{name}." if request.task == "all" else ""
     words = [word.removeprefix(start) for word in request.overrides if word.startswith(start)]
     return words + ["features=true"] * (request.features and has_features)
@@ -197,7 +197,10 @@ def _show(folder: Path, asked: Asked, outcome: Outcome, seconds: float) -> None:
     """A table on the terminal, and pictures."""
     test, measures = asked.evaluation.test, outcome.measures
     words = f"{len(asked.evaluation.train):,} images to fit on, {len(test):,} to judge by, {seconds:.0f} s"
-    Console(emoji=False).print(results_table(asked.name, measures, words))
+    console = Console(emoji=False)
+    if not console.is_terminal:
+        console.width = 120  # a log file has no width; the names of heads do not fit into 80
+    console.print(results_table(asked.name, measures, words))
     chance = measures[0].chance
     for key, along in (("k", "nearest neighbours asked, k"), ("images", "labelled images")):
         series: dict[str, list[tuple[float, float, float]]] = {}

@@ -133,7 +133,7 @@ def extract(
             found = []
             for (vectors, reason), index in zip(rows, wanted, strict=False):  # the last ranks may be an image short
                 if reason:
-                    unreadable[index] = reason
+                    unreadable[int(index)] = reason
                 else:
                     kept.append(index)
                     found.append(vectors)

@@ -4,6 +4,7 @@ import copy
 import functools
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from torch import nn
 from ijepa_scale.data.files import make_cache, write_whole
 from ijepa_scale.evals.evaluation import Evaluation, Labelled
 from ijepa_scale.evals.extract import extract
+from ijepa_scale.evals.stores import forget_half
+
+_log = logging.getLogger(__name__)
 
 VERSION = 1  # of how features are made: raise it whenever they change
 LAST = 4  # blocks whose outputs are kept, as the paper's linear probe reads them (arXiv:2301.08243, A.2)
@@ -121,10 +125,21 @@ def _compute(evaluation: Evaluation, labelled: Labelled, folder: Path, facts: di
     )
 
     def end() -> None:
+        if extracted.unreadable:
+            index, reason = next(iter(extracted.unreadable.items()))
+            _log.warning(
+                "%s: %d of %d images cannot be read and are left out, the first, %s, because: %s",
+                labelled.images.name,
+                len(extracted.unreadable),
+                len(labelled),
+                labelled.images.sample_id(index),
+                reason,
+            )
         asked = np.full(len(labelled.indices), -1)
         asked[: len(extracted.indices)] = extracted.indices
         np.save(folder / INDICES, np.stack([labelled.indices, asked]))
-        write_whole(folder / FACTS, json.dumps(facts, indent=2) + "\n")  # last: a folder that has it is whole
+        write_whole(folder / FACTS, json.dumps(facts, indent=2) + "\n")  # a folder that has it is whole
+        forget_half(folder)
 
     ranks.together(lambda: end() if ranks.first else None)
 

@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     parser = parser_of("evaluate", (__doc__ or "").format(tasks=listed))
     parser.add_argument("task", metavar="TASK", choices=[*TASKS, "all"], help="see above")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of the task, over its defaults")
-    parser.add_argument("--checkpoint", required=True, metavar="WHAT", help="what to evaluate: a run folder, ...")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="WHAT", help="a run, a checkpoint, or others of docs/export.md"
+    )
     parser.add_argument("--network", default="target", choices=["target", "context"], help="which of its encoders")
     parser.add_argument("--data", required=True, metavar="SOURCE", help="labelled images, as data.source; or scenes")
     parser.add_argument("--test-data", default="", metavar="SOURCE", help="where the test images are elsewhere")

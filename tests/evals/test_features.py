@@ -7,6 +7,7 @@ import torch
 
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.transforms import center_crop, stretched
+from ijepa_scale.evals import features
 from ijepa_scale.evals.features import features_of, last_blocks
 from ijepa_scale.evals.labels import labelled_pair
 from ijepa_scale.models.vit import VisionTransformer, ViTSize
@@ -118,7 +119,7 @@ def test_neither_other_weights_nor_another_preprocessing_or_data_are_served(root
     assert encoded == 0  # that one is still there
 
 
-def test_images_that_cannot_be_read_are_left_out_with_their_labels(tmp_path):
+def test_images_that_cannot_be_read_are_left_out_with_their_labels(tmp_path, caplog):
     write_splits(tmp_path)
     bad = tmp_path / "train" / "class-2" / "006.png"
     bad.write_bytes(b"no image")
@@ -128,6 +129,9 @@ def test_images_that_cannot_be_read_are_left_out_with_their_labels(tmp_path):
         found = features_of(evaluation, evaluation.train)
         assert found.indices.tolist() == [i for i in range(40) if i != index] and len(found.blocks) == 39
         assert np.array_equal(found.labels, np.delete(evaluation.train.labels, index))
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert ":train: 1 of 40 images cannot be read and are left out, the first, " in said
+    assert "class-2/006.png, because: " in said
     found, encoded = calls.of(lambda: features_of(evaluation, evaluation.train.take(np.array([index, 3, 39]))))
     assert encoded == 0 and found.indices.tolist() == [3, 39] and found.labels.tolist() == [0, 3]
     assert np.array_equal(found.blocks, features_of(evaluation, evaluation.train).blocks[[3, 38]])
@@ -151,11 +155,26 @@ def test_an_extraction_that_is_killed_leaves_nothing_that_is_served(root, tmp_pa
     evaluation, calls = counted(root, tmp_path)
     found, encoded = calls.of(lambda: features_of(evaluation, evaluation.train))
     assert encoded == 40 and len(found.blocks) == 40
-    facts, whole = next((tmp_path / "keep").rglob("facts.json")), evaluation_of(root, keep=tmp_path / "other")
+    whole = evaluation_of(root, keep=tmp_path / "other")
     assert np.array_equal(found.blocks, features_of(whole, whole.train).blocks)
-    facts.unlink()  # killed before its very end
-    again, encoded = calls.of(lambda: features_of(evaluation, evaluation.train))
-    assert encoded == 40 and np.array_equal(again.blocks, found.blocks)
+    for folder in (tmp_path / "keep", tmp_path / "other"):
+        kept = next(folder.rglob("facts.json")).parent
+        assert sorted(path.name for path in kept.iterdir()) == ["facts.json", "features.npy", "indices.npy"]
+
+
+def test_an_extraction_that_fails_at_its_very_end_is_gone_on_with(root, tmp_path, monkeypatch):
+    evaluation, calls = counted(root, tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(features, "write_whole", full)
+        with pytest.raises(OSError, match="No space"):
+            features_of(evaluation, evaluation.train)
+    found, encoded = calls.of(lambda: features_of(evaluation, evaluation.train))
+    whole = evaluation_of(root, keep=tmp_path / "other")
+    assert encoded == 0 and np.array_equal(found.blocks, features_of(whole, whole.train).blocks)
 
 
 def test_two_ranks_get_the_bits_of_one(root, tmp_path):
@@ -179,8 +198,6 @@ def test_both_parts_of_a_single_split_are_kept_apart(tmp_path):
 
 
 def test_features_that_another_node_does_not_see(root, tmp_path, monkeypatch):
-    from ijepa_scale.evals import features
-
     evaluation, _ = counted(root, tmp_path)
     features_of(evaluation, evaluation.train)
     monkeypatch.setattr(features, "_holding", lambda *_: tmp_path / "elsewhere")
