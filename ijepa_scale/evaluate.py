@@ -107,11 +107,12 @@ def _open(request: Request, loaded: Loaded, say: Callable[[str], None]) -> tuple
 
 
 def _usual_folder(request: Request, loaded: Loaded, train: ImageSet) -> Path:
-    """One for each checkpoint and network: in the run that it is of; for what is of no run, where one is."""
+    """One for each checkpoint, network and label: in the run that it is of; for what is of no run, where one is."""
     of_run = loaded.path.is_dir() and loaded.path.parent.name == "checkpoints"
     run = loaded.path.parents[1] if of_run else Path()
-    name = f"{train.name.rpartition(':')[0]}-{loaded.path.stem}" + "-context" * (request.network == "context")
-    return run / "evaluations" / name
+    words = [train.name.rpartition(":")[0], request.label, loaded.path.stem]
+    words += ["context"] * (request.network == "context")
+    return run / "evaluations" / "-".join(filter(None, words))
 
 
 def _facts(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) -> dict[str, Any]:
@@ -125,6 +126,7 @@ def _facts(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) ->
         "data": train.name,
         "test_data": test.name,
         "images_sha256": [images.digest() for images in (train, test)],
+        "label": request.label,
         "seed": request.seed,
     }
 

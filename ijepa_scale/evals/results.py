@@ -52,7 +52,9 @@ def read_results(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
         tasks = dict(results.pop("tasks"))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no file of results: {error}; remove it, or give another --out") from error
-    if differing := [key for key, value in json.loads(json.dumps(facts)).items() if results.get(key) != value]:
+    said = json.loads(json.dumps(facts))
+    said.pop("checkpoint", None)  # a folder may be moved: sha256 tells networks apart
+    if differing := [key for key, value in said.items() if results.get(key) != value]:
         key = differing[0]
         raise ValueError(
             f"{path} is of another evaluation: its {key} is {results.get(key)!r}, not {facts[key]!r}; give another "

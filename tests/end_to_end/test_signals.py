@@ -188,6 +188,7 @@ def test_sigterm_to_one_rank_under_torchrun(under_way):
     assert len(steps_of(run)) == stopped
 
 
+@pytest.mark.slow  # a signal to a rank, and a launcher that dies, quicker tests ask of
 def test_sigterm_to_the_deepspeed_launcher(runs, under_way):
     """Its runner dies of the signal and leaves the ranks behind; these notice, save and end."""
     launched, run = under_way(deepspeed)

@@ -148,6 +148,7 @@ def test_networks_of_fewer_blocks_have_all_of_them(depth, root, tmp_path):
     assert found.blocks.shape == (24, 8 * min(depth, 4)) and found.last.shape == (24, 8)
 
 
+@pytest.mark.slow  # a stopped extraction that goes on is asked of embed, too
 def test_an_extraction_that_is_killed_leaves_nothing_that_is_served(root, tmp_path):
     ended = run_ranks(killed, 1, tmp_path / "output", str(root), str(tmp_path / "keep"))
     assert [end.code for end in ended] == [-9]
