@@ -66,9 +66,7 @@ RECIPES = {
         weight_decays=(5e-4, 0.0),
         drops=(15, 30, 45),
     ),
-    "transfer": LinearSettings(),  # CIFAR-100
-    "places205": LinearSettings(epochs=14, drops=(4, 8, 12)),
-    "inat18": LinearSettings(epochs=84, drops=(24, 48, 72)),
+    "transfer": LinearSettings(),
 }
 FULL_SIZE = 1_000_000  # training images from which on the ImageNet recipe is usual
 
