@@ -125,7 +125,7 @@ def _facts(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) ->
         "image_size": request.image_size or loaded.image_size,
         "data": train.name,
         "test_data": test.name,
-        "images_sha256": [images.digest() for images in (train, test)],
+        "images_sha256": [images.digest for images in (train, test)],
         "label": request.label,
         "seed": request.seed,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -195,6 +196,7 @@ class ImageSet:
             raise ValueError(f"{self.name} has no column {name!r}; it has: {known}")
         return self._dataset.select_columns([name]).with_format("arrow")[:].column(0)
 
+    @functools.cached_property
     def digest(self) -> str:
         """Tells data sets apart: by how many images there are, and by names and contents of 256, evenly spaced.
 

@@ -72,7 +72,7 @@ def features_of(evaluation: Evaluation, labelled: Labelled, *, stretch: bool = F
     facts = {
         "version": VERSION,
         "weights": evaluation.sha256,
-        "images": ranks.from_first(labelled.images.digest() if ranks.first else ""),
+        "images": ranks.from_first(labelled.images.digest if ranks.first else ""),
         "image_size": evaluation.image_size,
         "stretch": stretch,
         "blocks": list(last_blocks(encoder)),

@@ -7,7 +7,6 @@ learning rates x weight decays. B images of a batch, L blocks, D width, C classe
 import contextlib
 import functools
 import itertools
-import math
 from collections.abc import Generator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_scale.data.order import generator_for, image_at
+from ijepa_scale.engine.schedules import cosine
 from ijepa_scale.evals.batches import Augment, TrainingBatches
 from ijepa_scale.evals.evaluation import Evaluation, Outcome, accuracy, commonest_share
 from ijepa_scale.evals.extract import pooled
@@ -26,6 +26,7 @@ from ijepa_scale.extras import needed
 
 HEADS = 0x6865616473  # the stream of random numbers that heads are drawn from
 LR_IMAGES = 256  # that a learning rate is for; it grows with the batch
+MOMENTUM = 0.9
 SCORED = 4096  # test images that a head is given at a time
 
 
@@ -40,7 +41,6 @@ class LinearSettings:
     lr_factors: tuple[float, ...] = (1.0,)  # a head for each
     weight_decays: tuple[float, ...] = (5e-4,)  # a head for each
     drops: tuple[int, ...] = (8, 16, 24)  # epochs at which the learning rate falls to a tenth; none: cosine to a 100th
-    momentum: float = 0.9
     crop: str = "random"  # random resized crops; or stretched: images are resized to a square whole
     features: bool = False  # of images as they are tested, computed once, instead of augmented ones: much quicker
 
@@ -136,17 +136,17 @@ def optimizer(head: Head, settings: LinearSettings) -> torch.optim.Optimizer:
         needed("timm", extra="evaluate")
         from timm.optim.lars import Lars
 
-        return Lars(groups, lr=0.0, momentum=settings.momentum)
+        return Lars(groups, lr=0.0, momentum=MOMENTUM)
     for group in groups:
         del group["always_adapt"]
-    return torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum, nesterov=settings.momentum > 0.0)
+    return torch.optim.SGD(groups, lr=0.0, momentum=MOMENTUM, nesterov=True)
 
 
 def lr_factor(step: int, steps_per_epoch: int, settings: LinearSettings) -> float:
     """A tenth for each epoch of settings.drops that has begun; without those, half a cosine from 1 to a hundredth."""
     if settings.drops:
         return 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in settings.drops)
-    return 0.01 + 0.99 * (1.0 + math.cos(math.pi * step / (steps_per_epoch * settings.epochs))) / 2.0
+    return cosine(step, steps_per_epoch * settings.epochs, 1.0, 0.01)
 
 
 def linear(evaluation: Evaluation, settings: LinearSettings) -> Outcome:

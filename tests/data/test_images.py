@@ -390,7 +390,7 @@ def test_digests_tell_data_sets_apart_by_their_images(tmp_path):
     def digest(numbers, split="train", name="{:03}.png"):
         shutil.rmtree(tmp_path / "train" / "a", ignore_errors=True)
         write_files(tmp_path / split / "a", {name.format(place): i for place, i in enumerate(numbers)})
-        return open_images(str(tmp_path), split=split).digest()
+        return open_images(str(tmp_path), split=split).digest
 
     digests = [
         digest(range(8)),
@@ -404,7 +404,7 @@ def test_digests_tell_data_sets_apart_by_their_images(tmp_path):
     assert digest(range(8)) == digests[0]
     (tmp_path / "train/a/003.png").unlink()
     (tmp_path / "train/a/003.png").symlink_to(tmp_path / "nothing")  # what cannot be read is no error
-    assert open_images(str(tmp_path)).digest() not in digests
+    assert open_images(str(tmp_path)).digest not in digests
 
 
 def test_a_digest_reads_so_many_images(tmp_path, monkeypatch):
@@ -414,5 +414,5 @@ def test_a_digest_reads_so_many_images(tmp_path, monkeypatch):
     images, read = open_images(str(tmp_path)), []
     monkeypatch.setattr(module, "_DIGESTED", 6)
     monkeypatch.setattr(images, "content", lambda index: read.append(index) or b"")
-    images.digest()
+    images.digest  # noqa: B018 - it is computed when it is asked for
     assert read == [0, 10, 20, 29, 39, 49]
