@@ -20,6 +20,7 @@ from ijepa_scale.evals.results import RESULTS, read_results, results_table, writ
 from ijepa_scale.evals.tasks import TASKS, askable, settled
 from ijepa_scale.exchange.load import Loaded, load
 from ijepa_scale.exchange.weights import digest
+from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.run.records import log_evaluation
 from ijepa_scale.visualize.accuracies import draw_accuracies, draw_confusions
 
@@ -77,7 +78,8 @@ def evaluate_tasks(ranks: Ranks, request: Request) -> None:
     for note in loaded.notes:
         say(note)
     # Of the network itself: a checkpoint's own digest is of all its networks.
-    loaded = replace(loaded, sha256=ranks.from_first(digest(loaded.network) if ranks.first else ""))
+    sha256 = ranks.from_first(digest(loaded.network) if ranks.first else "")
+    loaded = replace(loaded, sha256=sha256, image_size=_image_size(request, loaded))
     train, test = ranks.together(lambda: _open(request, loaded, say), on="node")
     folder = Path(request.out) if request.out else _usual_folder(request, loaded, train)
     facts = ranks.together(lambda: _facts(request, loaded, train, test) if ranks.first else {})
@@ -95,10 +97,17 @@ def evaluate_tasks(ranks: Ranks, request: Request) -> None:
     say(f"results: {folder / RESULTS}")
 
 
-def _open(request: Request, loaded: Loaded, say: Callable[[str], None]) -> tuple[ImageSet, ImageSet]:
+def _image_size(request: Request, loaded: Loaded) -> int:
+    """Pixels a side that images are given to the network at. ValueError for what is no multiple of its patch."""
+    encoder: Any = loaded.network
     size = request.image_size or loaded.image_size
+    PatchGrid.of_image(size, size, encoder.patch_embed.patch_size)  # which refuses it, here before it is encoded
+    return size
+
+
+def _open(request: Request, loaded: Loaded, say: Callable[[str], None]) -> tuple[ImageSet, ImageSet]:
     train, test = (
-        scenes(request.cache_dir, image_size=size) if source == "scenes" else source
+        scenes(request.cache_dir, image_size=loaded.image_size) if source == "scenes" else source
         for source in (request.data, request.test_data)
     )
     reading: dict[str, Any] = {"cache_dir": request.cache_dir or None}
@@ -122,7 +131,7 @@ def _facts(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) ->
         "network": request.network,
         "step": loaded.step,
         "sha256": loaded.sha256,
-        "image_size": request.image_size or loaded.image_size,
+        "image_size": loaded.image_size,
         "data": train.name,
         "test_data": test.name,
         "images_sha256": [images.digest for images in (train, test)],
@@ -157,7 +166,7 @@ def _asked(
         evaluation = Evaluation(
             encoder=encoder,
             sha256=loaded.sha256,
-            image_size=request.image_size or loaded.image_size,
+            image_size=loaded.image_size,
             train=of_train,
             test=of_test,
             ranks=ranks,
