@@ -176,10 +176,10 @@ def training_runs(setting: Setting, images: torch.Tensor, equal: list[Masks], ra
         def step(index: int) -> None:
             for block in blocks:
                 block.compiled = compiled
-            set_schedules(engine.optimizer.optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY)
+            set_schedules(engine.optimizer.optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY, ema_momentum=MOMENTUM)
             engine.backward(engine(images, masks[index % LAYOUTS])["loss"])
             engine.step()
-            ema.update(MOMENTUM)
+            ema.update()
 
         return step
 

@@ -54,9 +54,9 @@ class IJepa(nn.Module):
         here they are on the context encoder's tokens), also the loss's parts "prediction", "variance" and "covariance",
         before their weights and without gradients.
         """
-        with torch.no_grad():
-            target_UD = self.target_encoder(images_BCHW, rows_K=masks.target_patches_U)
         context_TD = self.context_encoder(images_BCHW, masks.context)
+        with torch.no_grad():  # second: meanwhile other ranks' parts of its weights come in (engine/ema.py)
+            target_UD = self.target_encoder(images_BCHW, rows_K=masks.target_patches_U)
         pred_TD = self.predictor(context_TD, masks)
         prediction = target_loss(pred_TD, target_UD, masks.target_index_T, self.loss_kind)
         if not (self.variance or self.covariance):

@@ -35,7 +35,7 @@ def steps(ranks: Ranks, zero_stage: int, precision: str, **options: Any) -> dict
     copies, applied = [], []
     for step in range(STEPS):
         lr, weight_decay, momentum = schedule(step)
-        set_schedules(engine.optimizer.optimizer.param_groups, lr=lr, weight_decay=weight_decay)
+        set_schedules(engine.optimizer.optimizer.param_groups, lr=lr, weight_decay=weight_decay, ema_momentum=momentum)
         batch = feed.take()
         loss = engine(batch.images, batch.masks)["loss"]
         engine.backward(loss)
@@ -43,8 +43,9 @@ def steps(ranks: Ranks, zero_stage: int, precision: str, **options: Any) -> dict
             feed.load()
         engine.step()
         applied.append(engine.was_step_applied())
-        ema.update(momentum)
+        ema.update()
         copies.append(HostCopy([loss, engine.get_global_grad_norm()]))
+    ema.wait()
     own, used = tiny.gathered(engine, ranks, ema.shards), tiny.weights_of(engine, "target_encoder.")
     targets = {name.replace("target_encoder.", "context_encoder."): values for name, values in used.items()}
     losses, norms = zip(*(copy.numbers() for copy in copies), strict=True)

@@ -96,7 +96,7 @@ def bytes_after_backward() -> None:
             engine.backward(engine(images, masks)["loss"])
             if not step:
                 engine.step()
-                ema.update(0.99)
+                ema.update()
         found = sum(size for at, size in storages().items() if at not in before)
         encoder, predictor = (
             sum(getattr(p, "ds_numel", p.numel()) for p in part.parameters())
