@@ -20,7 +20,7 @@ import torch.distributed as dist
 from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from ijepa_kernels.ema import ema_update
+from ijepa_kernels.adamw_ema import adamw_ema
 
 IN_FLIGHT = 2  # buckets on their way at once: the gradients of these, and of the one being filled, are in memory
 ALIGNMENT = 2  # elements that each rank's part of a bucket is a multiple of
@@ -204,7 +204,7 @@ class ShardedAdamW(ZeROOptimizer):
 
     @torch.no_grad()
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """The engine calls it after each backward that sends."""
+        """The engine calls it at the end of a backward that may send: at ZeRO-1 the step's last alone."""
         for bucket in self.buckets:
             bucket.complete(self.collected_dtype)
         if self._sends():
@@ -215,10 +215,13 @@ class ShardedAdamW(ZeROOptimizer):
         elif self.ranks == 1 and self.boundary():
             for bucket in self.buckets:
                 bucket.gradient = bucket.gradients
-        for bucket in self.buckets:
-            bucket.awaited = set(range(len(bucket.parameters)))
 
     overlapping_partition_gradients_reduce_epilogue = reduce_gradients  # its name at ZeRO-2
+
+    def backward_epilogue(self, **kwargs: Any) -> None:
+        """After every backward."""
+        for bucket in self.buckets:
+            bucket.awaited = set(range(len(bucket.parameters)))
 
     # --- the step
 
@@ -227,10 +230,8 @@ class ShardedAdamW(ZeROOptimizer):
         """Update the weights, or leave all as it is where the gradients are not finite: the one wait for the device."""
         norm = self._norm()
         self.overflow = not bool(torch.isfinite(norm))
-        self._global_grad_norm = norm
-        if self.overflow:
-            self._global_grad_norm = float("inf")
-        else:
+        self._global_grad_norm = torch.full_like(norm, torch.inf) if self.overflow else norm
+        if not self.overflow:
             self._update(norm)
         self.zero_grad()
 
@@ -243,20 +244,29 @@ class ShardedAdamW(ZeROOptimizer):
         return total.sqrt_() / self.ranks
 
     def _update(self, norm: torch.Tensor) -> None:
-        scale = 1.0 / self.ranks
+        scale: float | torch.Tensor = 1.0 / self.ranks  # what was reduced are sums
+        if self.clip:
+            scale = ((self.clip / (norm + 1e-6)).clamp_(max=1.0) / self.ranks).float()
         for bucket in self.buckets:
-            gradient = _of(bucket.gradient).float()
-            if self.clip or self.ranks > 1:
-                factor = scale * (self.clip / (norm + 1e-6)).clamp_(max=1.0) if self.clip else scale
-                gradient = gradient.mul_(factor)
-            bucket.master.grad = gradient
-        self.optimizer.step()
-        for bucket in self.buckets:
-            bucket.master.grad = None
-            if bucket.ema is not None:
-                copy = bucket.target_own if bucket.target_own is not bucket.ema else None
-                ema_update(bucket.ema, bucket.master.detach(), bucket.group["ema_momentum"], copy)
-        self.update_lp_params()
+            group, state = bucket.group, self.optimizer.state[bucket.master]
+            state["step"] += 1
+            adamw_ema(
+                bucket.master,
+                _of(bucket.gradient),
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=state["step"],
+                grad_scale=scale,
+                weight=None if bucket.master is bucket.own else bucket.own,
+                ema=bucket.ema,
+                momentum=group["ema_momentum"] if bucket.ema is not None else 1.0,
+                target=None if bucket.target_own is bucket.ema else bucket.target_own,
+            )
+        self._share_weights()
 
     @torch.no_grad()
     def update_lp_params(self) -> None:
@@ -264,6 +274,9 @@ class ShardedAdamW(ZeROOptimizer):
         for bucket in self.buckets:
             if bucket.master is not bucket.own:
                 bucket.own.copy_(bucket.master)
+        self._share_weights()
+
+    def _share_weights(self) -> None:
         for work in [share(bucket.weights, bucket.own) for bucket in self.buckets]:
             if work is not None:
                 work.wait()
