@@ -176,7 +176,8 @@ def training_runs(setting: Setting, images: torch.Tensor, equal: list[Masks], ra
         def step(index: int) -> None:
             for block in blocks:
                 block.compiled = compiled
-            set_schedules(engine.optimizer.optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY, ema_momentum=MOMENTUM)
+            groups = engine.optimizer.optimizer.param_groups
+            set_schedules(groups, lr=LR, weight_decay=WEIGHT_DECAY, ema_momentum=MOMENTUM)
             engine.backward(engine(images, masks[index % LAYOUTS])["loss"])
             engine.step()
             ema.update()
@@ -244,6 +245,7 @@ def training_engine(setting: Setting) -> tuple[Any, ShardedEMA]:
         micro_batch_size=setting.batch,
         accumulation_steps=1,
         clip_grad_norm=config.optimization.clip_grad_norm,
+        gradient_dtype=config.engine.gradient_dtype,
         extra=config.engine.deepspeed,
     )
     with setting.device:

@@ -22,7 +22,6 @@ from deepspeed.runtime.config import DeepSpeedConfig
 
 from ijepa_kernels.adamw_ema import adamw_ema
 
-IN_FLIGHT = 2  # buckets on their way at once: the gradients of these, and of the one being filled, are in memory
 ALIGNMENT = 2  # elements that each rank's part of a bucket is a multiple of
 
 
@@ -135,6 +134,7 @@ class ShardedAdamW(ZeROOptimizer):
         super().__init__()
         self.optimizer, self.param_names, self.clip, self.boundary = optimizer, param_names, clip, boundary
         self.dp_process_group = dist.group.WORLD
+        self.in_flight = 1
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.overflow, self._global_grad_norm = False, torch.zeros(())
         self.buckets = buckets_of(optimizer.param_groups, bucket_size, self.rank, self.ranks)
@@ -182,7 +182,7 @@ class ShardedAdamW(ZeROOptimizer):
 
     def _send_complete(self) -> None:
         while self._next < len(self._order) and not self._order[self._next].awaited:
-            if len(self._sent) == IN_FLIGHT:
+            if len(self._sent) == self.in_flight:
                 self._collect(*self._sent.popleft())
             bucket = self._order[self._next]
             assert bucket.gradients is not None
@@ -348,6 +348,10 @@ class Engine(deepspeed.DeepSpeedEngine):
     _configure_bf16_optimizer = _configure_zero_optimizer  # what it is called at ZeRO-1
 
 
-def sharded_engine(model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Engine:
-    """As deepspeed.initialize() makes it."""
-    return Engine(args=None, model=model, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config))
+def sharded_engine(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], *, in_flight: int
+) -> Engine:
+    """As deepspeed.initialize() makes it. in_flight: how many buckets of gradients may be on their way at once."""
+    engine = Engine(args=None, model=model, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config))
+    engine.optimizer.in_flight = in_flight
+    return engine

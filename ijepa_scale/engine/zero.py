@@ -13,6 +13,8 @@ from ijepa_scale.engine.distributed import quiet
 
 # Elements of gradients that are sent at once. DeepSpeed's 5e8 would take 2 GB for buffers, whatever the model's size.
 BUCKET = 50_000_000
+# At ZeRO-1 and -2 so many buckets are on their way at once: their gradients are in memory, and the next bucket's.
+IN_FLIGHT = 2
 
 # Settings of engine.deepspeed that break what this package builds on ZeRO, with the reason.
 REFUSED = {
@@ -138,7 +140,7 @@ def initialize(
         else:
             from ijepa_scale.engine.sharded_adamw import sharded_engine  # which imports deepspeed
 
-            engine = sharded_engine(model, make_optimizer(model), config)
+            engine = sharded_engine(model, make_optimizer(model), config, in_flight=IN_FLIGHT)
     for module in model.modules():
         if isinstance(module, whole):
             module.engine_hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)  # type: ignore[assignment]
