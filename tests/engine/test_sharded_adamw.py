@@ -1,6 +1,7 @@
 """ZeRO-1 and -2's optimizer: what it sends, what it keeps, which gradients it takes (numbers: test_zero_parity.py)."""
 
 import json
+from unittest import mock
 
 import pytest
 import torch
@@ -136,3 +137,23 @@ def in_flight() -> None:
 
 def test_gradients_leave_while_the_backward_goes_on(tmp_path):
     assert_all(run_ranks(in_flight, 2, tmp_path))
+
+
+def averages_on_their_way() -> None:
+    ranks = distributed.start()
+    engine, ema = tiny.start_engine(ranks, zero_stage=1, precision="fp32")
+    module, waits = engine.module, []
+    with mock.patch.object(type(ema), "wait", autospec=True, side_effect=lambda self: waits.append("wait")):
+        for name in ("context_encoder", "predictor"):
+            getattr(module, name).register_forward_pre_hook(lambda module, arguments, name=name: waits.append(name))
+        ema.update()
+        assert len(ema._on_their_way) == sum(bucket.ema is not None for bucket in engine.optimizer.buckets) > 0
+        engine(*tiny.micro_batches(0, ranks, 1)[0])
+    assert waits == ["context_encoder", "wait", "predictor"]
+    ema.wait()
+    assert not ema._on_their_way
+    ranks.close()
+
+
+def test_the_average_comes_in_behind_the_context_encoders_forward(tmp_path):
+    assert_all(run_ranks(averages_on_their_way, 2, tmp_path))
