@@ -182,8 +182,8 @@ def train_step(run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callab
     """One optimizer step on all ranks. stop: whether this rank was asked to stop.
 
     While a GPU has the forward to do, the host does its own work: the next batch, agreements of ranks, meanwhile(). It
-    waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite. (At ZeRO-2 on
-    several GPUs and at ZeRO-3 DeepSpeed also waits at the end of the backward.)
+    waits for the device once, inside engine.step(), which asks whether the gradients are finite. (At ZeRO-3 DeepSpeed
+    also waits at the end of the backward.)
     """
     engine, started, waited = run.engine, time.perf_counter(), feed.waited
     scheduled = run.schedules.at(step)

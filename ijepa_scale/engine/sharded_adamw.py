@@ -5,13 +5,15 @@ device several times a step, and compute norms and sums of all gradients on ever
 sent once, to the ranks that own its parts. docs/lab/speed.md counts the bytes.
 
     backward -> each gradient into its bucket -> bucket full: reduce-scatter -> this rank's shard of its sum
-    step     -> norm of the shards -> AdamW, weights, EMA: one pass over each shard -> all-gather of the weights
+    step     -> norm of the shards -> AdamW, weights, EMA: one pass over each shard -> all-gather of the weights starts
+    forward  -> each block waits for its weights, the target encoder (engine/ema.py) for its own
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 import deepspeed
@@ -56,6 +58,7 @@ class Bucket:
         self.gradient: torch.Tensor | None = None
         self.held: set[int] = set()  # parameters whose gradient of this or an earlier micro-step is in gradients
         self.awaited = set(range(len(parameters)))
+        self.arriving: Any = None  # other ranks' parts of the weights, to be waited for before these are read
 
     def average(self, averages: list[torch.nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep an average of the masters, which these parameters become views of: (this rank's EMA, all weights)."""
@@ -134,10 +137,11 @@ class ShardedAdamW(ZeROOptimizer):
         super().__init__()
         self.optimizer, self.param_names, self.clip, self.boundary = optimizer, param_names, clip, boundary
         self.dp_process_group = dist.group.WORLD
-        self.in_flight = 1
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.overflow, self._global_grad_norm = False, torch.zeros(())
         self.buckets = buckets_of(optimizer.param_groups, bucket_size, self.rank, self.ranks)
+        self.in_flight = 1
+        self._at_once = self.buckets  # whose weights are waited for at the end of the step
         for group in optimizer.param_groups:
             group["params"] = [bucket.master for bucket in self.buckets if bucket.group is group]
         for bucket in self.buckets:
@@ -163,6 +167,33 @@ class ShardedAdamW(ZeROOptimizer):
         """In which buckets are sent, on every rank: that whose first parameter in the network comes last goes first."""
         place = {parameter: at for at, parameter in enumerate(self.param_names)}
         return sorted(self.buckets, key=lambda bucket: -min(place[p] for p in bucket.parameters))
+
+    def gather_behind(self, model: torch.nn.Module, whole: type[torch.nn.Module]) -> None:
+        """Have modules of class whole, and the rest of each network, wait for their weights when their forward begins.
+
+        A network is one of the model's children. Other weights, and all without this, are waited for in the step.
+        """
+        of = {parameter: bucket for bucket in self.buckets for parameter in bucket.parameters}
+        networks = set(chain.from_iterable(network.parameters() for network in model.children()))
+        self._at_once = [bucket for bucket in self.buckets if not networks.issuperset(bucket.parameters)]
+        for network in model.children():
+            rest = set(network.parameters())
+            for module in network.modules():
+                if isinstance(module, whole):
+                    rest -= set(module.parameters())
+                    self._wait_before(module, {of[p] for p in module.parameters() if p in of})
+            self._wait_before(network, {of[p] for p in rest if p in of})
+
+    def _wait_before(self, module: torch.nn.Module, buckets: set[Bucket]) -> None:
+        if buckets and self.ranks > 1:
+            module.register_forward_pre_hook(lambda module, arguments: self.wait(buckets))
+
+    def wait(self, buckets: Iterable[Bucket] | None = None) -> None:
+        """Have the weights of these buckets, or of all, on this rank; on a GPU it is the stream that waits."""
+        for bucket in self.buckets if buckets is None else buckets:
+            if bucket.arriving is not None:
+                bucket.arriving.wait()
+                bucket.arriving = None
 
     # --- during the backward
 
@@ -244,6 +275,7 @@ class ShardedAdamW(ZeROOptimizer):
         return total.sqrt_() / self.ranks
 
     def _update(self, norm: torch.Tensor) -> None:
+        self.wait()  # for weights that no forward has used: they are written to below
         scale: float | torch.Tensor = 1.0 / self.ranks  # what was reduced are sums
         if self.clip:
             scale = ((self.clip / (norm + 1e-6)).clamp_(max=1.0) / self.ranks).float()
@@ -275,11 +307,12 @@ class ShardedAdamW(ZeROOptimizer):
             if bucket.master is not bucket.own:
                 bucket.own.copy_(bucket.master)
         self._share_weights()
+        self.wait()
 
     def _share_weights(self) -> None:
-        for work in [share(bucket.weights, bucket.own) for bucket in self.buckets]:
-            if work is not None:
-                work.wait()
+        for bucket in reversed(self._order):  # the first that the forward needs goes first
+            bucket.arriving = share(bucket.weights, bucket.own)
+        self.wait(self._at_once)
 
     @torch.no_grad()
     def write_averages(self) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -82,6 +83,13 @@ def deepspeed_config(
             raise ValueError(f"engine.deepspeed.{section} is a section and takes keys, got {values!r}")
         if leaf in values:
             raise ValueError(f"engine.deepspeed.{key} = {values[leaf]!r} is refused: {reason}")
+    unheeded = sorted(set((extra or {}).get("zero_optimization") or {}) - {"stage", "reduce_bucket_size"})
+    if unheeded and zero_stage < 3:
+        warnings.warn(
+            f"engine.deepspeed.zero_optimization: {', '.join(unheeded)} has no effect at "
+            f"engine.zero_stage={zero_stage}, whose optimizer heeds reduce_bucket_size alone",
+            stacklevel=2,
+        )
     return _merged(config, extra or {})
 
 
@@ -141,6 +149,7 @@ def initialize(
             from ijepa_scale.engine.sharded_adamw import sharded_engine  # which imports deepspeed
 
             engine = sharded_engine(model, make_optimizer(model), config, in_flight=IN_FLIGHT)
+            engine.optimizer.gather_behind(model, whole)
     for module in model.modules():
         if isinstance(module, whole):
             module.engine_hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)  # type: ignore[assignment]

@@ -1,7 +1,7 @@
 """ZeRO-1 and -2's optimizer: what it sends, what it keeps, which gradients it takes (numbers: test_zero_parity.py)."""
 
 import json
-from unittest import mock
+from typing import Any
 
 import pytest
 import torch
@@ -139,21 +139,40 @@ def test_gradients_leave_while_the_backward_goes_on(tmp_path):
     assert_all(run_ranks(in_flight, 2, tmp_path))
 
 
-def averages_on_their_way() -> None:
+def on_their_way() -> None:
     ranks = distributed.start()
-    engine, ema = tiny.start_engine(ranks, zero_stage=1, precision="fp32")
-    module, waits = engine.module, []
-    with mock.patch.object(type(ema), "wait", autospec=True, side_effect=lambda self: waits.append("wait")):
-        for name in ("context_encoder", "predictor"):
-            getattr(module, name).register_forward_pre_hook(lambda module, arguments, name=name: waits.append(name))
-        ema.update()
-        assert len(ema._on_their_way) == sum(bucket.ema is not None for bucket in engine.optimizer.buckets) > 0
-        engine(*tiny.micro_batches(0, ranks, 1)[0])
-    assert waits == ["context_encoder", "wait", "predictor"]
-    ema.wait()
-    assert not ema._on_their_way
+    engine, ema = tiny.start_engine(ranks, zero_stage=1, precision="fp32", accumulation=2)  # with small buckets
+    module, optimizer, seen = engine.module, engine.optimizer, []
+    batches = tiny.micro_batches(0, ranks, 2)
+
+    def note(name: str) -> Any:
+        def forward(module: Any, arguments: Any) -> None:
+            weights = all(b.arriving is None for b in optimizer.buckets if set(b.parameters) & set(module.parameters()))
+            seen.append((name, weights, sum(b.arriving is not None for b in optimizer.buckets), len(ema._on_their_way)))
+
+        return forward
+
+    for name in (
+        "context_encoder.blocks.0",
+        "context_encoder.blocks.1",
+        "target_encoder",
+        "predictor.predictor_blocks.0",
+    ):
+        module.get_submodule(name).register_forward_pre_hook(note(name.partition(".")[0]))
+    for batch in batches:
+        engine.backward(engine(*batch)["loss"])
+        engine.step()
+    ema.update()
+    seen.clear()
+    engine(*batches[0])
+    names, complete, weights_coming, averages_coming = zip(*seen, strict=True)
+    assert names == ("context_encoder", "context_encoder", "target_encoder", "predictor")
+    assert all(complete), "a module runs before its weights are there"
+    assert weights_coming[0] > weights_coming[1] == weights_coming[2] > 0 == weights_coming[3]
+    averaged = sum(bucket.ema is not None for bucket in optimizer.buckets)
+    assert averages_coming == (averaged, averaged, 0, 0) and averaged
     ranks.close()
 
 
-def test_the_average_comes_in_behind_the_context_encoders_forward(tmp_path):
-    assert_all(run_ranks(averages_on_their_way, 2, tmp_path))
+def test_weights_and_averages_come_in_behind_the_forward(tmp_path):
+    assert_all(run_ranks(on_their_way, 2, tmp_path))

@@ -149,6 +149,8 @@ def weights_of(engine: Any, prefix: str) -> Weights:
     import deepspeed
 
     weights = {}
+    if not zero.is_stage3(engine.optimizer):
+        engine.optimizer.wait()
     for name, parameter in engine.module.named_parameters():
         if name.startswith(prefix):
             with deepspeed.zero.GatheredParameters([parameter]):
