@@ -138,7 +138,7 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("data: {max_bad_fraction: 1.5}", [], "data.max_bad_fraction must lie in 0..1"),
         ("data: {image_size: 225}", [], "data.image_size 225 is not a multiple of model.patch_size 14"),
         ("model: {patch_size: 0}", [], "model.patch_size must be 1 or more, got 0"),
-        ("predictor: {attention: fa5}", [], "predictor.attention must be one of auto, .*, or empty: as model.attention; "),
+        ("predictor: {attention: fa5}", [], "predictor.attention must be one of auto, .*, or empty: as model"),
         ("model: {attention: fa5}", [], "model.attention must be one of auto, fa2, .*, torch_varlen, sdpa, got 'fa5'"),
         ("model: {depth: -2}", [], "model.depth must be 0 or more, got -2"),
         ("objective: {name: ijeba}", [], "objective.name must be one of ijepa, got 'ijeba'"),
