@@ -46,7 +46,7 @@ class _IntoOneBuffer(torch.autograd.Function):
         tensors = dict(zip(("q", "k", "v"), qkv_T3HE.unbind(1), strict=True))
         tensors |= dict(zip(("dq", "dk", "dv"), into_T3HE.unbind(1), strict=True))
         tensors |= {"out": out_THE, "dout": grads[0].contiguous()}
-        # Of a kernel's dq it may add to: asked for bits that repeat, it takes an order.
+        # Programs add to dq, in no order where none is asked for.
         deterministic = torch.are_deterministic_algorithms_enabled()
         ctx.kernel(normalizers, **tensors, **_lengths(ctx.sequences), deterministic=deterministic)
         return into_T3HE, None, None, None
