@@ -26,7 +26,7 @@ from ijepa_scale.engine.device import device_peak
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.optim import adamw, parameter_groups, set_schedules
 from ijepa_scale.masking.packing import Masks
-from ijepa_scale.models.attention_backends import Choice
+from ijepa_scale.models.attention_backends import Choices
 from ijepa_scale.models.blocks import Block
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.objectives.flops import Counts
@@ -51,7 +51,7 @@ class Setting:
     objective: IJepaObjective
     device: torch.device
     precision: str  # fp32 or bf16
-    attention: Choice  # of the training step; the baseline has its own
+    attention: Choices  # of the training step; the baseline has its own
     batch: int
 
     @property

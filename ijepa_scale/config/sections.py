@@ -140,10 +140,16 @@ class PredictorConfig:
     width: int = 384
     depth: int = 12
     heads: int = 0  # 0: the encoder's, as in the paper; of a width of 384 GPUs prefer 12 or 6 (docs/speed.md)
+    attention: str = free("")  # as model.attention, of the predictor; "": its value
 
     def __post_init__(self) -> None:
         for key, least in (("width", 1), ("depth", 1), ("heads", 0)):
             _require(getattr(self, key) >= least, f"predictor.{key} must be {least} or more, got {getattr(self, key)}")
+        _require(
+            self.attention in ("", *ATTENTION),
+            f"predictor.attention must be one of {', '.join(ATTENTION)}, or empty: as model.attention; "
+            f"got {self.attention!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

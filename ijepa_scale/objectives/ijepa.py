@@ -1,6 +1,6 @@
 """The method: context encoder, target encoder, predictor and loss (I-JEPA, arXiv:2301.08243)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,8 +102,9 @@ class IJepaObjective:
     def name(self) -> str:
         return "ijepa"
 
-    def attention_heads(self) -> set[tuple[int, int]]:
-        return {(size.heads, size.width // size.heads) for size in (self.encoder, self.predictor)}
+    def attention_heads(self) -> dict[str, tuple[int, int]]:
+        sizes = {"encoder": self.encoder, "predictor": self.predictor}
+        return {network: (size.heads, size.width // size.heads) for network, size in sizes.items()}
 
     @property
     def grid(self) -> PatchGrid:
@@ -122,12 +123,13 @@ class IJepaObjective:
             compiled=self.compiled,
         )
 
-    def build(self, *, attend: Attend | None = None, total: Total | None = None) -> IJepa:
+    def build(self, *, attend: Mapping[str, Attend | None] | None = None, total: Total | None = None) -> IJepa:
+        of_encoder, of_predictor = ((attend or {}).get(network) for network in ("encoder", "predictor"))
         context_encoder, target_encoder = (
             VisionTransformer(self.encoder, image_size=self.image_size, patch_size=self.patch_size, attend=kernel)
-            for kernel in (attend, None)  # the target encoder sees whole images, for which there is PyTorch's own
+            for kernel in (of_encoder, None)  # the target encoder sees whole images, for which there is PyTorch's own
         )
-        predictor = Predictor(self.predictor, encoder_width=self.encoder.width, grid=self.grid, attend=attend)
+        predictor = Predictor(self.predictor, encoder_width=self.encoder.width, grid=self.grid, attend=of_predictor)
         encoder_every, predictor_every = self.recompute_every
         recompute(context_encoder.blocks, encoder_every)
         recompute(predictor.predictor_blocks, predictor_every)

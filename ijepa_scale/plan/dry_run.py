@@ -31,8 +31,7 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | No
     objective.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     micro_batch_size, _, _ = checks.settings(config, objective, ranks=ranks, device=device)
-    if device.type == "cuda":  # else it is another machine that the kernel is for
-        build.build_attention(config, device=device, objective=objective)
+    attention = _attention_line(config, objective, device)
     images, said = _images(config)
     with torch.device("meta"):
         module = objective.build()
@@ -46,6 +45,7 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | No
         *_parameter_lines(
             config, objective, module, accumulates=config.optimization.global_batch_size > micro_batch_size * ranks
         ),
+        attention,
         f"tokens         an image, means: {expected.tokens}",
         f"model FLOPs    {total / 1e9:,.2f} G an image: "
         + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in expected.flops.items()),
@@ -54,6 +54,14 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | No
         _steps_line(config, images, total),
     ]
     return "\n".join(lines)
+
+
+def _attention_line(config: PretrainConfig, objective: Objective, device: torch.device) -> str:
+    if device.type == "cuda":
+        choices = build.build_attention(config, device=device, objective=objective)
+        return f"attention      {choices.name} ({choices.why})"
+    predictor = f", predictor.attention={config.predictor.attention}" if config.predictor.attention else ""
+    return f"attention      model.attention={config.model.attention}{predictor}: chosen and tested where it trains"
 
 
 def _parameter_lines(

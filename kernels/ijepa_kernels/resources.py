@@ -77,6 +77,7 @@ def patchify_launches(patch_size: int, dtype: torch.dtype) -> list[Launch]:
     with dispatch.recording() as recorded:
         patchify(images, patch_size, dtype=dtype)
         patchify(images, patch_size, indices_T=torch.arange(2, dtype=torch.int32), dtype=dtype)
+        patchify(images, patch_size, dtype=dtype, columns=-(-3 * patch_size**2 // 64) * 64)
     return recorded
 
 

@@ -28,8 +28,8 @@ def batches(pinned: bool):
 def steps(ranks: Ranks, zero_stage: int, precision: str, **options: Any) -> dict[str, Any]:
     engine, ema = tiny.start_engine(ranks, zero_stage=zero_stage, precision=precision, terms=options)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    attention = choose_attention("auto", device=ranks.device, dtype=dtype, head_widths=[16, 8])
-    for network in (engine.module.context_encoder, engine.module.predictor):
+    for network, width in ((engine.module.context_encoder, 16), (engine.module.predictor, 8)):
+        attention = choose_attention("auto", device=ranks.device, dtype=dtype, head_width=width)
         network.attend = attention.attend
     feed = Feed(batches(ranks.device.type == "cuda"), ranks.device)
     copies, applied = [], []
