@@ -52,6 +52,7 @@ def test_compiled_in_bf16_with_a_trace(tmp_path):
         "dense baseline",
         "ijepa-scale",
         "ijepa-scale, compiled",
+        "ijepa-scale, all context",
         "ijepa-scale, compiled, all context",
     ]
     assert found["precision"] == "bf16" and (tmp_path / "trace" / "trace.json.gz").is_file()
@@ -114,13 +115,14 @@ def test_on_a_gpu(tmp_path):
         "dense baseline",
         "ijepa-scale",
         "ijepa-scale, compiled",
+        "ijepa-scale, all context",
         "ijepa-scale, compiled, all context",
     ]
     assert found["precision"] == "bf16" and found["machine"]["gpu"] == torch.cuda.get_device_name()
     for row in found["steps"]:
         assert row["state_bytes"] > 0 and row["step_bytes"] > 0
         assert ("mfu" in row) == (peak_flops(found["machine"]["gpu"], "bf16") is not None)
-    assert len({row["state_bytes"] for row in found["steps"][1:]}) == 1 and len(found["steps"]) == 4
+    assert len({row["state_bytes"] for row in found["steps"][1:]}) == 1 and len(found["steps"]) == 5
     if torch.cuda.get_device_capability()[0] >= 8:
         assert found["attention"] != "sdpa"
     assert found["profile"]["of"] == "kernels" and found["profile"]["costliest"]
