@@ -1,9 +1,12 @@
 """A run as training sets it up, of random images in memory, whose weights are drawn on the device."""
 
+import contextlib
 import json
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +15,10 @@ from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.collate import Batch, micro_batch_stream
 from ijepa_scale.data.images import BadImage, ImageSet
 from ijepa_scale.data.transforms import RandomCrop
+from ijepa_scale.engine import distributed
 from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.objectives.ijepa import IJepa, IJepaObjective
-from ijepa_scale.objectives.objective import Total
 from ijepa_scale.run.setup import Run, set_up
 
 DISTINCT = 64  # images that differ: beyond these they come again
@@ -46,7 +48,7 @@ class DrawnOnDevice(IJepaObjective):
     def of(cls, objective: IJepaObjective, device: torch.device) -> "DrawnOnDevice":
         return cls(**{item.name: getattr(objective, item.name) for item in fields(IJepaObjective)}, device=device)
 
-    def build(self, *, attend: Attend | None = None, total: Total | None = None) -> IJepa:
+    def build(self, *, attend: Any = None, total: Any = None) -> IJepa:
         with self.device:
             return super().build(attend=attend, total=total)
 
@@ -57,6 +59,18 @@ class DrawnOnDevice(IJepaObjective):
         seed = zlib.crc32(name.replace("target_encoder.", "context_encoder.").encode())
         generator = torch.Generator(self.device).manual_seed(seed)
         return 0.02 * torch.randn(shape, generator=generator, device=self.device)
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[Ranks]:
+    """The process group of this process alone, and its device. ValueError where a launcher has started several."""
+    ranks = distributed.start()
+    try:
+        if ranks.world_size > 1:
+            raise ValueError(f"the benchmark is one process, got {ranks.world_size}; start it with python")
+        yield ranks
+    finally:
+        ranks.close()
 
 
 def run_in_memory(

@@ -19,12 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from ijepa_kernels.dispatch import chosen
 from ijepa_scale import build
 from ijepa_scale.benchmark.dense_baseline import DenseJepa, DenseMasks
-from ijepa_scale.benchmark.in_memory import DrawnOnDevice, attention_of, run_in_memory
+from ijepa_scale.benchmark.in_memory import DrawnOnDevice, attention_of, one_process, run_in_memory
 from ijepa_scale.benchmark.profiling import profile_steps
 from ijepa_scale.benchmark.timing import WARM_UP, Say, Timed, machine, spread, turns, until_it_fits
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.collate import Batch
-from ijepa_scale.engine import distributed
 from ijepa_scale.engine.device import device_peak
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.feed import Feed
@@ -76,10 +75,7 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
     if config.loss.kind != "smooth_l1":
         raise ValueError(f"the dense baseline's loss is smooth_l1, got loss.kind={config.loss.kind}")
     config = replace(config, loss=replace(config.loss, variance=0.0, covariance=0.0))  # the baseline has no such terms
-    ranks = distributed.start()
-    try:
-        if ranks.world_size > 1:
-            raise ValueError(f"the benchmark is one process, got {ranks.world_size}; start it with python")
+    with one_process() as ranks:
         objective = DrawnOnDevice.of(build.build_ijepa(config), ranks.device)
         precision = build.training_precision(config, ranks.device)
         asked = config.optimization.micro_batch_size or config.optimization.global_batch_size
@@ -88,8 +84,6 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
             return measure(Setting(config, objective, ranks, precision, batch), steps, say, profile)
 
         return {**until_it_fits(attempt, asked, ranks.device, say), "batch_asked": asked}
-    finally:
-        ranks.close()
 
 
 def measure(setting: Setting, steps: int, say: Say, profile: Path | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Case:
 @cache
 def case_of(name: str, images: int) -> Case:
     config = load_config(CONFIGS / f"{name}.yaml", [])
-    masks = sampled_masks(config, images, 0, "all").to(DEVICE)
+    masks = sampled_masks(build.build_ijepa(config), images, 0, "all").to(DEVICE)
     return Case(config, masks, images, build.vit_size(config.model).width)
 
 
