@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -61,17 +62,17 @@ def alone(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("alone", every step and what is wrong with it), then ("trace", the same by category), ready for JSON.
 
-    folder: for the run and its trace. rates: of this device as measured; None: not known. Where a GPU's memory does
+    folder: for the trace. rates: of this device as measured; None: not known. Where a GPU's memory does
     not hold a step, the batch is halved until it does. Raises ValueError where training would be refused.
     """
-    with one_process() as ranks:
+    with one_process() as ranks, tempfile.TemporaryDirectory() as runs:
         objective = DrawnOnDevice.of(build.build_ijepa(config), ranks.device)
         asked = config.optimization.micro_batch_size or config.optimization.global_batch_size
 
         def attempt(batch: int) -> tuple[Steps, dict[str, Any]]:
             total = steps + AGAIN + TRACED
             say(f"a run of {batch} images a step")
-            run = run_in_memory(config, objective, ranks, batch=batch, steps=total, folder=folder / f"run-{batch}")
+            run = run_in_memory(config, objective, ranks, batch=batch, steps=total, folder=Path(runs, str(batch)))
             new = batches_of(run, steps)
             say(f"{steps} steps, then {AGAIN} of their layouts again")
             taken = Steps(run, [*new, *new[-AGAIN:], *new[-TRACED:]])

@@ -21,20 +21,22 @@ from ijepa_scale.benchmark.timing import MEASUREMENTS, Say
 from ijepa_scale.data.files import write_whole
 
 SECONDS = 480.0  # for all parts together
+CPU_SLACK = 4.0  # times as long a CPU may take, for the toy sizes that it runs
 LEAST_SECONDS = 10.0  # without which no part is begun: as long as it takes to import what it needs
+READ_SECONDS = 5.0
 KEPT_LINES = 30  # of a part's output, with its error
 
 
-def run_check(out: Path, names: Sequence[str], *, toy: bool, say: Say, seconds: float = SECONDS) -> dict[str, str]:
+def run_check(out: Path, names: Sequence[str], *, toy: bool, say: Say, slack: float = 1.0) -> dict[str, str]:
     """Run parts by name; what is wrong with those that failed, by part. Writes out/FILE.json as each part has it.
 
-    out/check.json says of each part how it went. seconds: for all of them together.
+    out/check.json says of each part how it went. slack: times as long each, and all together, may take.
     """
     out.mkdir(parents=True, exist_ok=True)
     started, parts = time.monotonic(), {}
     for name in names:
-        left = seconds - (time.monotonic() - started)
-        parts[name] = run_part(name, out, toy=toy, limit=min(PARTS[name].seconds, left), say=say)
+        left = slack * SECONDS - (time.monotonic() - started)
+        parts[name] = run_part(name, out, toy=toy, limit=min(slack * PARTS[name].seconds, left), say=say)
         said = parts[name].get("error") or "; ".join(parts[name]["faults"]) or "well"
         say(f"{name}: {parts[name]['seconds']:.0f} s: {said}")
         write_whole(out / "check.json", json.dumps({"seconds": time.monotonic() - started, "parts": parts}, indent=1))
@@ -53,7 +55,8 @@ def run_part(name: str, out: Path, *, toy: bool, limit: float, say: Say) -> dict
     if limit < LEAST_SECONDS:
         return {"seconds": 0.0, "files": [], "faults": [], "error": "not run: the time of the whole check was over"}
     started = time.monotonic()
-    code, lines = in_a_process(name, out, toy=toy, limit=limit, say=say)
+    call = f"from ijepa_scale.benchmark import check; check.part_process({name!r}, {str(out)!r}, toy={toy})"
+    code, lines = in_a_process(call, limit=limit, say=lambda line: say(f"{name}: {line}"))
     part: dict[str, Any] = {"seconds": time.monotonic() - started}
     found = {path.name: json.loads(path.read_text()) for path in paths if path.exists()}
     part |= {"files": list(found), "faults": [one for each in found.values() for one in each.get("faults", [])]}
@@ -66,9 +69,8 @@ def run_part(name: str, out: Path, *, toy: bool, limit: float, say: Say) -> dict
     return part
 
 
-def in_a_process(name: str, out: Path, *, toy: bool, limit: float, say: Say) -> tuple[int | None, list[str]]:
-    """(exit code, None where the limit ended it; the last lines of its output, which are all said as they come)."""
-    code = f"from ijepa_scale.benchmark import check; check.part_process({name!r}, {str(out)!r}, toy={toy})"
+def in_a_process(code: str, *, limit: float, say: Say) -> tuple[int | None, list[str]]:
+    """Run Python code: (its exit code, None where the limit ended it; its last lines), each said as it comes."""
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env=environment(),
@@ -80,7 +82,7 @@ def in_a_process(name: str, out: Path, *, toy: bool, limit: float, say: Say) -> 
     )
     assert process.stdout is not None
     lines: deque[str] = deque(maxlen=KEPT_LINES)
-    reader = threading.Thread(target=_read, args=(process.stdout, lines, lambda line: say(f"{name}: {line}")))
+    reader = threading.Thread(target=_read, args=(process.stdout, lines, say), daemon=True)
     reader.start()
     try:
         ended: int | None = process.wait(limit)
@@ -90,7 +92,7 @@ def in_a_process(name: str, out: Path, *, toy: bool, limit: float, say: Say) -> 
         with contextlib.suppress(ProcessLookupError):  # all have ended
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        reader.join()
+        reader.join(READ_SECONDS)  # a process that left the group may hold the output open
     return ended, list(lines)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from ijepa_scale.benchmark import suites
 from ijepa_scale.benchmark.alone import STEPS, alone
-from ijepa_scale.benchmark.attention import tested_kernels, time_attention
+from ijepa_scale.benchmark.attention import self_tests, time_attention
 from ijepa_scale.benchmark.device import measure_device, rates_of
 from ijepa_scale.benchmark.matmuls import time_products
 from ijepa_scale.benchmark.step import benchmark
@@ -76,7 +76,7 @@ def device(check: Check) -> Results:
 
 
 def tests(check: Check) -> Results:
-    kernels = tested_kernels(check.config("vith14"), check.device)
+    kernels = self_tests(check.config("vith14"), check.device)
     on_gpu = ("-m", "gpu", "-n", str(suites.PROCESSES), "tests/kernels", "tests/models", "tests/engine")
     found = suites.run_tests(*(("tests/kernels/test_ema.py",) if check.toy else on_gpu), say=check.say)
     wrong = [said for said in kernels.values() if said != "right"]

@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     import torch
 
-    from ijepa_scale.benchmark.check import run_check
+    from ijepa_scale.benchmark.check import CPU_SLACK, run_check
     from ijepa_scale.benchmark.parts import PARTS
 
     gpu = torch.cuda.is_available()
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise ValueError(f"unknown parts {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
         out = options.out or folder(kept=gpu and not options.toy)
         names = [name for name in PARTS if name in (options.parts or PARTS)]
-        failed = run_check(out, names, toy=options.toy or not gpu, say=say)
+        failed = run_check(out, names, toy=options.toy or not gpu, say=say, slack=1.0 if gpu else CPU_SLACK)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -3,12 +3,19 @@
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
+from ijepa_scale import build
 from ijepa_scale.benchmark import step as benchmark
+from ijepa_scale.benchmark.timing import WARM_UP, turns
+from ijepa_scale.config import load_config
+from ijepa_scale.engine import distributed
 from ijepa_scale.engine.device import peak_flops
+from ijepa_scale.objectives.flops import Counts
 from tests import processes
 from tests.benchmark import worker_benchmark
 from tests.processes import ROOT, assert_all, run_ranks
@@ -94,6 +101,40 @@ def test_the_step_attends_as_training_does(tmp_path):
     assert found["attention"] == "counting"
     # A first step, then four rounds of warm-up and one timed, each on two kinds of masks; in two networks of one block.
     assert found["calls"] == (1 + 5 * 2) * 2
+
+
+def test_each_round_has_the_masks_that_its_flops_are_counted_of(monkeypatch, tmp_path):
+    config = load_config("tiny", [*SMALL, "engine.compile=true"])
+    objective, device = build.build_ijepa(config), torch.device("cpu")
+    rounds, taken = 3, []
+    equal, ragged = (
+        [benchmark.sampled_masks(objective, 2, step, context) for step in range(rounds + WARM_UP)]
+        for context in ("batch_min", "all")
+    )
+
+    def train_step(run, step, feed, **given):
+        taken.append(feed.take().masks)
+        feed.load()
+
+    monkeypatch.setattr(benchmark, "run_in_memory", lambda *_, **__: mock.Mock(engine=mock.Mock(module=nn.Module())))
+    monkeypatch.setattr(benchmark, "attention_of", lambda run: "sdpa")
+    monkeypatch.setattr(benchmark, "train_step", train_step)
+    ranks = distributed.Ranks(0, 1, 0, device)
+    setting = benchmark.Setting(config, objective, ranks, "fp32", 2)
+    runs, _ = benchmark.training_runs(setting, equal, ragged, tmp_path)
+    assert [run.name for run in runs] == [
+        "ijepa-scale",
+        "ijepa-scale, compiled",
+        "ijepa-scale, all context",
+        "ijepa-scale, compiled, all context",
+    ]
+    assert len(taken) == 1, "a first step, which makes the optimizer's state"
+    taken.clear()
+    for run in runs:
+        turns([run], rounds, lambda text: None, device)
+        flops = [objective.flops.model(Counts.of(masks)) for masks in taken[WARM_UP:]]
+        assert flops == run.flops[:rounds] and len(set(run.flops)) == rounds + WARM_UP
+        taken.clear()
 
 
 def test_products_of_any_size_take_about_as_long():
