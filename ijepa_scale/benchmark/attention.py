@@ -1,6 +1,5 @@
 """Attention kernels at the heads and ragged lengths of training, each layout of masks for the first time and again."""
 
-import contextlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,7 +25,7 @@ PREDICTOR_HEADS = (24, 32, 64)  # widths: the paper's at ViT-H, and those that k
 
 def kernels_here(device: torch.device) -> dict[str, Attend]:
     """What attends over packed tokens and runs on the device, by its name in the config."""
-    found: dict[str, Attend] = {"sdpa": partial(_by_sdpa, None)}
+    found: dict[str, Attend] = {"sdpa": DENSE["sdpa"]}
     if device.type == "cuda":
         major = torch.cuda.get_device_capability(device)[0]
         for name, backend in BACKENDS.items():
@@ -103,16 +102,16 @@ def dense_calls(device: torch.device) -> dict[str, Attend]:
     return DENSE if device.type == "cuda" else {"sdpa": DENSE["sdpa"]}
 
 
-def _by_sdpa(backend: SDPBackend | None, qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    """PyTorch's own. backend: None: as it chooses."""
-    with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
+def _by_sdpa(backends: list[SDPBackend], qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    with sdpa_kernel(backends):
         return packed_attention(qkv_T3HE, replace(sequences, attend=None))
 
 
+# Of PyTorch's own: what a run leaves on (engine/distributed.py), and what it could.
+AS_IN_A_RUN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 DENSE: dict[str, Attend] = {
-    "sdpa": partial(_by_sdpa, None),
-    "sdpa, flash": partial(_by_sdpa, SDPBackend.FLASH_ATTENTION),
-    "sdpa, cuDNN": partial(_by_sdpa, SDPBackend.CUDNN_ATTENTION),
+    "sdpa": partial(_by_sdpa, AS_IN_A_RUN),
+    "sdpa, cuDNN": partial(_by_sdpa, [SDPBackend.CUDNN_ATTENTION]),
 }
 
 

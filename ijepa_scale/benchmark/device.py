@@ -118,7 +118,7 @@ def copies(device: torch.device, sizes: tuple[int, ...]) -> dict[str, Any]:
     """Bytes a second that copies on the device read and write, by size; the best counts."""
     found = {}
     for size in sizes:
-        source = torch.randint(256, (size,), device=device, dtype=torch.uint8)
+        source = torch.zeros(size, device=device, dtype=torch.uint8)
         target = torch.empty_like(source)
         seconds = []
         for _ in range(COPY_WARM_UP + COPIES):

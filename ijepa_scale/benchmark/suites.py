@@ -10,7 +10,7 @@ from typing import Any
 from ijepa_scale.benchmark.timing import MEASUREMENTS, Say
 
 ROOT = MEASUREMENTS.parents[1]
-PROCESSES = 4  # most of a test's time is compilation on the host
+PROCESSES = 8  # most of a test's time is compilation on the host
 SLOWEST = 10
 
 
