@@ -23,6 +23,7 @@ from ijepa_scale.plan.step_model import Rates
 TOY = ["model.width=48", "model.depth=2", "predictor.width=48", "predictor.depth=2", "predictor.heads=2"]
 TOY += ["loss.variance=0", "loss.covariance=0", "optimization.micro_batch_size=4"]
 TOY_STEPS = 12
+SUITE_SECONDS = 90.0  # after which a suite of pytest's begins no further test; it has a part's time to end in
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def device(check: Check) -> Results:
 def tests(check: Check) -> Results:
     kernels = self_tests(check.config("vith14"), check.device)
     on_gpu = ("-m", "gpu", "-n", str(suites.PROCESSES), "tests/kernels", "tests/models", "tests/engine")
-    found = suites.run_tests(*(("tests/kernels/test_ema.py",) if check.toy else on_gpu), say=check.say)
+    chosen = ("tests/kernels/test_ema.py",) if check.toy else on_gpu
+    found = suites.run_tests(*chosen, seconds=SUITE_SECONDS, say=check.say)
     wrong = [said for said in kernels.values() if said != "right"]
     yield "tests", {**found, "attention_kernels": kernels, "faults": found["faults"] + wrong}
 
@@ -121,7 +123,7 @@ def kernels(check: Check) -> Results:
     case = ["--case", "vits16-4" if check.device.type == "cpu" else "vith14-128"]
     toy = ["-k", "patches or one_pass"] if check.toy else []
     arguments = ["kernels/benchmarks", "--benchmark-only", "--benchmark-columns=min,median,max", "--keep", str(path)]
-    found = suites.run_tests(*arguments, *case, *toy, say=check.say)
+    found = suites.run_tests(*arguments, *case, *toy, seconds=SUITE_SECONDS, say=check.say)
     yield "kernels", {**json.loads(path.read_text()), "suite": found, "faults": found["faults"]}
 
 

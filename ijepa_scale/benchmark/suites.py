@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tempfile
+import time
 import xml.etree.ElementTree
 from pathlib import Path
 from typing import Any
@@ -14,21 +15,27 @@ PROCESSES = 8  # most of a test's time is compilation on the host
 SLOWEST = 10
 
 
-def run_tests(*arguments: str, say: Say) -> dict[str, Any]:
+def run_tests(*arguments: str, seconds: float, say: Say) -> dict[str, Any]:
     """Counts of what passed, failed and was skipped; each failure with its message; the slowest tests.
 
-    Raises ValueError where there is no checkout whose tests could run, or pytest cannot run them.
+    seconds: after which no further test is begun, and that is a fault. Raises ValueError where there is no checkout
+    whose tests could run, or pytest cannot run them.
     """
     if not (ROOT / "tests").is_dir():
         raise ValueError(f"the tests are those of a checkout, and there is none at {ROOT}; run it from a checkout")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command += [f"--session-timeout={seconds}", *arguments]
         say(" ".join(arguments))
+        started = time.monotonic()
         done = subprocess.run(command, cwd=ROOT)
         if not report.exists():
             raise ValueError(f"pytest ended with code {done.returncode} and no report: {' '.join(command)}")
-        return of_report(report)
+        found = of_report(report)
+        if time.monotonic() - started > seconds:
+            found["faults"].append(f"the tests were stopped after {seconds:.0f} s: not all have run")
+        return found
 
 
 def of_report(report: Path) -> dict[str, Any]:

@@ -98,7 +98,18 @@ def test_a_report_of_pytest_is_counted(tmp_path):
 def test_without_a_checkout_there_are_no_tests_to_run(tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "ROOT", tmp_path)
     with pytest.raises(ValueError, match="from a checkout"):
-        suites.run_tests("tests", say=lambda text: None)
+        suites.run_tests("tests", seconds=9.0, say=lambda text: None)
+
+
+@pytest.mark.slow
+def test_a_suite_that_takes_too_long_is_stopped_and_says_so(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    body = "import pytest, time\n\n@pytest.mark.parametrize('i', range(40))\ndef test_it(i):\n    time.sleep(0.25)\n"
+    (tmp_path / "tests" / "test_slow.py").write_text(body)
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    found = suites.run_tests("-n", "2", "tests", seconds=2.5, say=lambda text: None)
+    assert 0 < found["passed"] < 40 and found["failed"] == 0
+    assert found["faults"] == ["the tests were stopped after 2 s: not all have run"]
 
 
 @pytest.mark.parametrize(
