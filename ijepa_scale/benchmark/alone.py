@@ -14,7 +14,7 @@ from ijepa_kernels.dispatch import chosen
 from ijepa_scale import build
 from ijepa_scale.benchmark.in_memory import DrawnOnDevice, attention_of, batches_of, one_process, run_in_memory
 from ijepa_scale.benchmark.profiling import profile_steps
-from ijepa_scale.benchmark.timing import Say, machine, moment, spread, until_it_fits
+from ijepa_scale.benchmark.timing import Say, allocator_retries, machine, moment, spread, until_it_fits
 from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.collate import Batch
 from ijepa_scale.engine.device import memory_bytes
@@ -62,8 +62,8 @@ def alone(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields ("alone", every step and what is wrong with it), then ("trace", the same by category), ready for JSON.
 
-    folder: for the trace. rates: of this device as measured; None: not known. Where a GPU's memory does
-    not hold a step, the batch is halved until it does. Raises ValueError where training would be refused.
+    folder: for the trace. rates: of this device as measured; None: not known. Where a GPU's memory does not hold a
+    step, the batch is halved until it does. Raises ValueError where training would be refused.
     """
     with one_process() as ranks, tempfile.TemporaryDirectory() as runs:
         objective = DrawnOnDevice.of(build.build_ijepa(config), ranks.device)
@@ -98,7 +98,7 @@ def listed(taken: Steps, steps: int) -> dict[str, Any]:
     device = taken.run.ranks.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    ends, graphs = [taken.last], []
+    ends, graphs, retries = [taken.last], [], allocator_retries(device)
     for _ in range(steps + AGAIN):
         taken.take()
         ends.append(taken.last)
@@ -110,6 +110,7 @@ def listed(taken: Steps, steps: int) -> dict[str, Any]:
         "seconds_again": seconds[steps:],
         "graphs_compiled": graphs,
         "peak_memory_bytes": memory_bytes(),
+        "allocator_retries": allocator_retries(device) - retries,
         "data_wait_seconds": taken.feed.waited,
         "losses": [record["loss"] for record in taken.records],
         "model_flops": [record["model_flops"] for record in taken.records],

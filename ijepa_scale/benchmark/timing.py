@@ -82,14 +82,15 @@ def turns(runs: list[Timed], steps: int, say: Say, device: torch.device) -> int:
     retries = 0
     for index in range(-WARM_UP, steps):
         if index == 0:
-            retries = _retries(device)
+            retries = allocator_retries(device)
         for run in runs if index % 2 == 0 else runs[::-1]:
             run.once(index, keep=index >= 0, device=device)
         say(f"warm-up {index + WARM_UP + 1} of {WARM_UP}" if index < 0 else f"round {index + 1} of {steps}")
-    return _retries(device) - retries
+    return allocator_retries(device) - retries
 
 
-def _retries(device: torch.device) -> int:
+def allocator_retries(device: torch.device) -> int:
+    """How often a GPU's memory was so full that the allocator gave some back and fetched it anew, so far."""
     return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
 
 

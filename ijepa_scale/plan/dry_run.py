@@ -117,6 +117,8 @@ def _estimate_lines(
     for device, rates in step_model.ASSUMED.items():
         work = step_model.model_step(objective, counts, **parameters, rates=rates, compiled=config.engine.compile)
         lines.append(step_model.in_words(work, images=images, device=device, rates=rates))
+        if config.engine.activation_checkpointing != "none":
+            lines[-1] += "; without activation checkpointing"
     return lines
 
 
