@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from ijepa_scale.engine.schedules import Schedules
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.attention import Attend
-from ijepa_scale.models.attention_backends import Choice, choose_attention
-from ijepa_scale.models.attention_self_test import self_test
+from ijepa_scale.models.attention_backends import Choices
+from ijepa_scale.models.attention_self_test import tested_attention
 from ijepa_scale.models.blocks import Block, ViTSize
 from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
 from ijepa_scale.objectives.ijepa import IJepaObjective
@@ -69,23 +69,20 @@ def training_precision(config: PretrainConfig, device: torch.device) -> str:
     return "bf16" if device.type == "cuda" else "fp32"
 
 
-def build_attention(config: PretrainConfig, *, device: torch.device, objective: Objective | None = None) -> Choice:
-    """What attends over packed tokens, tested on the device at the objective's heads and longest sequence.
+def build_attention(config: PretrainConfig, *, device: torch.device, objective: Objective | None = None) -> Choices:
+    """What attends over packed tokens in each network, tested on the device at its heads and longest sequence.
 
     objective: None: what objective.name asks for.
-    Raises ValueError for a kernel that model.attention asks for and that is absent, and for one that is wrong.
+    Raises ValueError for a kernel that the config asks for and that is absent, and for one that is wrong.
     """
     dtype = torch.bfloat16 if training_precision(config, device) == "bf16" else torch.float32
     objective = objective or build_objective(config)
     heads = objective.attention_heads()
-    choice = choose_attention(
-        config.model.attention, device=device, dtype=dtype, head_widths=[width for _, width in heads]
-    )
-    if choice.attend is not None:
-        # No sequence holds a patch twice, so none is longer than the grid.
-        longest = objective.grid.num_patches
-        self_test(choice.name, choice.attend, heads, longest=longest, device=device, dtype=dtype)
-    return choice
+    asked = dict.fromkeys(heads, ("model.attention", config.model.attention))
+    if "predictor" in heads:
+        asked["predictor"] = ("predictor.attention", config.predictor.attention or config.model.attention)
+    # No sequence holds a patch twice, so none is longer than the grid.
+    return tested_attention(asked, heads, longest=objective.grid.num_patches, device=device, dtype=dtype)
 
 
 def build_encoder(config: PretrainConfig) -> VisionTransformer:
@@ -119,10 +116,10 @@ def build_ijepa(config: PretrainConfig) -> IJepaObjective:
 OBJECTIVES: dict[str, Callable[[PretrainConfig], Objective]] = {"ijepa": build_ijepa}
 
 
-def build_model(config: PretrainConfig, *, attend: Attend | None = None) -> nn.Module:
+def build_model(config: PretrainConfig, *, attend: Mapping[str, Attend | None] | None = None) -> nn.Module:
     """The objective's networks, whole, with their initial weights; the module's forward(images, masks) gives the loss.
 
-    attend: the kernel that attends over packed tokens, as build_attention() chooses it; None: PyTorch's own attention.
+    attend: each network's kernel for packed tokens, as build_attention().attend; None: PyTorch's own attention.
     """
     objective = build_objective(config)
     module = objective.build(attend=attend)
@@ -137,7 +134,7 @@ def build_engine(
     settings: dict[str, Any],
     *,
     betas: tuple[float, float],
-    attend: Attend | None = None,
+    attend: Mapping[str, Attend | None] | None = None,
     total: Total | None = None,
     initial: Callable[[str, torch.Size], torch.Tensor] | None = None,
 ) -> tuple[Any, ShardedEMA]:

@@ -182,12 +182,17 @@ def train_step(run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callab
     """One optimizer step on all ranks. stop: whether this rank was asked to stop.
 
     While a GPU has the forward to do, the host does its own work: the next batch, agreements of ranks, meanwhile(). It
-    waits for the device once, inside engine.step(): DeepSpeed asks whether the gradients are finite. (At ZeRO-2 on
-    several GPUs and at ZeRO-3 DeepSpeed also waits at the end of the backward.)
+    waits for the device once, inside engine.step(), which asks whether the gradients are finite. (At ZeRO-3 DeepSpeed
+    also waits at the end of the backward.)
     """
     engine, started, waited = run.engine, time.perf_counter(), feed.waited
     scheduled = run.schedules.at(step)
-    set_schedules(engine.optimizer.optimizer.param_groups, lr=scheduled["lr"], weight_decay=scheduled["weight_decay"])
+    set_schedules(
+        engine.optimizer.optimizer.param_groups,
+        lr=scheduled["lr"],
+        weight_decay=scheduled["weight_decay"],
+        ema_momentum=scheduled["ema_momentum"],
+    )
     terms: list[dict[str, torch.Tensor]] = []
     batches: list[Batch] = []
     for micro in range(run.dataset.accumulation_steps):
@@ -209,7 +214,7 @@ def train_step(run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callab
     assert all(list(micro) == list(terms[0]) for micro in terms), "terms differ between micro-steps"
     applied = engine.was_step_applied()
     if applied:  # a skipped step leaves the EMA as it was, too
-        run.ema.update(scheduled["ema_momentum"])
+        run.ema.update()
     record = step_record(run, step, scheduled, agreed, applied=applied, seconds=time.perf_counter() - started)
     numbers = HostCopy([value for micro in terms for value in micro.values()] + [gradient_norm(run)])
     return StepOutcome(record, list(terms[0]), numbers, applied, batches, agreed["noted"] > 0, agreed["stop"] > 0)

@@ -26,6 +26,7 @@ from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.sources import remote
 from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.models import attention_self_test
 from ijepa_scale.models.attention import packed_attention_reference
 from ijepa_scale.models.attention_backends import BACKENDS, Choice
 from ijepa_scale.models.blocks import ViTSize
@@ -118,13 +119,47 @@ def test_every_kernel_can_be_asked_for_by_name():
 
 
 def test_a_cpu_attends_by_the_definition():
-    choice = build.build_attention(config_of(), device=CPU)
-    assert choice.name == "sdpa" and choice.attend is None
-    asked = config_of(
-        model=dataclasses.replace(config_of().model, attention="fa2"), engine=EngineConfig(precision="bf16")
-    )
+    choices = build.build_attention(config_of(), device=CPU)
+    assert choices.name == "sdpa" and choices.attend == {"encoder": None, "predictor": None}
+    bf16 = EngineConfig(precision="bf16")
+    asked = config_of(model=dataclasses.replace(config_of().model, attention="fa2"), engine=bf16)
     with pytest.raises(ValueError, match=r"^model.attention=fa2 needs a CUDA device"):
         build.build_attention(asked, device=CPU)
+    asked = config_of(predictor=dataclasses.replace(config_of().predictor, attention="fa3"), engine=bf16)
+    with pytest.raises(ValueError, match=r"^predictor.attention=fa3 needs a CUDA device; or set it to auto$"):
+        build.build_attention(asked, device=CPU)
+
+
+@pytest.mark.parametrize(
+    "model, predictor, wanted",
+    [
+        ("auto", "", ["auto", "auto"]),
+        ("fa2", "", ["fa2", "fa2"]),
+        ("fa3", "torch_varlen", ["fa3", "torch_varlen"]),
+        ("sdpa", "auto", ["sdpa", "auto"]),
+    ],
+)
+def test_each_network_has_its_kernel_by_its_own_heads(monkeypatch, model, predictor, wanted):
+    """No kernel takes the predictor's heads, 10 wide; that is no matter of the encoder's."""
+    asked = []
+
+    def pick(name, *, key, device, dtype, head_width):
+        asked.append((key, name, head_width))
+        kernel = name != "sdpa" and head_width % 8 == 0
+        return Choice("fa2", packed_attention_reference, "auto") if kernel else Choice("sdpa", None, "its heads")
+
+    monkeypatch.setattr(attention_self_test, "choose_attention", pick)
+    config = config_of(
+        model=ModelConfig(name="vit_tiny", patch_size=4, width=48, heads=2, attention=model),
+        predictor=PredictorConfig(width=40, heads=4, attention=predictor),
+        engine=EngineConfig(precision="bf16"),
+    )
+    choices = build.build_attention(config, device=CPU)
+    assert asked == [("model.attention", wanted[0], 24), ("predictor.attention", wanted[1], 10)]
+    assert choices.name == ("sdpa" if model == "sdpa" else "encoder: fa2, predictor: sdpa")
+    built = build.build_model(config, attend=choices.attend)
+    assert built.context_encoder.attend is choices.attend["encoder"] and built.predictor.attend is None
+    assert built.target_encoder.attend is None
 
 
 def test_a_kernel_is_tested_at_the_model_s_heads_and_longest_sequence_and_reaches_what_is_packed(monkeypatch):
@@ -135,16 +170,18 @@ def test_a_kernel_is_tested_at_the_model_s_heads_and_longest_sequence_and_reache
         calls.add((*qkv.shape[2:], sequences.max_seqlen))
         return packed_attention_reference(qkv, sequences) * factor
 
-    monkeypatch.setattr(build, "choose_attention", lambda *wanted, **facts: Choice("fa2", attend, "asked for"))
+    fa2 = Choice("fa2", attend, "asked for")
+    monkeypatch.setattr(attention_self_test, "choose_attention", lambda *wanted, **facts: fa2)
     config = config_of(
         model=ModelConfig(name="vit_tiny", patch_size=4, width=48, heads=2),
         predictor=PredictorConfig(width=32, heads=4),
         engine=EngineConfig(precision="bf16"),
     )
     factor = 1
-    assert build.build_attention(config, device=CPU).attend is attend
+    attends = build.build_attention(config, device=CPU).attend
+    assert attends == {"encoder": attend, "predictor": attend}
     assert calls == {(2, 24, 36), (4, 8, 36)}
-    model = build.build_model(config, attend=attend)
+    model = build.build_model(config, attend=attends)
     assert model.context_encoder.attend is model.predictor.attend is attend
     factor = 1.1
     with pytest.raises(ValueError, match=r"^model.attention=fa2 on cpu at head width 24 gives a wrong output"):

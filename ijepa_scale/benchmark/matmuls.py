@@ -1,6 +1,7 @@
 """Matrix products at the exact shapes of a step, forward and both gradients, against the sustained rate."""
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from ijepa_scale import build
 from ijepa_scale.benchmark.timing import Say, machine, moment
 from ijepa_scale.config import PretrainConfig
+from ijepa_scale.models.vit import pixel_columns
 from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.plan.step_model import (
     FORWARD,
@@ -35,7 +37,7 @@ def time_products(config: PretrainConfig, device: torch.device, *, rates: Rates 
     say(f"{len(listed)} products of {batch} images")
     rows = []
     for product in listed:
-        seconds = seconds_of(product, device, dtype)
+        seconds = seconds_of(as_computed(product, config.model.patch_size, device, dtype), device, dtype)
         rate = product.flops / product.count / seconds
         rows.append(
             {
@@ -53,6 +55,11 @@ def time_products(config: PretrainConfig, device: torch.device, *, rates: Rates 
         "of_a_step": of_a_step(listed, rows),
         "products": rows,
     }
+
+
+def as_computed(product: Product, patch_size: int, device: torch.device, dtype: torch.dtype) -> Product:
+    """With the columns that are padding; its FLOPs are those of the product without them."""
+    return replace(product, k=pixel_columns(patch_size, dtype, device)) if product.layer == "patches" else product
 
 
 def assumed(product: Product) -> float:

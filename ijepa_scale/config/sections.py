@@ -140,10 +140,16 @@ class PredictorConfig:
     width: int = 384
     depth: int = 12
     heads: int = 0  # 0: the encoder's, as in the paper; of a width of 384 GPUs prefer 12 or 6 (docs/speed.md)
+    attention: str = free("")  # as model.attention, of the predictor; "": its value
 
     def __post_init__(self) -> None:
         for key, least in (("width", 1), ("depth", 1), ("heads", 0)):
             _require(getattr(self, key) >= least, f"predictor.{key} must be {least} or more, got {getattr(self, key)}")
+        _require(
+            self.attention in ("", *ATTENTION),
+            f"predictor.attention must be one of {', '.join(ATTENTION)}, or empty: as model.attention; "
+            f"got {self.attention!r}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +234,7 @@ class OptimizationConfig:
 class EngineConfig:
     zero_stage: int = free(1)  # 1, 2 or 3
     precision: str = "auto"  # auto (bf16 on a GPU, fp32 on CPU) | fp32 | bf16
+    gradient_dtype: str = "fp32"  # in which ranks send gradients to one another: fp32 | bf16 (half the bytes)
     # none | predictor (its blocks) | every_2, every_3, ... (also every Nth of the context encoder) | full
     activation_checkpointing: str = free("none")
     compile: bool = free(False)  # torch.compile of the transformer blocks
@@ -244,6 +251,10 @@ class EngineConfig:
         _require(
             self.precision in ("auto", "fp32", "bf16"),
             f"engine.precision must be auto, fp32 or bf16, got {self.precision!r}",
+        )
+        _require(
+            self.gradient_dtype in ("fp32", "bf16"),
+            f"engine.gradient_dtype must be fp32 or bf16, got {self.gradient_dtype!r}",
         )
         _ = self.recompute_every
 

@@ -183,8 +183,9 @@ def start() -> Ranks:
         )
     if cuda:
         torch.cuda.set_device(local_rank)
-        # cuDNN's attention plans each new shape anew, in tens of milliseconds, and the numbers of tokens change every
-        # step (docs/lab/speed.md): flash attention has no plans. Once and for the process: it has no other scope.
+        # Dense attention (whole images, or no kernel for packed tokens) is scaled_dot_product_attention's, which on 9.x
+        # and 10.x prefers cuDNN: it plans each new shape anew, in tens of milliseconds, and whether the one shape of
+        # the target encoder gains by it is not measured (docs/lab/speed.md). For the process: it has no other scope.
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
         _prepare_cpu()

@@ -13,7 +13,7 @@ def parameter_groups(
     """Each network's parameters with and without weight decay (none on biases and 1-D parameters).
 
     averaged: pairs of a parameter and its EMA. Keys besides params: name; decay, whether the weight-decay schedule
-    applies; ema, whether there is an EMA of them all. ValueError for a network that is averaged in part.
+    applies; ema, whether there is an EMA of them all; ema_momentum. ValueError for a network that is averaged in part.
     """
     followed = {id(parameter) for parameter, _ in averaged}
     groups = []
@@ -29,6 +29,7 @@ def parameter_groups(
                     "name": f"{name}.{'decay' if decay else 'no_decay'}",
                     "decay": decay,
                     "ema": True in ema,
+                    "ema_momentum": 1.0,
                     "weight_decay": 0.0,
                 }
             )
@@ -44,7 +45,9 @@ def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> torch.opt
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
 
 
-def set_schedules(groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> None:
+def set_schedules(groups: list[dict[str, Any]], *, lr: float, weight_decay: float, ema_momentum: float = 1.0) -> None:
+    """What the next step goes by. ema_momentum: of the EMA of what has one."""
     for group in groups:
+        group["ema_momentum"] = ema_momentum
         group["lr"] = lr
         group["weight_decay"] = weight_decay if group["decay"] else 0.0

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from ijepa_scale.engine.distributed import quiet
 
 # Elements of gradients that are sent at once. DeepSpeed's 5e8 would take 2 GB for buffers, whatever the model's size.
 BUCKET = 50_000_000
+# At ZeRO-1 and -2 so many buckets are on their way at once: their gradients are in memory, and the next bucket's.
+IN_FLIGHT = 2
 
 # Settings of engine.deepspeed that break what this package builds on ZeRO, with the reason.
 REFUSED = {
@@ -48,18 +51,16 @@ def deepspeed_config(
     micro_batch_size: int,
     accumulation_steps: int,
     clip_grad_norm: float = 0.0,
+    gradient_dtype: str = "fp32",
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """DeepSpeed's config. precision: fp32 or bf16. extra: engine.deepspeed, merged last.
+    """DeepSpeed's config. precision: fp32 or bf16. gradient_dtype: in which they are sent, the same.
+
+    extra: engine.deepspeed, merged last.
 
     Raises ValueError for a setting in extra that would break the sharded EMA or contradict another key.
     """
     zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": BUCKET}
-    if zero_stage < 3:
-        # Several GPUs send gradients while the backward goes on (ZeRO-1 in bf16 sends them after it all the same). On a
-        # CPU neither that nor the copy of all gradients that it needs pays, and one GPU has nobody to send them to.
-        several = torch.cuda.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        zero["contiguous_gradients"] = zero["overlap_comm"] = several
     if zero_stage == 3:
         # Its replacement of torch.nn.functional.linear is process-wide and changes bf16 gradients by 2e-3.
         zero["memory_efficient_linear"] = False
@@ -69,7 +70,7 @@ def deepspeed_config(
         "gradient_clipping": clip_grad_norm,
         "zero_optimization": zero,
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        "communication_data_type": gradient_dtype,
         "steps_per_print": 2**31,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward and every step
     }
@@ -82,6 +83,13 @@ def deepspeed_config(
             raise ValueError(f"engine.deepspeed.{section} is a section and takes keys, got {values!r}")
         if leaf in values:
             raise ValueError(f"engine.deepspeed.{key} = {values[leaf]!r} is refused: {reason}")
+    unheeded = sorted(set((extra or {}).get("zero_optimization") or {}) - {"stage", "reduce_bucket_size"})
+    if unheeded and zero_stage < 3:
+        warnings.warn(
+            f"engine.deepspeed.zero_optimization: {', '.join(unheeded)} has no effect at "
+            f"engine.zero_stage={zero_stage}, whose optimizer heeds reduce_bucket_size alone",
+            stacklevel=2,
+        )
     return _merged(config, extra or {})
 
 
@@ -129,15 +137,19 @@ def initialize(
         # oneDNN keeps its code for 1,024 shapes. In fp32 it does GELU alone, of new shapes at every step: what it keeps
         # lies between the step's tensors, whose memory then cannot be put together again. A step has some ten shapes.
         os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16")
-    import deepspeed
-    from deepspeed.utils import set_z3_leaf_modules
-
     with quiet():
         if config["zero_optimization"]["stage"] == 3:
+            import deepspeed
+            from deepspeed.utils import set_z3_leaf_modules
+
             # A block's weights are gathered together: its forward uses them itself, and large transfers are quicker.
             set_z3_leaf_modules(model, [whole])
-        engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
-    _spare_copies(engine.optimizer)
+            engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+        else:
+            from ijepa_scale.engine.sharded_adamw import sharded_engine  # which imports deepspeed
+
+            engine = sharded_engine(model, make_optimizer(model), config, in_flight=IN_FLIGHT)
+            engine.optimizer.gather_behind(model, whole)
     for module in model.modules():
         if isinstance(module, whole):
             module.engine_hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)  # type: ignore[assignment]
@@ -153,21 +165,6 @@ def initialize(
                 name, values = fragment.name, initial(fragment.name, shapes[fragment.name]).flatten()
             fragment.of(flats).copy_(values[fragment.start : fragment.start + fragment.numel])
     return engine
-
-
-def _spare_copies(optimizer: Any) -> None:
-    """Leave out what ZeRO-1 and -2 copy of gradients and weights where nothing is converted or sent."""
-    if not hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return
-    rank = dist.get_rank()
-    for master, parts in zip(
-        optimizer.single_partition_of_fp32_groups, optimizer.parallel_partitioned_bit16_groups, strict=True
-    ):
-        if parts[rank].dtype == master.dtype:  # fp32: the master weights can be the weights themselves
-            master.data = parts[rank].data
-    if dist.get_world_size() == 1 and not optimizer.contiguous_gradients:
-        # It would flatten all gradients, divide them by 1, "reduce" them and copy them back.
-        optimizer.buffered_reduce_fallback = lambda *_, **__: None
 
 
 @dataclass(frozen=True)
@@ -189,44 +186,38 @@ def is_stage3(optimizer: Any) -> bool:
 
 
 def masters(optimizer: Any) -> list[torch.Tensor]:
-    """This rank's flat fp32 master weights: one a parameter group, or one a sub-group under ZeRO-3."""
-    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-        if hasattr(optimizer, attribute):  # ZeRO-3; ZeRO-1 and -2; ZeRO-1 in bf16 with fp32 accumulation
-            return list(getattr(optimizer, attribute))
-    raise AssertionError(f"no fp32 masters in {type(optimizer).__name__}")
+    """This rank's flat fp32 master weights: one a bucket, or one a sub-group under ZeRO-3."""
+    if is_stage3(optimizer):
+        return list(optimizer.fp32_partitioned_groups_flat)
+    return [bucket.master for bucket in optimizer.buckets]
 
 
 def flat_parameters(optimizer: Any) -> list[list[Any]]:
     """The parameters, with what DeepSpeed attached to them, in each flat of masters(), in order."""
-    for attribute in ("fp16_groups", "bit16_groups", "bf16_groups"):
-        if hasattr(optimizer, attribute):
-            return list(getattr(optimizer, attribute))
-    raise AssertionError(f"no parameter groups in {type(optimizer).__name__}")
+    return list(optimizer.fp16_groups) if is_stage3(optimizer) else [bucket.parameters for bucket in optimizer.buckets]
 
 
 def flat_group(optimizer: Any, flat: int) -> dict[str, Any]:
     """The optimizer's parameter group (lr, ema, name, ...) that a flat of masters() belongs to."""
-    groups = optimizer.optimizer.param_groups
-    return groups[optimizer.sub_group_to_group_id[flat] if is_stage3(optimizer) else flat]
+    if is_stage3(optimizer):
+        return optimizer.optimizer.param_groups[optimizer.sub_group_to_group_id[flat]]
+    return optimizer.buckets[flat].group
 
 
 def fragments(optimizer: Any) -> Iterator[Fragment]:
     """All runs of parameters whose master weights this rank owns, in every stage."""
+    if not is_stage3(optimizer):
+        yield from (Fragment(*run) for run in optimizer.fragments())
+        return
     for flat, parameters in enumerate(flat_parameters(optimizer)):
         offset = 0
         for parameter in parameters:
-            name = optimizer.param_names[parameter]
-            if is_stage3(optimizer):
-                share = parameter.partition_numel()
-                start = dist.get_rank(parameter.ds_process_group) * share
-                numel = max(0, min(share, parameter.ds_numel - start))
-                if numel:
-                    yield Fragment(name, start, numel, flat, offset)
-                offset += share
-            elif parameter._hp_mapping is not None:
-                part = parameter._hp_mapping
-                low, high = part.lp_fragment_address, part.hp_fragment_address
-                yield Fragment(name, low.start, low.numel, flat, high.start)
+            share = parameter.partition_numel()
+            start = dist.get_rank(parameter.ds_process_group) * share
+            numel = max(0, min(share, parameter.ds_numel - start))
+            if numel:
+                yield Fragment(optimizer.param_names[parameter], start, numel, flat, offset)
+            offset += share
 
 
 def refresh_weights(optimizer: Any) -> None:

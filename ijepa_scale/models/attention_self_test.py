@@ -1,14 +1,38 @@
 """The test of an attention kernel on the machine that is to train with it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import torch
 
 from ijepa_scale.models.attention import Attend, Sequences, packed_attention, packed_attention_reference
+from ijepa_scale.models.attention_backends import Choices, choose_attention
 
 # How often eager bf16's own error is allowed, as in FlashAttention's tests. PyTorch's kernel of the CPU uses a quarter
 # of what self_test() allows, and gradients that are 3% too large are past it.
 OUTPUT_SLACK, GRADIENT_SLACK = 2.0, 3.0
+
+
+def tested_attention(
+    asked: Mapping[str, tuple[str, str]],
+    heads: Mapping[str, tuple[int, int]],
+    *,
+    longest: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Choices:
+    """What attends over packed tokens in each network, tested.
+
+    asked: the key of the config and its value, by network. heads: (heads, width of a head), by network. longest: tokens
+    of a sequence. Raises ValueError for a kernel that is asked for and does not fit, and for one that is wrong.
+    """
+    choices = {}
+    for network, (key, wanted) in asked.items():
+        shape = heads[network]
+        choice = choose_attention(wanted, key=key, device=device, dtype=dtype, head_width=shape[1])
+        if choice.attend is not None:
+            self_test(choice.name, choice.attend, [shape], longest=longest, device=device, dtype=dtype, key=key)
+        choices[network] = choice
+    return Choices(choices)
 
 
 def self_test(
@@ -19,19 +43,21 @@ def self_test(
     longest: int,
     device: torch.device,
     dtype: torch.dtype,
+    key: str = "model.attention",
 ) -> None:
     """Hold a kernel to the definition in float64, output and gradients, within each sequence.
 
     head_shapes: (heads, head width), each tested on ragged sequences of 1 to `longest` tokens, the last of which stands
-    for padding: no gradient comes in there. Raises ValueError for a kernel that is wrong, or fails.
+    for padding: no gradient comes in there. key: of the config, which chooses it. Raises ValueError for a kernel that
+    is wrong, or fails.
     """
     lengths = [n for n in (longest, 1, 17, 64, 65, 129, longest // 2 + 1, min(40, longest)) if n <= longest]
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)
     plain = Sequences(bounds, longest, sum(lengths))
     sequences = Sequences(bounds, longest, sum(lengths), attend)
     for heads, head_width in sorted(set(head_shapes)):
-        where = f"model.attention={name} on {device} at head width {head_width}"
-        remedy = f"use model.attention={'sdpa' if name == 'torch_varlen' else 'torch_varlen or sdpa'}"
+        where = f"{key}={name} on {device} at head width {head_width}"
+        remedy = f"use {key}={'sdpa' if name == 'torch_varlen' else 'torch_varlen or sdpa'}"
         generator = torch.Generator().manual_seed(head_width)
         qkv = torch.randn(sum(lengths), 3, heads, head_width, generator=generator)
         upstream = torch.randn(sum(lengths), heads, head_width, generator=generator)

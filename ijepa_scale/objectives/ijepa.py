@@ -1,6 +1,6 @@
 """The method: context encoder, target encoder, predictor and loss (I-JEPA, arXiv:2301.08243)."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +54,9 @@ class IJepa(nn.Module):
         here they are on the context encoder's tokens), also the loss's parts "prediction", "variance" and "covariance",
         before their weights and without gradients.
         """
-        with torch.no_grad():
-            target_UD = self.target_encoder(images_BCHW, rows_K=masks.target_patches_U)
         context_TD = self.context_encoder(images_BCHW, masks.context)
+        with torch.no_grad():  # second: meanwhile other ranks' parts of its weights come in (engine/ema.py)
+            target_UD = self.target_encoder(images_BCHW, rows_K=masks.target_patches_U)
         pred_TD = self.predictor(context_TD, masks)
         prediction = target_loss(pred_TD, target_UD, masks.target_index_T, self.loss_kind)
         if not (self.variance or self.covariance):
@@ -102,8 +102,9 @@ class IJepaObjective:
     def name(self) -> str:
         return "ijepa"
 
-    def attention_heads(self) -> set[tuple[int, int]]:
-        return {(size.heads, size.width // size.heads) for size in (self.encoder, self.predictor)}
+    def attention_heads(self) -> dict[str, tuple[int, int]]:
+        sizes = {"encoder": self.encoder, "predictor": self.predictor}
+        return {network: (size.heads, size.width // size.heads) for network, size in sizes.items()}
 
     @property
     def grid(self) -> PatchGrid:
@@ -122,12 +123,13 @@ class IJepaObjective:
             compiled=self.compiled,
         )
 
-    def build(self, *, attend: Attend | None = None, total: Total | None = None) -> IJepa:
+    def build(self, *, attend: Mapping[str, Attend | None] | None = None, total: Total | None = None) -> IJepa:
+        of_encoder, of_predictor = ((attend or {}).get(network) for network in ("encoder", "predictor"))
         context_encoder, target_encoder = (
             VisionTransformer(self.encoder, image_size=self.image_size, patch_size=self.patch_size, attend=kernel)
-            for kernel in (attend, None)  # the target encoder sees whole images, for which there is PyTorch's own
+            for kernel in (of_encoder, None)  # the target encoder sees whole images, for which there is PyTorch's own
         )
-        predictor = Predictor(self.predictor, encoder_width=self.encoder.width, grid=self.grid, attend=attend)
+        predictor = Predictor(self.predictor, encoder_width=self.encoder.width, grid=self.grid, attend=of_predictor)
         encoder_every, predictor_every = self.recompute_every
         recompute(context_encoder.blocks, encoder_every)
         recompute(predictor.predictor_blocks, predictor_every)

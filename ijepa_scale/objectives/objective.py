@@ -1,6 +1,6 @@
 """What every objective answers. Parts are handed these answers; none of them knows an objective's words."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,8 +46,11 @@ class Objective(Protocol):
     def name(self) -> str:
         """What a checkpoint calls it: a run is never gone on from as another objective."""
 
-    def attention_heads(self) -> set[tuple[int, int]]:
-        """(heads, width of a head) of all that attends over packed tokens, for a kernel to be tested at."""
+    def attention_heads(self) -> dict[str, tuple[int, int]]:
+        """(heads, width of a head) of each network that attends over packed tokens, for a kernel to be tested at.
+
+        predictor.attention is of the one named "predictor", model.attention of all others.
+        """
 
     def draw_masks(self, step: int, positions: range) -> Any:
         """The masks of the images at positions of the global batch of a step, on the CPU: a pure function of these.
@@ -55,11 +58,12 @@ class Objective(Protocol):
         It has num_images.
         """
 
-    def build(self, *, attend: Attend | None = None, total: Total | None = None) -> nn.Module:
+    def build(self, *, attend: Mapping[str, Attend | None] | None = None, total: Total | None = None) -> nn.Module:
         """The module, its weights not drawn yet. Its forward(images, masks) gives scalars: "loss", to be minimized.
 
         Whatever else it gives is a term of the loss, for the records, without gradients. images: (B, 3, H, W) uint8.
-        attend: the kernel for packed tokens; None: PyTorch's. total: for terms over all ranks' images; None: one rank.
+        attend: kernels for packed tokens, by the names of attention_heads(); None, or none there: PyTorch's. total: for
+        terms over all ranks' images; None: one rank.
         """
 
     def trained(self, module: nn.Module) -> dict[str, nn.Module]:

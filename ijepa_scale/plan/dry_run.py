@@ -15,7 +15,7 @@ from ijepa_scale.data.sources.inspection import inspect_source
 from ijepa_scale.data.sources.remote import is_remote
 from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.data.streams.samples import PREVIEWED, preview_images
-from ijepa_scale.engine.zero import BUCKET
+from ijepa_scale.engine.zero import BUCKET, IN_FLIGHT
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.objectives.ijepa import IJepaObjective
@@ -35,8 +35,7 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | No
     objective.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     micro_batch_size, _, _ = checks.settings(config, objective, ranks=ranks, device=device)
-    if device.type == "cuda":  # else it is another machine that the kernel is for
-        build.build_attention(config, device=device, objective=objective)
+    attention = _attention_line(config, objective, device)
     images, said = _images(config)
     with torch.device("meta"):
         module = objective.build()
@@ -48,7 +47,10 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | No
         f"encoder        {config.model.name}/{config.model.patch_size}: width {size.width}, depth {size.depth}, "
         f"heads {size.heads}, MLP {size.mlp_width}; {config.data.image_size} px, "
         f"{grid.rows} x {grid.columns} patches",
-        *_parameter_lines(config, objective, module),
+        *_parameter_lines(
+            config, objective, module, accumulates=config.optimization.global_batch_size > micro_batch_size * ranks
+        ),
+        attention,
         f"tokens         an image, means: {expected.tokens}",
         f"model FLOPs    {total / 1e9:,.2f} G an image: "
         + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in expected.flops.items()),
@@ -60,6 +62,14 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | No
     return "\n".join(lines)
 
 
+def _attention_line(config: PretrainConfig, objective: Objective, device: torch.device) -> str:
+    if device.type == "cuda":
+        choices = build.build_attention(config, device=device, objective=objective)
+        return f"attention      {choices.name} ({choices.why})"
+    predictor = f", predictor.attention={config.predictor.attention}" if config.predictor.attention else ""
+    return f"attention      model.attention={config.model.attention}{predictor}: chosen and tested where it trains"
+
+
 def parameter_counts(objective: Objective, module: torch.nn.Module) -> tuple[dict[str, int], int]:
     """(parameters of each network that is trained, those of them that have an EMA)."""
     trained = {
@@ -69,30 +79,42 @@ def parameter_counts(objective: Objective, module: torch.nn.Module) -> tuple[dic
     return trained, sum(parameter.numel() for parameter, _ in objective.averaged(module))
 
 
-def _parameter_lines(config: PretrainConfig, objective: Objective, module: torch.nn.Module) -> list[str]:
+def _parameter_lines(
+    config: PretrainConfig, objective: Objective, module: torch.nn.Module, *, accumulates: bool
+) -> list[str]:
     trained, averaged = parameter_counts(objective, module)
     stage = config.engine.zero_stage
-    whole, cut = state_bytes(stage, trained=sum(trained.values()), averaged=averaged)
+    whole, cut, passing = state_bytes(
+        stage,
+        trained=sum(trained.values()),
+        averaged=averaged,
+        gradient_dtype=config.engine.gradient_dtype,
+        accumulates=accumulates,
+    )
     return [
         "parameters     "
         + ", ".join(f"{name.replace('_', ' ')} {count / 1e6:,.1f} M" for name, count in trained.items())
         + f", an EMA of {averaged / 1e6:,.1f} M of them" * bool(averaged),
-        f"state          in bf16 {whole / 2**30:,.2f} GiB on each GPU, {cut / 2**30:,.2f} GiB cut among them "
-        f"(ZeRO-{stage}): weights, gradients, masters, moments" + ", EMA" * bool(averaged),
+        f"state          in bf16 {(whole + passing) / 2**30:,.2f} GiB on each GPU, {cut / 2**30:,.2f} GiB cut among "
+        f"them (ZeRO-{stage}): weights, gradients, masters, moments" + ", EMA" * bool(averaged),
     ]
 
 
-def state_bytes(zero_stage: int, *, trained: int, averaged: int) -> tuple[int, int]:
-    """What lies on a GPU at the end of a backward in bf16 beside the activations: on each, and cut among them.
+def state_bytes(
+    zero_stage: int, *, trained: int, averaged: int, gradient_dtype: str = "fp32", accumulates: bool = False
+) -> tuple[int, int, int]:
+    """What lies on a GPU of several in bf16, beside the activations: on each, cut among them, and on each in passing.
 
-    trained, averaged: parameters that are trained, and those of them that have an EMA.
+    trained, averaged: parameters that are trained, and those of them that have an EMA. gradient_dtype: in which they
+    are sent. accumulates: whether a step has several micro-steps.
     """
-    weights, targets, gradients, halves = 2 * trained, 2 * averaged, 4 * trained, 2 * trained
+    weights, targets, sent = 2 * trained, 2 * averaged, {"fp32": 4, "bf16": 2}[gradient_dtype]
     masters = 12 * trained + 4 * averaged  # and two moments; EMA
+    passing = sent * min(trained, (IN_FLIGHT + 1) * BUCKET)
     return {
-        1: (weights + targets + gradients + halves, masters),  # gradients in bf16, and added up in fp32
-        2: (weights + targets + 2 * 2 * BUCKET, masters + gradients),  # two buckets in bf16
-        3: (4 * BUCKET, masters + gradients + weights + targets),
+        1: (weights + targets + 4 * trained * accumulates, masters + sent * trained, passing),  # added up in fp32
+        2: (weights + targets, masters + (4 if accumulates else sent) * trained, passing),
+        3: (4 * BUCKET, masters + 4 * trained + weights + targets, 0),
     }[zero_stage]
 
 

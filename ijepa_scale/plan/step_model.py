@@ -33,7 +33,7 @@ class Rates:
 ASSUMED = {"H100": Rates(matrix=700e12, copy=2.8e12), "A100": Rates(matrix=260e12, copy=1.65e12)}
 
 # Shares of the sustained matrix rate, assumed: products of many rows come near it, weight gradients sum over them, the
-# predictor's have a K of 384, the patch embedding's rows begin at no multiple of 16 bytes.
+# predictor's have a K of 384, the patch embedding's K is a patch's pixels, of which some are padding.
 SHARES = {
     (TARGET, FORWARD): 610 / 700,
     (CONTEXT, FORWARD): 600 / 700,
@@ -43,7 +43,7 @@ SHARES = {
     (PREDICTOR, INPUT_GRADIENT): 390 / 700,
     (PREDICTOR, WEIGHT_GRADIENT): 390 / 700,
 }
-PATCHES_SHARE = 0.4
+PATCHES_SHARE = 0.6
 # Flash attention pads heads to multiples of 32 and sequences to tiles of 128 rows; its backward is 2.5 forwards.
 ATTENTION_SHARE, HEAD_STEP, TILE, ATTENTION_BACKWARD = 200 / 700, 32, 128, 2.5
 
@@ -65,10 +65,11 @@ PASSES = {
     ),
 }
 COMPILED_BACKWARD = 50 / 74  # of these bytes that torch.compile leaves of the backward's
-GRADIENT_STACK = 12  # B a token per D: gradients of q, k and v put into one tensor
-# B a trained parameter, and a parameter that has an EMA.
-TAIL_BYTES = {"sum of gradients in fp32": 18, "norm": 4, "AdamW": 28, "bf16 weights": 6, "zeroing": 8}
-EMA_BYTES = 14
+# B a token per D: gradients of q, k and v put into one tensor, as torch_varlen alone does, which any GPU has.
+GRADIENT_STACK = 12
+# B a trained parameter, and more for one that has an EMA: engine/sharded_adamw.py on one GPU, without accumulation.
+TAIL_BYTES = {"gradients into their buckets": 4, "norm": 2, "AdamW and bf16 weights": 28}
+EMA_BYTES = 10
 GAPS_SECONDS = 1.4e-3  # in which nothing runs
 
 

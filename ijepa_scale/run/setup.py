@@ -17,7 +17,7 @@ from ijepa_scale.engine.device import device_peak
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.schedules import Schedules
-from ijepa_scale.models.attention_backends import Choice
+from ijepa_scale.models.attention_backends import Choices
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.plan import checks
 from ijepa_scale.run import init_from
@@ -216,13 +216,13 @@ def check_shared_memory(
         check_batches_fit(batch_bytes=batch_bytes, workers=workers, ranks=sharing, free=found[1])
 
 
-def choose_attention(config: PretrainConfig, ranks: Ranks, objective: Objective | None = None) -> Choice:
-    """The kernel for packed tokens, tested on every rank's device, and the same on all of them."""
+def choose_attention(config: PretrainConfig, ranks: Ranks, objective: Objective | None = None) -> Choices:
+    """The kernels for packed tokens, tested on every rank's device, and the same on all of them."""
     choice = ranks.together(lambda: build.build_attention(config, device=ranks.device, objective=objective))
     names = sorted(set(ranks.gather(choice.name)))
     if len(names) > 1:
         raise ValueError(
             f"the ranks would attend with different kernels, {', '.join(names)}: install the same packages on every "
-            "node, or set model.attention"
+            "node, or set model.attention and predictor.attention"
         )
     return choice

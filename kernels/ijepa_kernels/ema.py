@@ -24,24 +24,33 @@ def ema_update_definition(
 
 
 @jit
+def averaged(ema, source, weight, NEAR: tl.constexpr):
+    """The average in fp32: in fp64, as memory is what this waits for, rounded once.
+
+    weight: of the source where NEAR, else of ema; fp32: being at most 1/2, it adds little error.
+    """
+    ema, source = ema.to(tl.float64), source.to(tl.float64)
+    if NEAR:
+        ema += weight * (source - ema)
+    else:
+        ema = source + weight * (ema - source)
+    return ema.to(tl.float32)
+
+
+@jit
 def _ema_kernel(
     ema_ptr,  # (COUNT,) in and out, fp32
     source_ptr,  # (COUNT,) in
     target_ptr,  # (COUNT,) out, or not used
     COUNT,
-    weight,  # of the source where NEAR, else of ema; at most 1/2
+    weight,  # of averaged()
     NEAR: tl.constexpr, HAS_TARGET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < COUNT
-    # In fp64, as memory is what this waits for: rounded once. The weight is fp32; being small, it adds little error.
-    ema = tl.load(ema_ptr + at, mask=mask, other=0.0).to(tl.float64)
-    source = tl.load(source_ptr + at, mask=mask, other=0.0).to(tl.float64)
-    if NEAR:
-        ema += weight * (source - ema)
-    else:
-        ema = source + weight * (ema - source)
-    ema = ema.to(tl.float32)
+    ema = tl.load(ema_ptr + at, mask=mask, other=0.0)
+    source = tl.load(source_ptr + at, mask=mask, other=0.0)
+    ema = averaged(ema, source, weight, NEAR)
     tl.store(ema_ptr + at, ema, mask=mask)
     if HAS_TARGET:
         tl.store(target_ptr + at, ema.to(target_ptr.dtype.element_ty), mask=mask)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ijepa_kernels import dispatch
+from ijepa_kernels.adamw_ema import adamw_ema
 from ijepa_kernels.assemble import assemble
 from ijepa_kernels.ema import ema_update
 from ijepa_kernels.gather import gather_rows
@@ -64,6 +65,10 @@ def launches(width: int, dtype: torch.dtype) -> list[Launch]:
             target_loss(tokens, tokens, four, kind).backward()
         ema = torch.zeros(4, width)
         ema_update(ema, ema, 0.9, ema.to(dtype))
+        for grad in dict.fromkeys((torch.float32, dtype)):  # of both types that are sent
+            written: dict[str, Any] = {"weight": ema.to(dtype), "ema": ema, "target": ema.to(dtype)}
+            rates: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.04, "step": 1}
+            adamw_ema(ema, ema.to(grad), ema, ema, **rates, grad_scale=torch.ones(()), **written, momentum=0.9)
     return recorded
 
 
@@ -72,6 +77,7 @@ def patchify_launches(patch_size: int, dtype: torch.dtype) -> list[Launch]:
     with dispatch.recording() as recorded:
         patchify(images, patch_size, dtype=dtype)
         patchify(images, patch_size, indices_T=torch.arange(2, dtype=torch.int32), dtype=dtype)
+        patchify(images, patch_size, dtype=dtype, columns=-(-3 * patch_size**2 // 64) * 64)
     return recorded
 
 

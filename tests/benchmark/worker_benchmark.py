@@ -11,7 +11,7 @@ from ijepa_scale.benchmark import step as benchmark
 from ijepa_scale.benchmark.alone import alone as step_alone
 from ijepa_scale.config import load_config
 from ijepa_scale.models.attention import Sequences, packed_attention
-from ijepa_scale.models.attention_backends import Choice
+from ijepa_scale.models.attention_backends import Choice, Choices
 from ijepa_scale.objectives.ijepa import IJepa
 from ijepa_scale.plan.step_model import Rates
 
@@ -63,6 +63,7 @@ def with_a_kernel(config: str, overrides: list[str], out: str) -> None:
         calls.append(qkv.shape)
         return packed_attention(qkv, Sequences(sequences.cu_seqlens, sequences.max_seqlen, sequences.num_tokens))
 
-    build.build_attention = lambda config, **where: Choice("counting", attend, "a test")
+    choices = Choices(dict.fromkeys(("encoder", "predictor"), Choice("counting", attend, "a test")))
+    build.build_attention = lambda config, **where: choices
     found = benchmark.benchmark(load_config(config, overrides), steps=1, say=lambda text: None)
     Path(out).write_text(json.dumps({**found, "calls": len(calls)}))

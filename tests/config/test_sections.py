@@ -138,6 +138,7 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("data: {max_bad_fraction: 1.5}", [], "data.max_bad_fraction must lie in 0..1"),
         ("data: {image_size: 225}", [], "data.image_size 225 is not a multiple of model.patch_size 14"),
         ("model: {patch_size: 0}", [], "model.patch_size must be 1 or more, got 0"),
+        ("predictor: {attention: fa5}", [], "predictor.attention must be one of auto, .*, or empty: as model"),
         ("model: {attention: fa5}", [], "model.attention must be one of auto, fa2, .*, torch_varlen, sdpa, got 'fa5'"),
         ("model: {depth: -2}", [], "model.depth must be 0 or more, got -2"),
         ("objective: {name: ijeba}", [], "objective.name must be one of ijepa, got 'ijeba'"),
@@ -286,7 +287,7 @@ def different(value):
 FREE = {
     "run_dir", "data.workers", "data.retry_seconds", "data.cache_dir", "data.eval_split", "data.max_bad_fraction",
     "data.max_pixels",
-    "model.attention", "model.init_from",
+    "model.attention", "model.init_from", "predictor.attention",
     "optimization.micro_batch_size", "optimization.stop_at_step", "engine.zero_stage", "engine.hang_seconds",
     "engine.activation_checkpointing", "engine.compile",
     "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every", "logging.wandb",

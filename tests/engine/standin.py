@@ -30,26 +30,20 @@ class StandIn:
     """The state of one rank at a step."""
 
     def __init__(self, rank: int, world_size: int, step: int):
-        self.masters, groups, names = [], [], {}
+        self.masters: list[torch.Tensor] = []
+        fragments: list[tuple[str, int, int, int, int]] = []
         shards: list[torch.Tensor | None] = []
         state = {}
-        for group in GROUPS:
+        for at, group in enumerate(GROUPS):
             length = sum(torch.Size(shape).numel() for shape in group.values())
             share = -(-length // (2 * world_size)) * 2
             low = rank * share
-            parameters, offset = [], 0
-            for name, shape in group.items():
-                parameter = torch.nn.Parameter(torch.empty(shape))
-                start, end = max(low, offset), min(low + share, offset + parameter.numel())
-                parameter._hp_mapping = None
+            offset = 0
+            for name in group:
+                start, end = max(low, offset), min(low + share, offset + SHAPES[name].numel())
                 if start < end:
-                    parameter._hp_mapping = SimpleNamespace(
-                        lp_fragment_address=SimpleNamespace(start=start - offset, numel=end - start),
-                        hp_fragment_address=SimpleNamespace(start=start - low),
-                    )
-                names[parameter] = name
-                parameters.append(parameter)
-                offset += parameter.numel()
+                    fragments.append((name, start - offset, end - start, at, start - low))
+                offset += SHAPES[name].numel()
 
             def flat_of(kind: str, group: dict = group, low: int = low, share: int = share) -> torch.Tensor:
                 whole = torch.cat([value(kind, name, step).flatten() for name in group] + [torch.zeros(2 * share)])
@@ -63,13 +57,11 @@ class StandIn:
             }
             shards.append(flat_of("ema") if "context_encoder.a" in group else None)
             self.masters.append(flat)
-            groups.append(parameters)
         self.refreshed = 0
         self.ema = SimpleNamespace(shards=shards, refresh_target=self._refresh)
         self.optimizer = SimpleNamespace(
-            single_partition_of_fp32_groups=self.masters,
-            bit16_groups=groups,
-            param_names=names,
+            buckets=[SimpleNamespace(master=flat) for flat in self.masters],
+            fragments=lambda: fragments,
             optimizer=SimpleNamespace(state=state),
             update_lp_params=self._refresh,
         )

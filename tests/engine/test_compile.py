@@ -56,7 +56,7 @@ def test_compiled_blocks_train_alike_and_no_batch_compiles_anything_again(facts,
     found = facts(variant, stage)
     np.testing.assert_allclose(found["losses"], found["plain losses"], rtol=ROUNDING)
     np.testing.assert_allclose(found["norms"], found["plain norms"], rtol=ROUNDING)
-    assert found["warm_graphs"] == 6
+    assert 6 <= found["warm_graphs"] <= 7  # one more where the target encoder is compiled behind a recomputed block
     assert found["later_graphs"] == 0
     assert found["breaks"] == 0
     assert facts("plain", stage)["warm_graphs"] == 0

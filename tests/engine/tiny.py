@@ -89,6 +89,7 @@ def start_engine(
     precision: str,
     accumulation: int = 1,
     clip: float = 0.0,
+    gradient_dtype: str = "fp32",
     seed: int = SEED,
     terms: dict[str, Any] | None = None,
     before_ema: Callable[[Any], None] = lambda engine: None,
@@ -99,10 +100,9 @@ def start_engine(
         micro_batch_size=GLOBAL_BATCH // (ranks.world_size * accumulation),
         accumulation_steps=accumulation,
         clip_grad_norm=clip,
-        # Several GPUs' settings where gradients are accumulated, a CPU's elsewhere: a plain loop is beside both.
-        extra={"zero_optimization": {"contiguous_gradients": True, "overlap_comm": True}}
-        if accumulation > 1 and ranks.world_size > 1
-        else None,
+        gradient_dtype=gradient_dtype,
+        # small buckets where gradients are accumulated, one a group elsewhere: a plain loop is beside both
+        extra={"zero_optimization": {"reduce_bucket_size": 2000}} if accumulation > 1 and zero_stage < 3 else None,
     )
     with zero.building_context(settings):
         model = build_model(total=ranks.total, **(terms or {}))
@@ -149,6 +149,8 @@ def weights_of(engine: Any, prefix: str) -> Weights:
     import deepspeed
 
     weights = {}
+    if not zero.is_stage3(engine.optimizer):
+        engine.optimizer.wait()
     for name, parameter in engine.module.named_parameters():
         if name.startswith(prefix):
             with deepspeed.zero.GatheredParameters([parameter]):

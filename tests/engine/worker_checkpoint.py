@@ -140,11 +140,11 @@ def reshard(folder: str, engines: list[tuple[int, str]], sources: list[str], res
         kept.append((name, engine, ema))
         if not ranks.from_first((root / name).exists()):
             for step in range(3):
-                set_schedules(engine.optimizer.optimizer.param_groups, lr=1e-3, weight_decay=0.1)
+                set_schedules(engine.optimizer.optimizer.param_groups, lr=1e-3, weight_decay=0.1, ema_momentum=0.9)
                 ((images, masks),) = tiny.micro_batches(100 * number + 10 * ranks.world_size + step, ranks, 1)
                 engine.backward(engine(images, masks)["loss"])
                 engine.step()
-                ema.update(0.9)
+                ema.update()
             checkpoint.save(root / name, engine, ema, ranks, step=3, meta={})
             state = whole_state(engine, ema, ranks)
             if ranks.first:

@@ -25,14 +25,14 @@ def steps(ranks: Ranks, zero_stage: int, **options: Any) -> dict[str, Any]:
     for step in range(STEPS):
         if step == WARM_UP:
             warm = counters["stats"]["unique_graphs"]
-        set_schedules(engine.optimizer.optimizer.param_groups, lr=1e-3, weight_decay=0.05)
+        set_schedules(engine.optimizer.optimizer.param_groups, lr=1e-3, weight_decay=0.05, ema_momentum=0.9)
         for batch in tiny.micro_batches(step, ranks, 1):
             loss = engine(*batch)["loss"]
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
         norms.append(float(engine.get_global_grad_norm()))
-        ema.update(0.9)
+        ema.update()
     return {
         "losses": losses,
         "norms": norms,

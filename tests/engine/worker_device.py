@@ -28,14 +28,14 @@ def batches(pinned: bool):
 def steps(ranks: Ranks, zero_stage: int, precision: str, **options: Any) -> dict[str, Any]:
     engine, ema = tiny.start_engine(ranks, zero_stage=zero_stage, precision=precision, terms=options)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    attention = choose_attention("auto", device=ranks.device, dtype=dtype, head_widths=[16, 8])
-    for network in (engine.module.context_encoder, engine.module.predictor):
+    for network, width in ((engine.module.context_encoder, 16), (engine.module.predictor, 8)):
+        attention = choose_attention("auto", device=ranks.device, dtype=dtype, head_width=width)
         network.attend = attention.attend
     feed = Feed(batches(ranks.device.type == "cuda"), ranks.device)
     copies, applied = [], []
     for step in range(STEPS):
         lr, weight_decay, momentum = schedule(step)
-        set_schedules(engine.optimizer.optimizer.param_groups, lr=lr, weight_decay=weight_decay)
+        set_schedules(engine.optimizer.optimizer.param_groups, lr=lr, weight_decay=weight_decay, ema_momentum=momentum)
         batch = feed.take()
         loss = engine(batch.images, batch.masks)["loss"]
         engine.backward(loss)
@@ -43,8 +43,9 @@ def steps(ranks: Ranks, zero_stage: int, precision: str, **options: Any) -> dict
             feed.load()
         engine.step()
         applied.append(engine.was_step_applied())
-        ema.update(momentum)
+        ema.update()
         copies.append(HostCopy([loss, engine.get_global_grad_norm()]))
+    ema.wait()
     own, used = tiny.gathered(engine, ranks, ema.shards), tiny.weights_of(engine, "target_encoder.")
     targets = {name.replace("target_encoder.", "context_encoder."): values for name, values in used.items()}
     losses, norms = zip(*(copy.numbers() for copy in copies), strict=True)

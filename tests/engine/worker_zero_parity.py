@@ -68,6 +68,7 @@ class Plain:
 
 def snapshot(engine: Any, ema: Any, ranks: Ranks) -> dict[str, torch.Tensor]:
     """All state of this rank, and the weights of the forward, in copies."""
+    ema.wait()
     state: dict[str, torch.Tensor] = {}
     for i, flat in enumerate(zero.masters(engine.optimizer)):
         state[f"master {i}"] = flat.detach().clone()
@@ -97,7 +98,7 @@ def unseen_forward(engine: Any) -> torch.Tensor:
 def take_step(engine: Any, ema: Any, ranks: Ranks, step: int, accumulation: int) -> tuple[float, bool]:
     """(mean loss over all ranks, whether the step was applied), as train.py does it."""
     lr, weight_decay, momentum = schedule(step)
-    set_schedules(engine.optimizer.optimizer.param_groups, lr=lr, weight_decay=weight_decay)
+    set_schedules(engine.optimizer.optimizer.param_groups, lr=lr, weight_decay=weight_decay, ema_momentum=momentum)
     losses = []
     for micro, batch in enumerate(tiny.micro_batches(step, ranks, accumulation)):
         loss = engine(*batch)["loss"]
@@ -108,7 +109,7 @@ def take_step(engine: Any, ema: Any, ranks: Ranks, step: int, accumulation: int)
         losses.append(loss.item())
     applied = engine.was_step_applied()
     if applied:
-        ema.update(momentum)
+        ema.update()
     return ranks.sum([sum(losses) / accumulation])[0] / ranks.world_size, applied
 
 
@@ -152,6 +153,7 @@ def compare(ranks: Ranks, *, zero_stage: int, precision: str, accumulation: int,
         target_moves.append(float((unseen_forward(engine) - before_forward).abs().max()))
     plain_ema = {f"context_encoder.{name}": values for name, values in plain.ema.items()}
     dtype = engine.module.target_encoder.dtype
+    ema.wait()
     used = tiny.weights_of(engine, "context_encoder.") | tiny.weights_of(engine, "predictor.")
     targets = {
         name.replace("target_encoder.", "context_encoder."): values

@@ -44,6 +44,22 @@ def test_chosen_patches_are_rows_of_all_patches(batch, height, width, patch_size
     assert none.shape == (0, 3 * patch_size**2)
 
 
+@pytest.mark.parametrize("patch_size, columns", [(14, 640), (14, 588), (14, 651), (1, 64), (4, 49)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rows_may_end_in_zeros(patch_size, columns, dtype, device):
+    images = images_of(3, 2 * patch_size, patch_size).to(device)
+    for indices in (None, torch.tensor([5, 0, 2, 2, 1], device=device)):
+        pixels = patchify(images, patch_size, indices_T=indices, dtype=dtype)
+        padded = patchify(images, patch_size, indices_T=indices, dtype=dtype, columns=columns)
+        assert torch.equal(padded, F.pad(pixels, (0, columns - 3 * patch_size**2)))
+
+
+def test_columns_are_the_pixels_and_at_most_63_more():
+    for columns in (587, 652):
+        with pytest.raises(ValueError, match=f"columns must be 588 and at most 63 more, got {columns}"):
+            patchify(images_of(1, 14, 14), 14, dtype=torch.float32, columns=columns)
+
+
 def test_a_linear_layer_on_it_is_the_convolution_of_public_checkpoints(device):
     images = images_of(2, 28, 42)
     generator = torch.Generator().manual_seed(2)

@@ -1,13 +1,18 @@
+import pickle
 import re
 import sys
 from types import ModuleType
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from ijepa_scale.models.attention import Sequences, packed_attention, packed_attention_reference
-from ijepa_scale.models.attention_backends import BACKENDS, choose_attention, pick
+from ijepa_scale.models.attention_backends import BACKENDS, Choice, Choices, choose_attention, dense_by_cudnn, pick
+from tests.models.flash_attention import Installed
 from tests.models.test_attention import qkv_of, sequences_of
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -16,79 +21,10 @@ LENGTHS = [5, 1, 9, 2]
 CPU = torch.device("cpu")
 
 
-def attention(q, k, v, bounds):
-    """One sequence and head at a time."""
-    rows = []
-    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        heads = [
-            torch.softmax(q[start:stop, h] @ k[start:stop, h].T / q.shape[-1] ** 0.5, -1) @ v[start:stop, h]
-            for h in range(q.shape[1])
-        ]
-        rows.append(torch.stack(heads, 1))
-    return torch.cat(rows)
-
-
-class Installed:
-    """Stands in for the flash-attention packages: their signatures, in PyTorch, and how they were called."""
-
-    def __init__(self, monkeypatch):
-        self.calls = []
-        for name, functions in {
-            "flash_attn": {"flash_attn_varlen_qkvpacked_func": self.fa2},
-            "flash_attn_interface": {"flash_attn_varlen_func": self.fa3},
-            "flash_attn.cute": {"flash_attn_varlen_func": self.fa4},
-        }.items():
-            module = ModuleType(name)
-            module.__path__ = []
-            for function, call in functions.items():
-                setattr(module, function, call)
-            monkeypatch.setitem(sys.modules, name, module)
-
-    def compute(self, q, k, v, bounds, longest, deterministic):
-        assert bounds.dtype == torch.int32 and type(longest) is int and longest == bounds.diff().max()
-        assert all(part.stride(-1) == 1 and part.data_ptr() % 16 == 0 for part in (q, k, v))
-        self.calls.append(deterministic)
-        return attention(q, k, v, bounds)
-
-    # flash-attn 2.8.3
-    def fa2(
-        self, qkv, cu_seqlens, max_seqlen, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
-        softcap=0.0, alibi_slopes=None, deterministic=False, return_attn_probs=False,
-    ):  # fmt: skip
-        assert (dropout_p, softmax_scale, causal, window_size, softcap) == (0.0, None, False, (-1, -1), 0.0)
-        assert alibi_slopes is None and not return_attn_probs
-        return self.compute(*qkv.unbind(1), cu_seqlens, max_seqlen, deterministic)
-
-    # hopper/flash_attn_interface.py at 01afd16
-    def fa3(
-        self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
-        softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
-        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
-        sm_margin=0, return_attn_probs=False,
-    ):  # fmt: skip
-        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k and not causal and qv is None
-        assert seqused_q is seqused_k is softmax_scale is None and window_size == (-1, -1)
-        return self.compute(q, k, v, cu_seqlens_q, max_seqlen_q, deterministic)
-
-    # flash-attn-4 4.0.0b36
-    def fa4(
-        self, q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-        min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None,
-        softmax_scale=None, causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1,
-        pack_gqa=None, deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None,
-        block_sparse_tensors=None, aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None,
-        seqlen_k_per_split=None, disable_scheduler_metadata=False, gather_bwd_recompute_p=False,
-        gather_bwd_token_chunk=None,
-    ):  # fmt: skip
-        assert cu_seqlens_q is cu_seqlens_k and max_seqlen_q == max_seqlen_k and qv is None and not causal
-        assert min_seqlen_k is seqused_q is seqused_k is softmax_scale is None
-        out = self.compute(q, k, v, cu_seqlens_q, max_seqlen_q, deterministic)
-        return out, torch.zeros(q.shape[1], q.shape[0])
-
-
 @pytest.fixture
 def installed(monkeypatch):
-    return Installed(monkeypatch)
+    with Installed(monkeypatch) as packages:
+        yield packages
 
 
 def with_kernel(sequences, attend):
@@ -106,9 +42,41 @@ def test_value_and_gradient_through_each_package_match_the_definition(installed,
         call = packed_attention if sequences is not plain else packed_attention_reference
         out = call(qkv, sequences)
         results.append((out, *torch.autograd.grad(out, qkv, upstream)))
-    assert installed.calls == [False]
+    assert installed.deterministic == [False]
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
+def test_the_gradients_of_q_k_and_v_are_written_where_qkv_s_gradient_has_them(installed, name):
+    qkv = qkv_of(17, 2, 24).requires_grad_()
+    out = packed_attention(qkv, with_kernel(sequences_of(LENGTHS), BACKENDS[name].load()))
+    (gradient,) = torch.autograd.grad(out.sum(), qkv)  # one number, expanded: a kernel wants rows
+    assert gradient.is_contiguous()
+    assert installed.written == [part.data_ptr() for part in gradient.unbind(1)]
+
+
+def test_older_operators_of_flash_attention_3_know_no_defaults(monkeypatch):
+    qkv, plain = qkv_of(17, 2, 24).requires_grad_(), sequences_of(LENGTHS)
+    expected = packed_attention_reference(qkv, plain)
+    with Installed(monkeypatch, fa3_defaults=False):
+        out = packed_attention(qkv, with_kernel(plain, BACKENDS["fa3"].load()))
+        (gradient,) = torch.autograd.grad(out, qkv, torch.ones_like(out))
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    (exact,) = torch.autograd.grad(expected, qkv, torch.ones_like(out))
+    torch.testing.assert_close(gradient, exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
+def test_a_kernel_goes_with_activation_checkpointing_and_without_gradients(installed, name):
+    qkv, sequences = qkv_of(17, 2, 24).requires_grad_(), with_kernel(sequences_of(LENGTHS), BACKENDS[name].load())
+    out = packed_attention(qkv, sequences)
+    again = checkpoint(packed_attention, qkv, sequences, use_reentrant=False)
+    assert torch.equal(out, again)
+    ours, theirs = (torch.autograd.grad(value, qkv, torch.ones_like(value))[0] for value in (out, again))
+    assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        assert torch.equal(packed_attention(qkv, sequences), out)
 
 
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
@@ -128,23 +96,20 @@ def test_strided_and_unaligned_qkv_reach_a_kernel_aligned(installed, name):
 
 @pytest.mark.parametrize("name", ["fa2", "fa3", "fa4"])
 def test_deterministic_where_torch_is(installed, name):
-    qkv, sequences = qkv_of(17, 2, 24), with_kernel(sequences_of(LENGTHS), BACKENDS[name].load())
-    packed_attention(qkv, sequences)
+    qkv, sequences = qkv_of(17, 2, 24).requires_grad_(), with_kernel(sequences_of(LENGTHS), BACKENDS[name].load())
+    packed_attention(qkv, sequences).sum().backward()
     torch.use_deterministic_algorithms(True)
     try:
-        packed_attention(qkv, sequences)
+        packed_attention(qkv, sequences).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert installed.calls == [False, True]
+    assert installed.deterministic == [False, True]
 
 
-def test_flash_attention_3_that_knows_no_deterministic_and_returns_a_pair(monkeypatch):
-    module = ModuleType("flash_attn_interface")
-    module.flash_attn_varlen_func = lambda q, k, v, cu_q, cu_k, max_q, max_k: (attention(q, k, v, cu_q), None)
-    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
-    qkv, plain = qkv_of(17, 2, 24), sequences_of(LENGTHS)
-    out = packed_attention(qkv, with_kernel(plain, BACKENDS["fa3"].load()))
-    torch.testing.assert_close(out, packed_attention_reference(qkv, plain), rtol=1e-12, atol=1e-12)
+def test_flash_attention_3_without_its_operators_is_none(monkeypatch):
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", ModuleType("flash_attn_interface"))
+    with pytest.raises(ImportError, match="older than flash-attention"):
+        BACKENDS["fa3"].load()
 
 
 def test_flash_attention_4_alone_is_no_flash_attention_2(installed, monkeypatch):
@@ -169,46 +134,60 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def call_varlen(attend):
-    """Value and gradient on a device that computes nothing; the varlen operations that were called."""
-    qkv = torch.empty(17, 3, 2, 24, dtype=BF16, device="meta", requires_grad=True)
-    sequences = Sequences(torch.empty(5, dtype=torch.int32, device="meta"), 9, 17, attend)
+FORWARD, BACKWARD = "aten::_flash_attention_forward", "aten::_flash_attention_backward"
+
+
+def packed_on(device, attend):
+    """Packed tokens of more than 128 in a sequence, on a device that computes nothing: cuDNN would take them."""
+    qkv = torch.empty(700, 3, 2, 24, dtype=BF16, device=device, requires_grad=True)
+    return qkv, Sequences(torch.empty(5, dtype=torch.int32, device=device), 256, 700, attend)
+
+
+def attention_calls(calls):
+    return [(name, values) for name, values in calls.seen if "atten" in name or "attn" in name or "cudnn" in name]
+
+
+def test_torch_varlen_is_the_flash_operators_and_no_other():
+    """By what the dispatcher is given: a custom operation, whose own choice would not be seen, has another name."""
+    qkv, sequences = packed_on("meta", BACKENDS["torch_varlen"].load())
     with Calls() as calls:
         out = packed_attention(qkv, sequences)
         (gradient,) = torch.autograd.grad(out, qkv, torch.empty_like(out))
-    assert (out.shape, out.dtype, gradient.shape) == ((17, 2, 24), BF16, qkv.shape)
-    return [(name, values) for name, values in calls.seen if "varlen_attn" in name]
+    assert (out.shape, out.dtype, gradient.shape) == ((700, 2, 24), BF16, qkv.shape)
+    (forward, asked), (backward, of_gradient) = attention_calls(calls)
+    assert (forward, backward) == (FORWARD, BACKWARD)
+    for values in (asked, of_gradient):
+        assert values["query"].shape == (700, 2, 24) and values["cum_seq_q"] is values["cum_seq_k"]
+        assert values["max_q"] == values["max_k"] == 256 and values["dropout_p"] == 0 and not values["is_causal"]
+        assert values["scale"] is values["window_size_left"] is values["window_size_right"] is None
 
 
-def test_torch_varlen_calls_forward_and_backward():
-    (forward, arguments), (backward, _) = call_varlen(BACKENDS["torch_varlen"].load())
-    assert (forward, backward) == ("torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward")
-    assert arguments["query"].shape == (17, 2, 24) and arguments["cu_seq_q"] is arguments["cu_seq_k"]
-    assert arguments["max_q"] == arguments["max_k"] == 9 and not arguments["is_causal"] and arguments["scale"] is None
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_torch_varlen_is_flash_on_cuda_where_cudnn_could_be_taken(monkeypatch, capability):
+    """PyTorch's own rule for varlen_attn() reads the capability and cuDNN's version; the engine needs a device."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92600)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    with FakeTensorMode(), Calls() as calls:
+        qkv, sequences = packed_on("cuda", BACKENDS["torch_varlen"].load())
+        out = packed_attention(qkv, sequences)
+    assert out.is_cuda and out.grad_fn.name() == "FlashAttentionBackward0"
+    assert [name for name, _ in attention_calls(calls)] == [FORWARD]
 
 
-@pytest.mark.parametrize("off", [False, True])
-def test_torch_varlen_is_flash_where_cudnn_could_be_taken(monkeypatch, off):
-    from torch.nn.attention import SDPBackend, varlen
+def test_a_kernel_can_be_pickled(installed):
+    qkv, sequences = qkv_of(17, 2, 24), sequences_of(LENGTHS)
+    attend = BACKENDS["fa3"].load()
+    assert torch.equal(pickle.loads(pickle.dumps(attend))(qkv, sequences), attend(qkv, sequences))
+    pickle.dumps(BACKENDS["torch_varlen"].load())
 
-    if not hasattr(varlen, "_cudnn_rejection_reasons"):
-        pytest.skip("this version of torch knows only flash")
-    monkeypatch.setattr(varlen, "_cudnn_rejection_reasons", lambda *args: [])
-    before = torch.backends.cuda.cudnn_sdp_enabled()
 
-    def backends_of(attend):
-        return {values["backend"] for _, values in call_varlen(attend)}
-
-    def by_default(qkv, sequences):
-        return varlen.varlen_attn(*qkv.unbind(1), sequences.cu_seqlens, sequences.cu_seqlens, 9, 9)
-
-    assert backends_of(by_default) == {int(SDPBackend.CUDNN_ATTENTION)}  # else the next line would show nothing
-    torch.backends.cuda.enable_cudnn_sdp(not off)  # as a run starts, or not
-    try:
-        assert backends_of(BACKENDS["torch_varlen"].load()) == {int(SDPBackend.FLASH_ATTENTION)}
-        assert torch.backends.cuda.cudnn_sdp_enabled() == (not off)
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+def test_cudnn_for_whole_images_is_asked_for_alone():
+    """It is not taken on a CPU, and nothing else takes its place."""
+    qkv, sequences = qkv_of(16, 2, 24), sequences_of([8, 8])
+    with pytest.raises(RuntimeError, match=r"No (viable|available) (backend|kernel)"):
+        dense_by_cudnn(qkv, sequences)
+    torch.testing.assert_close(packed_attention(qkv, sequences), packed_attention_reference(qkv, sequences))
 
 
 @pytest.mark.parametrize(
@@ -218,8 +197,8 @@ def test_torch_varlen_is_flash_where_cudnn_could_be_taken(monkeypatch, off):
         (8, BF16, "fa3 fa4 torch_varlen", "torch_varlen"),
         (8, BF16, "", "sdpa"),
         (9, BF16, "fa2 fa3 fa4 torch_varlen", "fa3"),
-        (9, BF16, "fa2 fa4 torch_varlen", "torch_varlen"),
-        (9, BF16, "fa2 fa4", "fa2"),
+        (9, BF16, "fa2 fa4 torch_varlen", "fa2"),
+        (9, BF16, "fa4 torch_varlen", "torch_varlen"),
         (9, BF16, "fa4", "sdpa"),
         (9, torch.float16, "torch_varlen", "torch_varlen"),
         (10, BF16, "fa2 fa3 fa4 torch_varlen", "torch_varlen"),
@@ -233,10 +212,10 @@ def test_what_auto_takes(major, dtype, there, expected):
     def load(name):
         if name not in there.split():
             raise ImportError(f"No module named {name!r}")
-        return attention
+        return packed_attention_reference
 
-    choice = pick("auto", major=major, dtype=dtype, head_widths=WIDTHS, load=load)
-    assert choice.name == expected and choice.attend is (None if expected == "sdpa" else attention)
+    choice = pick("auto", major=major, dtype=dtype, head_width=80, load=load)
+    assert choice.name == expected and choice.attend is (None if expected == "sdpa" else packed_attention_reference)
     skipped = re.findall(r"(\w+) cannot be imported \(No module named '\w+'\); to install it", choice.why)
     assert not set(skipped) & set(there.split())
     assert choice.why and (
@@ -244,11 +223,11 @@ def test_what_auto_takes(major, dtype, there, expected):
     )
     for name in BACKENDS:  # what is asked for is taken, or refused
         if name in there.split() and major == 9 and dtype != FP32:
-            assert pick(name, major=major, dtype=dtype, head_widths=WIDTHS, load=load).name == name
+            assert pick(name, major=major, dtype=dtype, head_width=80, load=load).name == name
 
 
 def test_heads_that_no_kernel_takes_are_left_to_the_definition():
-    choice = pick("auto", major=9, dtype=BF16, head_widths=[64, 20], load=lambda name: attention)
+    choice = pick("auto", major=9, dtype=BF16, head_width=20, load=lambda name: packed_attention_reference)
     assert choice.name == "sdpa" and "fa3 takes heads whose width is a multiple of 8 up to 256, not 20" in choice.why
 
 
@@ -258,7 +237,7 @@ def test_heads_that_no_kernel_takes_are_left_to_the_definition():
         (
             "fa2",
             {},
-            r"^model.attention=fa2 cannot be imported \(.*flash_attn.*\).*pip install flash-attn .*or leave it at",
+            r"^model.attention=fa2 cannot be imported \(.*flash_attn.*\).*pip install flash-attn .*or set it to auto",
         ),
         ("fa3", {}, r"^model.attention=fa3 cannot be imported .*build the folder hopper of github.com/Dao-AILab"),
         ("fa4", {}, r"^model.attention=fa4 cannot be imported .*pip install --pre flash-attn-4"),
@@ -268,23 +247,36 @@ def test_heads_that_no_kernel_takes_are_left_to_the_definition():
         ("torch_varlen", {"major": 7}, r"trains on compute capability 8.x or newer, this device has 7.x"),
         ("fa2", {"dtype": FP32}, r"fa2 takes bf16 and fp16, not float32 \(engine.precision\)"),
         ("fa2", {"major": None}, r"fa2 needs a CUDA device"),
-        ("torch_varlen", {"head_widths": [64, 12, 20]}, r"multiple of 8 up to 256, not 12, 20; or leave it at auto$"),
+        ("torch_varlen", {"head_width": 20}, r"takes heads whose width is a multiple of 8 up to 256, not 20; or set"),
+        (
+            "fa2",
+            {"head_width": 264, "key": "predictor.attention"},
+            "^predictor.attention=fa2 .* 264; or set it to auto$",
+        ),
     ],
 )
 def test_what_is_asked_for_and_cannot_be_had(monkeypatch, name, facts, message):
     for module in ("flash_attn", "flash_attn.cute", "flash_attn_interface"):
         monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
     with pytest.raises(ValueError, match=message) as caught:
-        options = {"major": 9, "dtype": BF16, "head_widths": WIDTHS, **facts}
+        options = {"major": 9, "dtype": BF16, "head_width": 80, **facts}
         pick(name, load=lambda key: BACKENDS[key].load(), **options)
     assert "\n" not in str(caught.value)
 
 
 def test_a_cpu_has_the_definition():
-    assert choose_attention("auto", device=CPU, dtype=BF16, head_widths=[64]).attend is None
-    assert choose_attention("sdpa", device=CPU, dtype=FP32, head_widths=[5]).name == "sdpa"
+    assert choose_attention("auto", device=CPU, dtype=BF16, head_width=64).attend is None
+    assert choose_attention("sdpa", device=CPU, dtype=FP32, head_width=5).name == "sdpa"
     with pytest.raises(ValueError, match=r"^model.attention=torch_varlen needs a CUDA device"):
-        choose_attention("torch_varlen", device=CPU, dtype=BF16, head_widths=[64])
+        choose_attention("torch_varlen", device=CPU, dtype=BF16, head_width=64)
+
+
+def test_what_each_network_attends_with_is_said_once_where_it_is_the_same():
+    fa3, sdpa = Choice("fa3", packed_attention_reference, "auto"), Choice("sdpa", None, "auto")
+    same, other = Choices({"encoder": fa3, "predictor": fa3}), Choices({"encoder": fa3, "predictor": sdpa})
+    assert (same.name, same.why) == ("fa3", "auto")
+    assert (other.name, other.why) == ("encoder: fa3, predictor: sdpa", "auto")
+    assert other.attend == {"encoder": packed_attention_reference, "predictor": None}
 
 
 @pytest.mark.parametrize("name", ["definition", "fa2", "fa3", "fa4"])
@@ -312,7 +304,7 @@ def gpu_kernel(name, width, device="cuda"):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     try:
-        return choose_attention(name, device=torch.device(device), dtype=BF16, head_widths=[width]).attend
+        return choose_attention(name, device=torch.device(device), dtype=BF16, head_width=width).attend
     except ValueError as error:
         pytest.skip(str(error))
 
@@ -348,3 +340,37 @@ def test_no_kernel_waits_for_the_device(name):
         out.backward(torch.ones_like(out))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def kernels_of(call):
+    """The names of the CUDA kernels that it launches, in lower case; it has run before."""
+    call()
+    with profile(activities=[ProfilerActivity.CUDA]) as traced:
+        call()
+        torch.cuda.synchronize()
+    return [event.name.lower() for event in traced.events()]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("width", [80, 24])
+def test_the_device_runs_flash_attention_and_no_cudnn(name, width):
+    plain = sequences_of([256, 1, 190, 77])
+    sequences = Sequences(plain.cu_seqlens.cuda(), 256, 524, gpu_kernel(name, width))
+    qkv = qkv_of(524, 16, width, dtype=BF16).cuda().requires_grad_()
+    names = kernels_of(lambda: packed_attention(qkv, sequences).sum().backward())
+    assert sum("flash" in name for name in names) >= 2 and not [name for name in names if "cudnn" in name], names
+
+
+@pytest.mark.gpu
+def test_cudnn_attends_over_whole_images_where_it_is_asked_for():
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] < 8:
+        pytest.skip("no CUDA device of compute capability 8.0 or newer")
+    plain = sequences_of([256] * 4)
+    sequences, qkv = Sequences(plain.cu_seqlens.cuda(), 256, 1024), qkv_of(1024, 16, 80, dtype=BF16).cuda()
+    with torch.no_grad():
+        names = kernels_of(lambda: dense_by_cudnn(qkv, sequences))
+        torch.testing.assert_close(
+            dense_by_cudnn(qkv, sequences), packed_attention(qkv, sequences), rtol=1e-2, atol=1e-2
+        )
+    assert any("cudnn" in name for name in names), names

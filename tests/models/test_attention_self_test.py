@@ -118,6 +118,14 @@ def test_a_wrong_kernel_is_refused(attend, message):
     assert str(caught.value).endswith("; use model.attention=torch_varlen or sdpa") and "\n" not in str(caught.value)
 
 
+def test_the_key_that_chose_a_wrong_kernel_is_named():
+    options = {"longest": 16, "device": CPU, "dtype": BF16, "key": "predictor.attention"}
+    with pytest.raises(
+        ValueError, match=r"^predictor.attention=fa3 on cpu .*; use predictor.attention=torch_varlen or"
+    ):
+        self_test("fa3", unscaled, [(2, 80)], **options)
+
+
 def test_a_kernel_that_is_wrong_at_one_head_width_is_refused():
     wrong = gradients_changed(scaled(2, 0.9))
 

@@ -1,6 +1,6 @@
 """Another objective, tiny: the pixels of hidden patches, by a linear head. It has no target encoder."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,8 +59,8 @@ class PixelObjective:
     def name(self) -> str:
         return "pixels"
 
-    def attention_heads(self) -> set[tuple[int, int]]:
-        return {(SIZE.heads, SIZE.width // SIZE.heads)}
+    def attention_heads(self) -> dict[str, tuple[int, int]]:
+        return {"encoder": (SIZE.heads, SIZE.width // SIZE.heads)}
 
     @property
     def grid(self) -> PatchGrid:
@@ -74,8 +74,8 @@ class PixelObjective:
         packed = Packed(seen.flatten().int(), bounds, number // 2, len(orders) * (number // 2) ** 2)
         return HalfMasks(packed, torch.from_numpy(orders[:, number // 2 :]))
 
-    def build(self, *, attend: Attend | None = None, total: Total | None = None) -> PixelModel:
-        return PixelModel(attend)
+    def build(self, *, attend: Mapping[str, Attend | None] | None = None, total: Total | None = None) -> PixelModel:
+        return PixelModel((attend or {}).get("encoder"))
 
     def trained(self, module: nn.Module) -> dict[str, nn.Module]:
         return {"encoder": module.get_submodule("encoder"), "head": module.get_submodule("head")}

@@ -64,7 +64,7 @@ def part(one):
 def test_vith14_is_what_was_worked_out_by_hand(typical, monkeypatch):
     monkeypatch.setattr(step_model, "TAIL_BYTES", TAIL_BY_HAND)
     monkeypatch.setattr(step_model, "EMA_BYTES", 14)
-    monkeypatch.setattr(step_model, "GRADIENT_STACK", 12)
+    monkeypatch.setattr(step_model, "PATCHES_SHARE", 0.4)
     objective, counts = typical
     assert counts.images * objective.grid.num_patches == 32_768
     assert (counts.context, counts.prediction) == (pytest.approx(13_996, rel=0.02), pytest.approx(78_541, rel=0.02))

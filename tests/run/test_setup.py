@@ -8,7 +8,7 @@ import torch
 from ijepa_scale import build
 from ijepa_scale.config import DataConfig, ModelConfig, OptimizationConfig, PretrainConfig
 from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.models.attention_backends import Choice
+from ijepa_scale.models.attention_backends import Choice, Choices
 from ijepa_scale.run import setup as run
 from ijepa_scale.run.setup import check_shared_memory, choose_attention
 
@@ -32,7 +32,8 @@ def choose(ranks):
 
 def test_ranks_attend_with_one_kernel(monkeypatch):
     assert choose(two_ranks(lambda value: value)).name == "sdpa"
-    monkeypatch.setattr(build, "build_attention", lambda *config, **facts: Choice("fa3", None, "it is there"))
+    fa3 = Choices({"encoder": Choice("fa3", None, "it is there")})
+    monkeypatch.setattr(build, "build_attention", lambda *config, **facts: fa3)
     with pytest.raises(
         ValueError, match="different kernels, fa2, fa3: install the same packages on every node, or set"
     ):

@@ -1,0 +1,390 @@
+"""ZeRO-1 and -2 in DeepSpeed's engine: gradients reduced into shards while the backward goes on, AdamW on each shard.
+
+DeepSpeed's own optimizers of these stages all-reduce gradients (all ranks get all of them, in fp32), wait for the
+device several times a step, and compute norms and sums of all gradients on every rank. Here a bucket of gradients is
+sent once, to the ranks that own its parts. docs/lab/speed.md counts the bytes.
+
+    backward -> each gradient into its bucket -> bucket full: reduce-scatter -> this rank's shard of its sum
+    step     -> norm of the shards -> AdamW, weights, EMA: one pass over each shard -> all-gather of the weights starts
+    forward  -> each block waits for its weights, the target encoder (engine/ema.py) for its own
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.base_optimizer import ZeROOptimizer
+from deepspeed.runtime.config import DeepSpeedConfig
+
+from ijepa_kernels.adamw_ema import adamw_ema
+
+ALIGNMENT = 2  # elements that each rank's part of a bucket is a multiple of
+
+
+class Bucket:
+    """Parameters of one group whose weights lie end to end and whose gradients travel together.
+
+    weights: flat, padded, in the parameters' dtype; own: this rank's part of it. master: fp32, this rank's part (own
+    itself where weights are fp32). gradients: flat like weights while they are collected. gradient: this rank's part of
+    the sum over ranks and micro-steps, in fp32 or as it travelled.
+    """
+
+    def __init__(self, group: dict[str, Any], parameters: list[torch.nn.Parameter], rank: int, ranks: int):
+        self.group, self.parameters = group, parameters
+        self.offsets = [0]
+        for parameter in parameters:
+            self.offsets.append(self.offsets[-1] + parameter.numel())
+        self.used, stride = self.offsets[-1], ALIGNMENT * ranks
+        self.share = -(-self.used // stride) * ALIGNMENT
+        first = parameters[0]
+        self.weights = torch.zeros(self.share * ranks, dtype=first.dtype, device=first.device)
+        for parameter, offset in zip(parameters, self.offsets, strict=False):
+            view = self.weights.narrow(0, offset, parameter.numel()).view(parameter.shape)
+            view.copy_(parameter.detach())
+            parameter.data = view
+        self.own = self.weights.narrow(0, rank * self.share, self.share)
+        self.master = self.own if first.dtype == torch.float32 else self.own.float()
+        self.ema: torch.Tensor | None = None  # fp32, this rank's part of the masters' average
+        self.target: torch.Tensor | None = None  # flat, like weights, of the averaged network
+        self.target_own: torch.Tensor | None = None  # this rank's part of it (the EMA itself where weights are fp32)
+        self.rank = rank
+        self.gradients: torch.Tensor | None = None
+        self.gradient: torch.Tensor | None = None
+        self.held: set[int] = set()  # parameters whose gradient of this or an earlier micro-step is in gradients
+        self.awaited = set(range(len(parameters)))
+        self.arriving: Any = None  # other ranks' parts of the weights, to be waited for before these are read
+
+    def average(self, averages: list[torch.nn.Parameter]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep an average of the masters, which these parameters become views of: (this rank's EMA, all weights)."""
+        self.target = torch.zeros_like(self.weights, dtype=averages[0].dtype)
+        for parameter, offset in zip(averages, self.offsets, strict=False):
+            parameter.data = self.target.narrow(0, offset, parameter.numel()).view(parameter.shape)
+        self.target_own = self.target.narrow(0, self.rank * self.share, self.share)
+        fp32 = self.target.dtype == torch.float32
+        self.ema = self.target_own if fp32 else torch.empty_like(self.master, requires_grad=False)
+        return self.ema, self.target
+
+    def add(self, index: int, gradient: torch.Tensor, dtype: torch.dtype) -> None:
+        """Take a parameter's gradient in; the first of a step is copied, so that nothing needs to be zeroed."""
+        if self.gradients is None:
+            self.gradients = torch.empty(self.weights.numel(), dtype=dtype, device=self.weights.device)
+            self.gradients[self.used :] = 0
+        offset, numel = self.offsets[index], self.parameters[index].numel()
+        place = self.gradients.narrow(0, offset, numel).view(self.parameters[index].shape)
+        if index in self.held:
+            place.add_(gradient)
+        else:
+            place.copy_(gradient)
+            self.held.add(index)
+        self.awaited.discard(index)
+
+    def complete(self, dtype: torch.dtype) -> None:
+        """Parameters that the backward did not reach have a gradient of 0."""
+        for index in sorted(self.awaited):
+            if index not in self.held:
+                self.add(index, torch.zeros_like(self.parameters[index]), dtype)
+        self.awaited.clear()
+
+    def release(self) -> None:
+        self.gradients = None
+        self.held.clear()
+
+
+def buckets_of(groups: list[dict[str, Any]], size: int, rank: int, ranks: int) -> list[Bucket]:
+    """Each group's parameters in order, cut into buckets of `size` elements or of one larger parameter."""
+    buckets = []
+    for group in groups:
+        run: list[torch.nn.Parameter] = []
+        for parameter in [*group["params"], None]:
+            if run and (parameter is None or sum(p.numel() for p in run) + parameter.numel() > size):
+                buckets.append(Bucket(group, run, rank, ranks))
+                run = []
+            if parameter is not None:
+                run.append(parameter)
+    return buckets
+
+
+class ShardedAdamW(ZeROOptimizer):
+    """What DeepSpeed's engine calls its optimizer at ZeRO-1 and -2. All ranks call everything alike.
+
+    ZeRO-1 sends gradients once a step, ZeRO-2 after every micro-step, so that with accumulation a rank holds its part
+    of their sum alone. Gradients travel in gradient_dtype, and are added up over micro-steps in fp32.
+    """
+
+    custom_loss_scaler = False
+    external_loss_scale = None
+    torch_autocast_gradscaler = None
+
+    def __init__(
+        self,
+        optimizer: torch.optim.AdamW,
+        param_names: dict[torch.nn.Parameter, str],
+        *,
+        bucket_size: int,
+        gradient_dtype: torch.dtype,
+        every_micro_step: bool,
+        accumulation_steps: int,
+        clip: float,
+        boundary: Callable[[], bool],
+    ):
+        """optimizer: torch's, whose groups and state are used. boundary: whether this micro-step is the step's last."""
+        super().__init__()
+        self.optimizer, self.param_names, self.clip, self.boundary = optimizer, param_names, clip, boundary
+        self.dp_process_group = dist.group.WORLD
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.overflow, self._global_grad_norm = False, torch.zeros(())
+        self.buckets = buckets_of(optimizer.param_groups, bucket_size, self.rank, self.ranks)
+        self.in_flight = 1
+        self._at_once = self.buckets  # whose weights are waited for at the end of the step
+        for group in optimizer.param_groups:
+            group["params"] = [bucket.master for bucket in self.buckets if bucket.group is group]
+        for bucket in self.buckets:
+            bucket.master.requires_grad_()
+            moments = {kind: torch.zeros_like(bucket.master) for kind in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), device=bucket.master.device)
+            optimizer.state[bucket.master] = {"step": step, **moments}
+        self.every_micro_step = every_micro_step and self.ranks > 1
+        self.accumulates = accumulation_steps > 1
+        own = self.buckets[0].weights.dtype
+        self.travel_dtype = gradient_dtype if self.ranks > 1 else own
+        # Added up here over micro-steps they are fp32. Where each is sent, or is all there is, they are as they travel.
+        self.collected_dtype = torch.float32 if self.accumulates and not self.every_micro_step else self.travel_dtype
+        self._sent: deque[tuple[Bucket, torch.Tensor, Any]] = deque()
+        self._order, self._next = self._backward_order(), 0
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._hook(bucket, index))
+            for bucket in self.buckets
+            for index, parameter in enumerate(bucket.parameters)
+        ]
+
+    def _backward_order(self) -> list[Bucket]:
+        """In which buckets are sent, on every rank: that whose first parameter in the network comes last goes first."""
+        place = {parameter: at for at, parameter in enumerate(self.param_names)}
+        return sorted(self.buckets, key=lambda bucket: -min(place[p] for p in bucket.parameters))
+
+    def gather_behind(self, model: torch.nn.Module, whole: type[torch.nn.Module]) -> None:
+        """Have modules of class whole, and the rest of each network, wait for their weights when their forward begins.
+
+        A network is one of the model's children. Other weights, and all without this, are waited for in the step.
+        """
+        of = {parameter: bucket for bucket in self.buckets for parameter in bucket.parameters}
+        networks = set(chain.from_iterable(network.parameters() for network in model.children()))
+        self._at_once = [bucket for bucket in self.buckets if not networks.issuperset(bucket.parameters)]
+        for network in model.children():
+            rest = set(network.parameters())
+            for module in network.modules():
+                if isinstance(module, whole):
+                    rest -= set(module.parameters())
+                    self._wait_before(module, {of[p] for p in module.parameters() if p in of})
+            self._wait_before(network, {of[p] for p in rest if p in of})
+
+    def _wait_before(self, module: torch.nn.Module, buckets: set[Bucket]) -> None:
+        if buckets and self.ranks > 1:
+            module.register_forward_pre_hook(lambda module, arguments: self.wait(buckets))
+
+    def wait(self, buckets: Iterable[Bucket] | None = None) -> None:
+        """Have the weights of these buckets, or of all, on this rank; on a GPU it is the stream that waits."""
+        for bucket in self.buckets if buckets is None else buckets:
+            if bucket.arriving is not None:
+                bucket.arriving.wait()
+                bucket.arriving = None
+
+    # --- during the backward
+
+    def _hook(self, bucket: Bucket, index: int) -> Any:
+        @torch.no_grad()
+        def take(parameter: torch.nn.Parameter) -> None:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            bucket.add(index, gradient, self.collected_dtype)
+            if not bucket.awaited and self._sends():
+                self._send_complete()
+
+        return take
+
+    def _sends(self) -> bool:
+        return self.ranks > 1 and (self.every_micro_step or self.boundary())
+
+    def _send_complete(self) -> None:
+        while self._next < len(self._order) and not self._order[self._next].awaited:
+            if len(self._sent) == self.in_flight:
+                self._collect(*self._sent.popleft())
+            bucket = self._order[self._next]
+            assert bucket.gradients is not None
+            part = torch.empty(bucket.share, dtype=self.travel_dtype, device=bucket.weights.device)
+            # as it travels, kept until it has arrived
+            bucket.gradients = bucket.gradients.to(self.travel_dtype)
+            self._sent.append((bucket, part, dist.reduce_scatter_tensor(part, bucket.gradients, async_op=True)))
+            self._next += 1
+
+    def _collect(self, bucket: Bucket, part: torch.Tensor, work: Any) -> None:
+        """On a GPU the wait is the stream's, not the host's."""
+        work.wait()
+        bucket.release()
+        if bucket.gradient is not None:
+            bucket.gradient.add_(part)
+        else:
+            adds_up = self.accumulates and self.every_micro_step
+            bucket.gradient = part.float() if adds_up else part
+
+    @torch.no_grad()
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """The engine calls it at the end of a backward that may send: at ZeRO-1 the step's last alone."""
+        for bucket in self.buckets:
+            bucket.complete(self.collected_dtype)
+        if self._sends():
+            self._send_complete()
+            while self._sent:
+                self._collect(*self._sent.popleft())
+            self._next = 0
+        elif self.ranks == 1 and self.boundary():
+            for bucket in self.buckets:
+                bucket.gradient = bucket.gradients
+
+    overlapping_partition_gradients_reduce_epilogue = reduce_gradients  # its name at ZeRO-2
+
+    def backward_epilogue(self, **kwargs: Any) -> None:
+        """After every backward."""
+        for bucket in self.buckets:
+            bucket.awaited = set(range(len(bucket.parameters)))
+
+    # --- the step
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the weights, or leave all as it is where the gradients are not finite: the one wait for the device."""
+        norm = self._norm()
+        self.overflow = not bool(torch.isfinite(norm))
+        self._global_grad_norm = torch.full_like(norm, torch.inf) if self.overflow else norm
+        if not self.overflow:
+            self._update(norm)
+        self.zero_grad()
+
+    def _norm(self) -> torch.Tensor:
+        """Of the mean over ranks of all gradients, () fp64: sums of squares in fp32 are off by 5e-4 on a CPU."""
+        parts = [torch.linalg.vector_norm(_of(bucket.gradient), dtype=torch.float64) for bucket in self.buckets]
+        total = torch.stack(parts).square_().sum()
+        if self.ranks > 1:
+            dist.all_reduce(total)
+        return total.sqrt_() / self.ranks
+
+    def _update(self, norm: torch.Tensor) -> None:
+        self.wait()  # for weights that no forward has used: they are written to below
+        scale: float | torch.Tensor = 1.0 / self.ranks  # what was reduced are sums
+        if self.clip:
+            scale = ((self.clip / (norm + 1e-6)).clamp_(max=1.0) / self.ranks).float()
+        for bucket in self.buckets:
+            group, state = bucket.group, self.optimizer.state[bucket.master]
+            state["step"] += 1
+            adamw_ema(
+                bucket.master,
+                _of(bucket.gradient),
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                step=state["step"],
+                grad_scale=scale,
+                weight=None if bucket.master is bucket.own else bucket.own,
+                ema=bucket.ema,
+                momentum=group["ema_momentum"] if bucket.ema is not None else 1.0,
+                target=None if bucket.target_own is bucket.ema else bucket.target_own,
+            )
+        self._share_weights()
+
+    @torch.no_grad()
+    def update_lp_params(self) -> None:
+        """Write the weights that the forward uses from the masters."""
+        for bucket in self.buckets:
+            if bucket.master is not bucket.own:
+                bucket.own.copy_(bucket.master)
+        self._share_weights()
+        self.wait()
+
+    def _share_weights(self) -> None:
+        for bucket in reversed(self._order):  # the first that the forward needs goes first
+            bucket.arriving = share(bucket.weights, bucket.own)
+        self.wait(self._at_once)
+
+    @torch.no_grad()
+    def write_averages(self) -> None:
+        """This rank's part of the averaged network's weights from its EMA."""
+        for bucket in self.buckets:
+            if bucket.ema is not None and bucket.target_own is not bucket.ema:
+                _of(bucket.target_own).copy_(bucket.ema)
+
+    def share_averages(self) -> list[Any]:
+        """Start to bring the averaged network's weights to all ranks; what to wait for."""
+        averaged = [bucket for bucket in self.buckets if bucket.target is not None]
+        works = [share(_of(bucket.target), _of(bucket.target_own)) for bucket in averaged]
+        return [work for work in works if work is not None]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for bucket in self.buckets:
+            bucket.release()
+            bucket.gradient = None
+            for parameter in bucket.parameters:
+                parameter.grad = None
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    def fragments(self) -> Iterator[tuple[str, int, int, int, int]]:
+        """(parameter's name, its first element owned here, how many, flat, first element there) of all owned runs."""
+        for flat, bucket in enumerate(self.buckets):
+            low = self.rank * bucket.share
+            for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=False):
+                start, stop = max(low, offset), min(low + bucket.share, offset + parameter.numel())
+                if start < stop:
+                    yield self.param_names[parameter], start - offset, stop - start, flat, start - low
+
+
+def _of(tensor: torch.Tensor | None) -> torch.Tensor:
+    assert tensor is not None
+    return tensor
+
+
+def share(whole: torch.Tensor, own: torch.Tensor) -> Any:
+    """Start to give this rank's part of a flat tensor to all, and to get theirs; what to wait for, None of one rank."""
+    if dist.get_world_size() == 1:
+        return None
+    if dist.get_backend() != "nccl":
+        own = own.clone()  # gloo refuses input and output that overlap
+    return dist.all_gather_into_tensor(whole, own, async_op=True)
+
+
+class Engine(deepspeed.DeepSpeedEngine):
+    """DeepSpeed's, with the optimizer above."""
+
+    def _configure_zero_optimizer(self, optimizer: torch.optim.Optimizer) -> ShardedAdamW:
+        assert isinstance(optimizer, torch.optim.AdamW)
+        return ShardedAdamW(
+            optimizer,
+            self.param_names,
+            bucket_size=self.zero_reduce_bucket_size(),
+            gradient_dtype=self.communication_data_type,
+            every_micro_step=self.zero_optimization_partition_gradients(),
+            accumulation_steps=self.gradient_accumulation_steps(),
+            clip=self.gradient_clipping(),
+            boundary=self.is_gradient_accumulation_boundary,
+        )
+
+    _configure_bf16_optimizer = _configure_zero_optimizer  # what it is called at ZeRO-1
+
+
+def sharded_engine(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], *, in_flight: int
+) -> Engine:
+    """As deepspeed.initialize() makes it. in_flight: how many buckets of gradients may be on their way at once."""
+    engine = Engine(args=None, model=model, optimizer=optimizer, config=config, config_class=DeepSpeedConfig(config))
+    engine.optimizer.in_flight = in_flight
+    return engine
