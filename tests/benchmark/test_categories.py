@@ -57,6 +57,7 @@ NAMES = {
         "_target_loss_kernel",
         "_context_grad_kernel",
         "_segment_sum_kernel",
+        "_column_sums_kernel",
         "aten::native_layer_norm",
         "aten::sum",
     ],
