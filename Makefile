@@ -18,7 +18,8 @@ help:
 	@echo "make setup      create .venv and install requirements.lock (once); LATEST=1: the newest versions that resolve"
 	@echo "make pretrain   train configs/tiny.yaml on $(RANKS) processes and report (ARGS='optimization.max_steps=50' ...)"
 	@echo "make benchmark  time the training step at small sizes against a dense baseline (minutes)"
-	@echo "make gpu-check  on a GPU: tests, benchmarks of kernels and of steps (PYTHON=python3: with its packages, no .venv)"
+	@echo "make gpu-check  on a GPU, eight minutes: rates, tests, the ViT-H/14 step (PYTHON=python3: its packages, no .venv)"
+	@echo "make gpu-tests  a part of it; gpu-benchmarks: all kernels at all shapes; gpu-step-vith14: beside the baseline"
 	@echo "make test       the quick tests; make test-all adds the slow ones; make lint: ruff, mypy, layers"
 	@echo "make test-versions  the quick tests with torch $(VERSIONS), each in .venvs/ (make test-version-oldest: one)"
 	@echo "make lock       renew requirements.lock: versions that are a month old"
@@ -82,11 +83,12 @@ test-versions: $(VERSIONS:%=test-version-%)
 test-version-%: .venvs/%/.ready
 	PATH="$(CURDIR)/.venvs/$*/bin:$$PATH" $(PYTEST) $(ARGS)
 
-# Needs no network and no .venv where PYTHON is given and has the packages. All parts run: make -k.
+# These need no network and no .venv where PYTHON is given and has the packages. gpu-check: eight minutes on one GPU.
 GPU_SETUP := $(if $(filter file default,$(origin PYTHON)),setup)
 GPU_STEPS := vitb16 vitl16 vith14
-gpu-check:
-	$(MAKE) -k gpu-tests gpu-benchmarks gpu-steps
+gpu-check: $(GPU_SETUP)
+	@$(GPU_PATH) $(GPU_PYTHON) launch/gpu_check.py $(ARGS); code=$$?; \
+		$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py; exit $$code
 gpu-tests: $(GPU_SETUP)
 	$(GPU_PATH) $(GPU_PYTHON) -m pytest -m gpu tests/kernels tests/models tests/engine tests/benchmark
 gpu-benchmarks: $(GPU_SETUP)

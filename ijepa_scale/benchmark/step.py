@@ -4,8 +4,9 @@ All is timed in one process, in turns, so that whatever else the machine does fa
 is reported beside elapsed time: it hardly changes when other processes use the cores.
 """
 
-import gc
+import itertools
 import math
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,19 +19,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from ijepa_kernels.dispatch import chosen
 from ijepa_scale import build
 from ijepa_scale.benchmark.dense_baseline import DenseJepa, DenseMasks
+from ijepa_scale.benchmark.in_memory import DrawnOnDevice, attention_of, one_process, run_in_memory
 from ijepa_scale.benchmark.profiling import profile_steps
-from ijepa_scale.benchmark.timing import LAYOUTS, Say, Timed, machine, spread, turns
+from ijepa_scale.benchmark.timing import WARM_UP, Say, Timed, machine, spread, turns, until_it_fits
 from ijepa_scale.config import PretrainConfig
-from ijepa_scale.engine import distributed, zero
+from ijepa_scale.data.collate import Batch
 from ijepa_scale.engine.device import device_peak
-from ijepa_scale.engine.ema import ShardedEMA
+from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.engine.feed import Feed
 from ijepa_scale.engine.optim import adamw, parameter_groups, set_schedules
 from ijepa_scale.masking.packing import Masks
-from ijepa_scale.models.attention_backends import Choices
 from ijepa_scale.models.blocks import Block
-from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.objectives.ijepa import IJepaObjective
+from ijepa_scale.train import train_step
 
 # (m, k, n) of the matmul rate
 LARGE_SHAPES = {
@@ -49,10 +51,13 @@ class Setting:
 
     config: PretrainConfig
     objective: IJepaObjective
-    device: torch.device
+    ranks: Ranks
     precision: str  # fp32 or bf16
-    attention: Choices  # of the training step; the baseline has its own
     batch: int
+
+    @property
+    def device(self) -> torch.device:
+        return self.ranks.device
 
     @property
     def cuda(self) -> bool:
@@ -70,52 +75,38 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
     if config.loss.kind != "smooth_l1":
         raise ValueError(f"the dense baseline's loss is smooth_l1, got loss.kind={config.loss.kind}")
     config = replace(config, loss=replace(config.loss, variance=0.0, covariance=0.0))  # the baseline has no such terms
-    ranks = distributed.start()
-    try:
-        if ranks.world_size > 1:
-            raise ValueError(f"the benchmark is one process, got {ranks.world_size}; start it with python")
-        device = ranks.device
-        precision = build.training_precision(config, device)
+    with one_process() as ranks:
+        objective = DrawnOnDevice.of(build.build_ijepa(config), ranks.device)
+        precision = build.training_precision(config, ranks.device)
         asked = config.optimization.micro_batch_size or config.optimization.global_batch_size
-        attention = build.build_attention(config, device=device)
-        say(f"attention: {attention.name} ({attention.why})")
-        setting = Setting(config, build.build_ijepa(config), device, precision, attention, asked)
-        while True:
-            try:
-                return {**measure(setting, steps, say, profile), "batch_asked": asked}
-            except torch.OutOfMemoryError as error:
-                short = str(error).splitlines()[0]
-            if setting.batch == 1:
-                raise ValueError(f"no step fits into {device} beside the weights of both models: {short}")
-            setting = replace(setting, batch=setting.batch // 2)
-            say(f"out of memory; all runs begin again with {setting.batch} images a step")
-            gc.collect()
-            if setting.cuda:
-                torch.cuda.empty_cache()
-    finally:
-        ranks.close()
+
+        def attempt(batch: int) -> dict[str, Any]:
+            return measure(Setting(config, objective, ranks, precision, batch), steps, say, profile)
+
+        return {**until_it_fits(attempt, asked, ranks.device, say), "batch_asked": asked}
 
 
 def measure(setting: Setting, steps: int, say: Say, profile: Path | None) -> dict[str, Any]:
-    side = setting.config.data.image_size
-    images = torch.randint(256, (setting.batch, 3, side, side)).to(torch.uint8).to(setting.device)
     equal, ragged = (
-        [sampled_masks(setting.objective, setting.batch, step, context) for step in range(LAYOUTS)]
+        [sampled_masks(setting.objective, setting.batch, step, context) for step in range(steps + WARM_UP)]
         for context in ("batch_min", "all")
     )
     say("building both models")
-    runs = [*steps_of(setting, images, equal, ragged), *products(setting)]
-    retries = turns(runs, steps, say, setting.device)
-    found = results(setting, runs, steps)
-    if setting.cuda:
-        found["allocator_retries"] = retries
-    if profile:
-        say("tracing a few steps")
-        step = [run for run in runs if run.tokens][-1]
-        try:
-            found["profile"] = {"run": step.name, **profile_steps(step.run, profile, device=setting.device)}
-        except (ValueError, RuntimeError) as error:  # what was timed is kept
-            found["no_profile"] = str(error)
+    with tempfile.TemporaryDirectory() as folder:
+        baseline = dense_run(setting, equal)
+        training, attention = training_runs(setting, equal, ragged, Path(folder))
+        runs = [baseline, *training, *products(setting)]
+        retries = turns(runs, steps, say, setting.device)
+        found = {**results(setting, runs, steps), "attention": attention}
+        if setting.cuda:
+            found["allocator_retries"] = retries
+        if profile:
+            say("tracing a few steps")
+            step = training[-1]
+            try:
+                found["profile"] = {"run": step.name, **profile_steps(step.run, profile, device=setting.device)}
+            except (ValueError, RuntimeError) as error:  # what was timed is kept
+                found["no_profile"] = str(error)
     return found
 
 
@@ -124,90 +115,87 @@ def sampled_masks(objective: IJepaObjective, batch: int, step: int, context: str
     return replace(objective.draw_masks, context=context)(step, range(batch))
 
 
-def steps_of(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged: list[Masks]) -> list[Timed]:
-    """The baseline's step; the training step on the same masks; the training step on all the context sampled.
-
-    With engine.compile the training step on the same masks is there twice, the first time not compiled.
-    """
-    return [dense_run(setting, images, equal), *training_runs(setting, images, equal, ragged)]
-
-
-def timed(
-    name: str, step: Callable[[int], None], flops: list[float], images: torch.Tensor, masks: list[Masks], state: int
-) -> Timed:
+def timed(name: str, step: Callable[[int], None], flops: list[float], masks: list[Masks], state: int) -> Timed:
     """state: bytes of the device that its model holds between steps."""
-    tokens = [len(images) * m.num_patches + m.context.num_tokens + m.prediction.num_tokens for m in masks]
-    context = float(np.mean([m.context.num_tokens / len(images) for m in masks]))
+    tokens = [m.num_images * m.num_patches + m.context.num_tokens + m.prediction.num_tokens for m in masks]
+    context = float(np.mean([m.context.num_tokens / m.num_images for m in masks]))
     return Timed(name, step, flops, tokens, context, state)
 
 
-def dense_run(setting: Setting, images: torch.Tensor, masks: list[Masks]) -> Timed:
-    device = setting.device
+def random_images(setting: Setting) -> torch.Tensor:
+    side = setting.config.data.image_size
+    return torch.randint(256, (setting.batch, 3, side, side)).to(torch.uint8).to(setting.device)
+
+
+def dense_run(setting: Setting, masks: list[Masks]) -> Timed:
+    """The baseline's step."""
+    device, images = setting.device, random_images(setting)
     dense_masks = [DenseMasks.of(one).to(device) for one in masks]
     start = allocated(device)
     with device, torch.no_grad():
         like = setting.objective.build()
         for name, parameter in like.named_parameters():
-            parameter.copy_(drawn(name, parameter.shape, device))
+            parameter.copy_(setting.objective.initial_weight(name, parameter.shape))
         baseline = DenseJepa(like).to(device)
     del like
     step = baseline_step(setting, baseline, images, dense_masks)
     step(0)  # makes the optimizer's state
     state = allocated(device) - start
 
-    def counted(masks: DenseMasks) -> float:
-        with FlopCounterMode(display=False) as counter:
-            baseline(images, masks).backward()
-        baseline.zero_grad()
-        return counter.get_total_flops()
-
-    with autocast(setting):
-        flops = [counted(one) for one in dense_masks]
-    return timed("dense baseline", step, flops, images, masks, state)
+    return timed("dense baseline", step, dense_flops(setting, dense_masks), masks, state)
 
 
-def training_runs(setting: Setting, images: torch.Tensor, equal: list[Masks], ragged: list[Masks]) -> list[Timed]:
-    on_device = [[one.to(setting.device) for one in masks] for masks in (equal, ragged)]
-    start = allocated(setting.device)
-    engine, ema = training_engine(setting)
-    blocks = [module for module in engine.module.modules() if isinstance(module, Block)]
+def dense_flops(setting: Setting, masks: list[DenseMasks]) -> list[float]:
+    """Of the baseline's step on each of such masks, counted on tensors without values, once for each shape."""
+    meta, side = torch.device("meta"), setting.config.data.image_size
+    with meta:
+        baseline = DenseJepa(build.build_ijepa(setting.config).build()).to(meta)
+        images = torch.empty(setting.batch, 3, side, side, dtype=torch.uint8)
+    counted: dict[tuple[torch.Size, torch.Size], float] = {}
+    shapes = [(one.context_BK.shape, one.targets_BMK.shape) for one in masks]
+    for one, shape in zip(masks, shapes, strict=True):
+        if shape not in counted:
+            with FlopCounterMode(display=False) as counter:
+                baseline(images, one.to(meta)).backward()
+            counted[shape] = counter.get_total_flops()
+    return [counted[shape] for shape in shapes]
 
-    def training_step(masks: list[Masks], compiled: bool) -> Callable[[int], None]:
+
+def training_runs(setting: Setting, equal: list[Masks], ragged: list[Masks], folder: Path) -> tuple[list[Timed], str]:
+    """(train.train_step() on the baseline's masks, and on all the context sampled; the attention kernel's name).
+
+    With engine.compile each is there twice, the first time not compiled.
+    """
+    images, start = random_images(setting), allocated(setting.device)
+    run = run_in_memory(setting.config, setting.objective, setting.ranks, batch=setting.batch, steps=2, folder=folder)
+    blocks = [module for module in run.engine.module.modules() if isinstance(module, Block)]
+
+    def training_step(batches: list[Batch], compiled: bool) -> Callable[[int], None]:
+        feed = Feed(itertools.cycle([*batches[-WARM_UP:], *batches[:-WARM_UP]]), setting.device)  # as turns() counts
+
         def step(index: int) -> None:
             for block in blocks:
                 block.compiled = compiled
-            groups = engine.optimizer.optimizer.param_groups
-            set_schedules(groups, lr=LR, weight_decay=WEIGHT_DECAY, ema_momentum=MOMENTUM)
-            engine.backward(engine(images, masks[index % LAYOUTS])["loss"])
-            engine.step()
-            ema.update()
+            train_step(run, 0, feed, stop=False, meanwhile=nothing)
 
         return step
 
-    training_step(on_device[0], False)(0)
-    state = allocated(setting.device) - start
-    compiled = setting.config.engine.compile
-    runs = [("ijepa-scale", on_device[0], equal, False)]
-    if compiled:
-        runs.append(("ijepa-scale, compiled", on_device[0], equal, True))
-    all_context = "ijepa-scale, compiled, all context" if compiled else "ijepa-scale, all context"
-    runs.append((all_context, on_device[1], ragged, compiled))
-    return [
-        timed(
-            name,
-            training_step(masks, compiles),
-            [setting.objective.flops.model(Counts.of(one)) for one in host],
-            images,
-            host,
-            state,
-        )
-        for name, masks, host, compiles in runs
-    ]
+    runs = []
+    state = None
+    for masks, context in ((equal, ""), (ragged, ", all context")):
+        batches = [Batch(images, one.to(setting.device), ()) for one in masks]
+        if state is None:
+            training_step(batches, False)(0)  # makes the optimizer's state
+            state = allocated(setting.device) - start
+        flops = [setting.objective.flops.model(Counts.of(one)) for one in masks]
+        for compiled in (False, True)[: 1 + setting.config.engine.compile]:
+            name = "ijepa-scale" + ", compiled" * compiled + context
+            runs.append(timed(name, training_step(batches, compiled), flops, masks, state))
+    return runs, attention_of(run)
 
 
-def drawn(name: str, shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """A weight as training's are at first, but for the draw, which on a GPU takes no time."""
-    return 0.02 * torch.randn(shape, device=device) if len(shape) > 1 else initial_weight(name, shape, seed=0)
+def nothing() -> None:
+    """What the host has to do while the device works."""
 
 
 def allocated(device: torch.device) -> int:
@@ -227,35 +215,13 @@ def baseline_step(setting: Setting, baseline: Any, images: torch.Tensor, masks: 
     def step(index: int) -> None:
         set_schedules(optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY)
         with autocast(setting):
-            loss = baseline(images, masks[index % LAYOUTS])
+            loss = baseline(images, masks[index])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         baseline.update_target(MOMENTUM)
 
     return step
-
-
-def training_engine(setting: Setting) -> tuple[Any, ShardedEMA]:
-    """What run.set_up() makes of the config, with weights drawn on the device."""
-    config = setting.config
-    settings = zero.deepspeed_config(
-        zero_stage=config.engine.zero_stage,
-        precision=setting.precision,
-        micro_batch_size=setting.batch,
-        accumulation_steps=1,
-        clip_grad_norm=config.optimization.clip_grad_norm,
-        gradient_dtype=config.engine.gradient_dtype,
-        extra=config.engine.deepspeed,
-    )
-    with setting.device:
-        return build.build_engine(
-            setting.objective,
-            settings,
-            betas=config.optimization.betas,
-            attend=setting.attention.attend,
-            initial=lambda name, shape: drawn(name, shape, setting.device),
-        )
 
 
 def products(setting: Setting) -> list[Timed]:
@@ -312,7 +278,7 @@ def results(setting: Setting, runs: list[Timed], steps: int) -> dict[str, Any]:
             "name": run.name,
             "step_seconds": spread(run.wall),
             "images_per_second": spread([batch / seconds for seconds in run.wall]),
-            "tokens_per_second": spread([run.tokens[i % LAYOUTS] / s for i, s in enumerate(run.wall)]),
+            "tokens_per_second": spread([run.tokens[i] / s for i, s in enumerate(run.wall)]),
             "context_tokens_per_image": run.context,
             "gflop_per_step": float(np.mean(run.flops)) / 1e9,
             "gflop_per_second": gflops,
@@ -335,7 +301,6 @@ def results(setting: Setting, runs: list[Timed], steps: int) -> dict[str, Any]:
         "precision": setting.precision,
         "zero_stage": config.engine.zero_stage,
         "operations": chosen(setting.device),
-        "attention": setting.attention.name,
         "compile": config.engine.compile,
         "activation_checkpointing": config.engine.activation_checkpointing,
         "steps": rows,

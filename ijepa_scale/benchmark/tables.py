@@ -136,8 +136,14 @@ def show_data(found: dict[str, Any]) -> None:
 
 
 def show_profile(found: dict[str, Any]) -> None:
-    """Print what benchmark/profiling.py found: the costliest operations of a step, and its gaps."""
+    """Print what benchmark/profiling.py found: what a step's time goes to, its costliest operations, and its gaps."""
     console, gaps, of = _console(), found["gaps"], found["of"]
+    table = Table("", title=f"{found['run']}: what a step's time goes to")
+    for column in ("ms a step", "of the step", "calls a step"):
+        table.add_column(column, justify="right")
+    for row in found["categories"]:
+        table.add_row(row["name"], f"{row['milliseconds']:,.2f}", f"{100 * row['share']:.1f}%", f"{row['calls']:,.0f}")
+    console.print(table)
     table = Table(
         title=f"{found['run']}: a step takes {found['step_milliseconds']:,.1f} ms under the profiler; costliest {of}"
     )

@@ -1,5 +1,6 @@
 """Things timed in turns, on an idle device, and what is said of the machine they ran on."""
 
+import gc
 import os
 import platform
 import re
@@ -7,15 +8,33 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
 MEASUREMENTS = Path(__file__).resolve().parents[2] / "docs" / "measurements"
-LAYOUTS = 4  # batches of masks that the steps cycle through
+WARM_UP = 4  # rounds; each round has masks of its own, as each step of a run
 
+T = TypeVar("T")
 Say = Callable[[str], None]
+
+
+class GpuMoment:
+    """A moment on the GPU's clock: when it has done what it was given so far. later - earlier: seconds."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: "GpuMoment") -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1000
+
+
+def moment(device: torch.device) -> Any:
+    """Now, by the device's clock; the difference of two is in seconds."""
+    return GpuMoment() if device.type == "cuda" else time.perf_counter()
 
 
 @dataclass
@@ -24,8 +43,8 @@ class Timed:
 
     name: str
     run: Callable[[int], None]
-    flops: list[float]  # of one run, by layout
-    tokens: list[int] = field(default_factory=list)  # context, target and predictor tokens of one run, by layout
+    flops: list[float]  # of one run, by round
+    tokens: list[int] = field(default_factory=list)  # context, target and predictor tokens of one run, by round
     context: float = 0.0  # context tokens an image
     state: int = 0  # bytes that it holds on a GPU between its runs
     wall: list[float] = field(default_factory=list)  # seconds, by round
@@ -56,22 +75,41 @@ class Timed:
 
 
 def turns(runs: list[Timed], steps: int, say: Say, device: torch.device) -> int:
-    """Rounds in the order A B C, C B A, ...; the first LAYOUTS are warm-up.
+    """Rounds in the order A B C, C B A, ...; the first WARM_UP, numbered -WARM_UP to -1, are not kept.
 
     Returns how often a GPU's allocator had to give memory back in the timed rounds, which slows them down.
     """
     retries = 0
-    for index in range(-LAYOUTS, steps):
+    for index in range(-WARM_UP, steps):
         if index == 0:
-            retries = _retries(device)
+            retries = allocator_retries(device)
         for run in runs if index % 2 == 0 else runs[::-1]:
             run.once(index, keep=index >= 0, device=device)
-        say(f"warm-up {index + LAYOUTS + 1} of {LAYOUTS}" if index < 0 else f"round {index + 1} of {steps}")
-    return _retries(device) - retries
+        say(f"warm-up {index + WARM_UP + 1} of {WARM_UP}" if index < 0 else f"round {index + 1} of {steps}")
+    return allocator_retries(device) - retries
 
 
-def _retries(device: torch.device) -> int:
+def allocator_retries(device: torch.device) -> int:
+    """How often a GPU's memory was so full that the allocator gave some back and fetched it anew, so far."""
     return torch.cuda.memory_stats(device).get("num_alloc_retries", 0) if device.type == "cuda" else 0
+
+
+def until_it_fits(run: Callable[[int], T], batch: int, device: torch.device, say: Say) -> T:
+    """run(batch), with half the batch as often as a GPU's memory runs out in it. ValueError where 1 does not fit."""
+    while True:
+        try:
+            return run(batch)
+        except RuntimeError as error:
+            if not any(isinstance(one, torch.OutOfMemoryError) for one in (error, error.__cause__)):
+                raise
+            short = str(error.__cause__ or error).splitlines()[0]
+        if batch == 1:
+            raise ValueError(f"no step fits into {device}, not even of one image: {short}")
+        batch //= 2
+        say(f"out of memory: to begin again with {batch} images a step")
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -43,6 +43,10 @@ class Counts:
         images = sum(one.images for one in counts)
         return cls(*(sum(values) / images for values in zip(*map(astuple, counts), strict=True)))
 
+    def times(self, images: float) -> "Counts":
+        """Of so many images, where these are means an image."""
+        return Counts(*(images * value for value in astuple(self)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepFlops:

@@ -2,6 +2,7 @@
 
 import itertools
 import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +16,11 @@ from ijepa_scale.data.sources.remote import is_remote
 from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.data.streams.samples import PREVIEWED, preview_images
 from ijepa_scale.engine.zero import BUCKET, IN_FLIGHT
+from ijepa_scale.masking.packing import Masks
+from ijepa_scale.objectives.flops import Counts
+from ijepa_scale.objectives.ijepa import IJepaObjective
 from ijepa_scale.objectives.objective import Expected, Objective
-from ijepa_scale.plan import checks
+from ijepa_scale.plan import checks, step_model
 
 SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are taken over
 
@@ -35,7 +39,8 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | No
     images, said = _images(config)
     with torch.device("meta"):
         module = objective.build()
-    expected = objective.expected([objective.draw_masks(step, range(SAMPLED_IMAGES)) for step in range(SAMPLED_STEPS)])
+    masks = [objective.draw_masks(step, range(SAMPLED_IMAGES)) for step in range(SAMPLED_STEPS)]
+    expected = objective.expected(masks)
     total = sum(expected.flops.values())
     size, grid = build.vit_size(config.model), objective.grid
     lines = [
@@ -50,6 +55,7 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | No
         f"model FLOPs    {total / 1e9:,.2f} G an image: "
         + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in expected.flops.items()),
         _kept_line(config, expected, micro_batch_size),
+        *_estimate_lines(config, objective, module, masks, micro_batch_size),
         f"images         {said}",
         _steps_line(config, images, total),
     ]
@@ -64,14 +70,19 @@ def _attention_line(config: PretrainConfig, objective: Objective, device: torch.
     return f"attention      model.attention={config.model.attention}{predictor}: chosen and tested where it trains"
 
 
-def _parameter_lines(
-    config: PretrainConfig, objective: Objective, module: torch.nn.Module, *, accumulates: bool
-) -> list[str]:
+def parameter_counts(objective: Objective, module: torch.nn.Module) -> tuple[dict[str, int], int]:
+    """(parameters of each network that is trained, those of them that have an EMA)."""
     trained = {
         name: sum(parameter.numel() for parameter in network.parameters())
         for name, network in objective.trained(module).items()
     }
-    averaged = sum(parameter.numel() for parameter, _ in objective.averaged(module))
+    return trained, sum(parameter.numel() for parameter, _ in objective.averaged(module))
+
+
+def _parameter_lines(
+    config: PretrainConfig, objective: Objective, module: torch.nn.Module, *, accumulates: bool
+) -> list[str]:
+    trained, averaged = parameter_counts(objective, module)
     stage = config.engine.zero_stage
     whole, cut, passing = state_bytes(
         stage,
@@ -113,6 +124,24 @@ def _kept_line(config: PretrainConfig, expected: Expected, images: int) -> str:
         f"activations    kept in bf16 for the backward: {parts} of {images} image{'s' * (images > 1)} "
         f"(engine.activation_checkpointing={config.engine.activation_checkpointing})"
     )
+
+
+def _estimate_lines(
+    config: PretrainConfig, objective: Objective, module: torch.nn.Module, masks: Sequence[Masks], images: int
+) -> list[str]:
+    """The time of a step of I-JEPA on each GPU that rates are assumed of; of another objective nothing is known."""
+    if not isinstance(objective, IJepaObjective):
+        return []
+    trained, averaged = parameter_counts(objective, module)
+    counts = Counts.mean([Counts.of(one) for one in masks]).times(images)
+    parameters = {"trained": sum(trained.values()), "averaged": averaged}
+    lines = []
+    for device, rates in step_model.ASSUMED.items():
+        work = step_model.model_step(objective, counts, **parameters, rates=rates, compiled=config.engine.compile)
+        lines.append(step_model.in_words(work, images=images, device=device, rates=rates))
+        if config.engine.activation_checkpointing != "none":
+            lines[-1] += "; without activation checkpointing"
+    return lines
 
 
 def _images(config: PretrainConfig) -> tuple[int, str]:

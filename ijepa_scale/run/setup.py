@@ -73,8 +73,19 @@ def check(config: PretrainConfig, objective: Objective | None = None) -> Objecti
     return objective
 
 
-def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume: str, allow_changes: bool) -> Run:
-    """Everything else that can fail for a user's reason, in the order of its cost."""
+def set_up(
+    config: PretrainConfig,
+    objective: Objective,
+    ranks: Ranks,
+    *,
+    resume: str,
+    allow_changes: bool,
+    given: ImageSet | None = None,
+) -> Run:
+    """Everything else that can fail for a user's reason, in the order of its cost.
+
+    given: images to train on in the place of data.source.
+    """
     folder = RunFolder(config.run_dir)
     micro_batch_size, precision, settings = checks.settings(
         config, objective, ranks=ranks.world_size, device=ranks.device
@@ -83,8 +94,11 @@ def set_up(config: PretrainConfig, objective: Objective, ranks: Ranks, *, resume
     ranks.together(lambda: folder.lock() if ranks.first else None)
     if config.model.init_from and starts_anew(folder, ranks, resume):
         ranks.together(lambda: init_from.check(config, objective) if ranks.first else None)
-    images = ranks.together(lambda: build.build_images(config), on="node")
-    evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
+    images = given or ranks.together(lambda: build.build_images(config), on="node")
+    if given:
+        evaluation = build.EvalImages(given, given, held_out=False)
+    else:
+        evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
     horizon = build.build_horizon(config, len(images))
     facts = facts_of(config, objective, ranks, images=len(images), precision=precision, micro_batch=micro_batch_size)
     dealt: list[str] = []

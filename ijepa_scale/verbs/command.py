@@ -16,6 +16,7 @@ VERBS = {
     "export": "a trained network -> a folder for transformers, timm, ONNX or safetensors",
     "neighbours": "nearest neighbours among embeddings, as a list and a picture",
     "benchmark": "time the training step, or the input pipeline, on this machine",
+    "gpu_check": "measure a GPU and the ViT-H/14 step on it in eight minutes",
 }
 
 

@@ -2,10 +2,9 @@
 
 On a GPU by its own events, with a cold second-level cache, as triton.testing.do_bench does. The rows go to
 docs/measurements/DEVICE/kernels.json. On a CPU only the definitions and peers run, on small batches: such numbers say
-nothing about GPUs, and are not kept.
+nothing about GPUs, and are not kept. --case takes one case, --keep says where the rows go.
 """
 
-import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ import torch
 
 from benchmarks.cases import COMPILED, DEVICE, ON_GPU
 from benchmarks.tables import keep
-from ijepa_scale.benchmark.timing import measurements
+from ijepa_scale.benchmark.timing import measurements, moment
 
 FLUSHED = 1 << 32  # bytes written between rounds: more than any cache holds, and long enough to hide launches behind
 ROUNDS, WARMUP_ROUNDS = (30, 5) if ON_GPU else (3, 1)
@@ -24,30 +23,30 @@ torch._dynamo.config.recompile_limit = 64  # a shape is a compilation; past the 
 torch._dynamo.config.fail_on_recompile_limit_hit = True
 
 
-class Moment:
-    """A moment on the GPU's clock."""
-
-    def __init__(self) -> None:
-        self.event = torch.cuda.Event(enable_timing=True)
-        self.event.record()
-
-    def __sub__(self, earlier: "Moment") -> float:
-        self.event.synchronize()
-        return earlier.event.elapsed_time(self.event) / 1000
-
-
 def clock():
-    return Moment() if ON_GPU else time.perf_counter()
+    return moment(DEVICE)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption("--case", metavar="CONFIG-IMAGES", help="this case alone, such as vith14-128")
+    parser.addoption("--keep", type=Path, metavar="FILE", help="of the rows (default docs/measurements/DEVICE/)")
+
+
+def pytest_collection_modifyitems(config, items):
     not_compiled = pytest.mark.skip(reason=f"torch.compile is timed on a GPU, at {COMPILED}")
+    others = [item for item in items if config.option.case not in (None, "{}-{}".format(*case_in(item)))]
+    config.hook.pytest_deselected(items=others)
+    items[:] = [item for item in items if item not in others]
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=clock))
-        parameters = item.callspec.params
-        case = parameters.get("case") or (parameters["name"], 128)
+        parameters, case = item.callspec.params, case_in(item)
         if parameters.get("provider") == "compiled" and not (ON_GPU and case in COMPILED):
             item.add_marker(not_compiled)
+
+
+def case_in(item):
+    parameters = item.callspec.params
+    return parameters.get("case") or (parameters["name"], 128)
 
 
 @pytest.fixture(scope="session")
@@ -93,22 +92,25 @@ def row(benchmark, flush, copy_rate, pytestconfig):
             }
         )
         benchmark.extra_info.update(_rows[-1])
-        if ON_GPU and not pytestconfig.option.keyword:
-            keep_rows()  # each as it is timed: the job may be cut
+        if path := kept(pytestconfig):
+            keep_rows(path)  # each as it is timed: the job may be cut
 
     return timed
 
 
-def kept() -> Path:
+def kept(config) -> Path | None:
+    """Where rows go: of a part of the benchmarks and of a CPU only where that is said."""
+    if config.option.keep or not ON_GPU or config.option.keyword or config.option.case:
+        return config.option.keep
     return measurements({"gpu": torch.cuda.get_device_name()}) / "kernels.json"
 
 
-def keep_rows() -> None:
+def keep_rows(path: Path) -> None:
     import triton
 
-    device = torch.cuda.get_device_name()
+    device = torch.cuda.get_device_name() if ON_GPU else "CPU"
     facts = {"device": device, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda}
-    keep({**facts, "copy_gigabytes_per_second": max(_copy_rates.values()) / 1e9, "rows": _rows}, kept())
+    keep({**facts, "copy_gigabytes_per_second": max(_copy_rates.values()) / 1e9, "rows": _rows}, path)
 
 
 @pytest.fixture(scope="session")
@@ -150,7 +152,5 @@ def pytest_terminal_summary(terminalreporter, config):
     Console(width=120).print(table)
     if not ON_GPU:
         print("Definitions and peers on a CPU, small batches: these numbers say nothing about GPUs.")
-    elif config.option.keyword:
-        print("not kept: a part of the benchmarks")
-    else:
-        print(f"written: {kept()}")
+    path = kept(config)
+    print(f"written: {path}" if path else "not kept: a part of the benchmarks, or of a CPU; --keep FILE keeps it")

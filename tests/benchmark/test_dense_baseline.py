@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ijepa_scale.benchmark.dense_baseline import DenseJepa, DenseMasks
-from ijepa_scale.benchmark.step import sampled_masks
+from ijepa_scale.benchmark.step import Setting, dense_flops, sampled_masks
 from ijepa_scale.build import build_ijepa, build_model
 from ijepa_scale.config import load_config
+from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.optim import adamw, set_schedules
 from tests.engine.tiny import groups_of
 from tests.processes import ROOT
@@ -55,6 +57,19 @@ def test_loss_gradients_and_three_steps_are_those_of_the_model(config):
     # Adam divides by the gradient's size: where that is rounding alone (keys' biases) weights part, but no others.
     assert apart.mean() < 1e-3 * moved.mean()
     assert (apart > 1e-5).double().mean() < 0.01
+
+
+def test_flops_without_values_are_those_of_a_step(config):
+    objective, ranks = build_ijepa(config), Ranks(0, 1, 0, torch.device("cpu"))
+    masks = [DenseMasks.of(sampled_masks(objective, BATCH, step, "batch_min")) for step in range(4)]
+    dense = DenseJepa(build_model(config))
+    expected = []
+    for one in masks:
+        with FlopCounterMode(display=False) as counter:
+            dense(torch.zeros(BATCH, 3, 64, 64, dtype=torch.uint8), one).backward()
+        expected.append(counter.get_total_flops())
+    assert dense_flops(Setting(config, objective, ranks, "fp32", BATCH), masks) == expected
+    assert len(set(expected)) > 1
 
 
 def test_contexts_of_unequal_lengths_are_refused(config):

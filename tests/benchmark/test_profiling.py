@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 
+from ijepa_scale.benchmark.categories import EVALUATE
 from ijepa_scale.benchmark.profiling import END, START, STEP, Gap, Interval, gaps, own_times, profile_steps, summary
+from ijepa_scale.plan.step_model import ATTENTION, ELEMENTWISE, IDLE, MATRIX, TAIL
 
 
 def event(category, name, start, duration, thread=1):
@@ -33,7 +35,8 @@ def test_gaps_lie_where_nothing_runs():
 def test_own_time_leaves_out_what_is_nested():
     nested = [Interval(0, 100, "a"), Interval(10, 40, "b"), Interval(20, 30, "c"), Interval(40, 50, "b")]
     nested += [Interval(100, 110, "d")]
-    assert own_times(nested[::-1]) == [("a", 60), ("b", 20), ("c", 10), ("b", 10), ("d", 10)]
+    own = [(one.name, microseconds) for one, microseconds in own_times(nested[::-1])]
+    assert own == [("a", 60), ("b", 20), ("c", 10), ("b", 10), ("d", 10)]
 
 
 def test_two_steps_on_a_gpu():
@@ -69,6 +72,40 @@ def test_two_steps_on_a_gpu():
     }
 
 
+def launched(category, name, start, duration, launch, number):
+    """What the host launched at a time, and the launch."""
+    return [
+        event(category, name, start, duration, thread=7) | {"args": {"correlation": number}},
+        event("cuda_runtime", "cudaLaunchKernel", launch, 5) | {"args": {"correlation": number}},
+    ]
+
+
+def test_what_is_launched_after_the_backward_is_the_optimizers():
+    """By when the host launched it, not by when it ran: the GPU lags behind."""
+    add = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>"
+    events = [
+        event("user_annotation", STEP, 0, 1000),
+        event("cpu_op", EVALUATE + "AddmmBackward0", 100, 50),
+        event("cpu_op", EVALUATE + "torch::autograd::AccumulateGrad", 160, 20),
+        event("cpu_op", EVALUATE + "AddBackward0", 190, 10),
+        *launched("kernel", "sm90_xmma_gemm_bf16bf16", 300, 100, 50, 1),
+        *launched("kernel", "pytorch_flash::flash_bwd_kernel", 400, 200, 120, 2),
+        *launched("kernel", add, 600, 50, 170, 3),  # in a hook on a gradient
+        *launched("kernel", add, 650, 30, 195, 4),
+        *launched("kernel", add, 700, 40, 300, 5),
+    ]
+    found = summary(events, cuda=True)
+    times = {row["name"]: row["milliseconds"] for row in found["categories"]}
+    assert times == {MATRIX: 0.1, ATTENTION: 0.2, TAIL: pytest.approx(0.09), ELEMENTWISE: 0.03, IDLE: 0.58}
+    assert {row["name"]: row["milliseconds"] for row in found["phases"]} == {
+        "forward": 0.1,
+        "backward": pytest.approx(0.23),
+        "after the backward": pytest.approx(0.09),
+    }
+    shares = sum(row["share"] for row in found["categories"])
+    assert shares == pytest.approx(1.0), "one stream, so that all adds up"
+
+
 def test_a_trace_without_kernels_is_an_error():
     with pytest.raises(ValueError, match="CUPTI"):
         summary([event("user_annotation", STEP, 0, 10), event("cpu_op", "aten::mm", 1, 2)], cuda=True)
@@ -86,3 +123,7 @@ def test_a_real_trace(tmp_path):
     assert rows["aten::mm"]["calls"] == 3 and found["costliest"][0] == rows["aten::mm"]
     own = sum(row["milliseconds"] for row in found["costliest"])
     assert 0 < own <= found["step_milliseconds"] - found["gaps"]["milliseconds"] + 1e-6
+    categories = {row["name"]: row for row in found["categories"]}
+    assert rows["aten::mm"] in categories[MATRIX]["kernels"]
+    assert categories[IDLE]["milliseconds"] == found["gaps"]["milliseconds"]
+    assert {row["name"] for row in found["phases"]} >= {"forward", "backward"}

@@ -3,12 +3,19 @@
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
+from ijepa_scale import build
 from ijepa_scale.benchmark import step as benchmark
+from ijepa_scale.benchmark.timing import WARM_UP, turns
+from ijepa_scale.config import load_config
+from ijepa_scale.engine import distributed
 from ijepa_scale.engine.device import peak_flops
+from ijepa_scale.objectives.flops import Counts
 from tests import processes
 from tests.benchmark import worker_benchmark
 from tests.processes import ROOT, assert_all, run_ranks
@@ -52,6 +59,7 @@ def test_compiled_in_bf16_with_a_trace(tmp_path):
         "dense baseline",
         "ijepa-scale",
         "ijepa-scale, compiled",
+        "ijepa-scale, all context",
         "ijepa-scale, compiled, all context",
     ]
     assert found["precision"] == "bf16" and (tmp_path / "trace" / "trace.json.gz").is_file()
@@ -95,6 +103,40 @@ def test_the_step_attends_as_training_does(tmp_path):
     assert found["calls"] == (1 + 5 * 2) * 2
 
 
+def test_each_round_has_the_masks_that_its_flops_are_counted_of(monkeypatch, tmp_path):
+    config = load_config("tiny", [*SMALL, "engine.compile=true"])
+    objective, device = build.build_ijepa(config), torch.device("cpu")
+    rounds, taken = 3, []
+    equal, ragged = (
+        [benchmark.sampled_masks(objective, 2, step, context) for step in range(rounds + WARM_UP)]
+        for context in ("batch_min", "all")
+    )
+
+    def train_step(run, step, feed, **given):
+        taken.append(feed.take().masks)
+        feed.load()
+
+    monkeypatch.setattr(benchmark, "run_in_memory", lambda *_, **__: mock.Mock(engine=mock.Mock(module=nn.Module())))
+    monkeypatch.setattr(benchmark, "attention_of", lambda run: "sdpa")
+    monkeypatch.setattr(benchmark, "train_step", train_step)
+    ranks = distributed.Ranks(0, 1, 0, device)
+    setting = benchmark.Setting(config, objective, ranks, "fp32", 2)
+    runs, _ = benchmark.training_runs(setting, equal, ragged, tmp_path)
+    assert [run.name for run in runs] == [
+        "ijepa-scale",
+        "ijepa-scale, compiled",
+        "ijepa-scale, all context",
+        "ijepa-scale, compiled, all context",
+    ]
+    assert len(taken) == 1, "a first step, which makes the optimizer's state"
+    taken.clear()
+    for run in runs:
+        turns([run], rounds, lambda text: None, device)
+        flops = [objective.flops.model(Counts.of(masks)) for masks in taken[WARM_UP:]]
+        assert flops == run.flops[:rounds] and len(set(run.flops)) == rounds + WARM_UP
+        taken.clear()
+
+
 def test_products_of_any_size_take_about_as_long():
     assert benchmark.repeats(2 * 8192.0**3) == 18
     assert benchmark.repeats(1e14) == 1
@@ -114,13 +156,14 @@ def test_on_a_gpu(tmp_path):
         "dense baseline",
         "ijepa-scale",
         "ijepa-scale, compiled",
+        "ijepa-scale, all context",
         "ijepa-scale, compiled, all context",
     ]
     assert found["precision"] == "bf16" and found["machine"]["gpu"] == torch.cuda.get_device_name()
     for row in found["steps"]:
         assert row["state_bytes"] > 0 and row["step_bytes"] > 0
         assert ("mfu" in row) == (peak_flops(found["machine"]["gpu"], "bf16") is not None)
-    assert len({row["state_bytes"] for row in found["steps"][1:]}) == 1 and len(found["steps"]) == 4
+    assert len({row["state_bytes"] for row in found["steps"][1:]}) == 1 and len(found["steps"]) == 5
     if torch.cuda.get_device_capability()[0] >= 8:
         assert found["attention"] != "sdpa"
     assert found["profile"]["of"] == "kernels" and found["profile"]["costliest"]

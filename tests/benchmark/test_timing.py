@@ -2,7 +2,7 @@
 
 import torch
 
-from ijepa_scale.benchmark.timing import LAYOUTS, MEASUREMENTS, Timed, machine, measurements, turns
+from ijepa_scale.benchmark.timing import MEASUREMENTS, WARM_UP, Timed, machine, measurements, turns
 
 
 def test_turns_reverse_and_warm_up_is_not_kept():
@@ -10,7 +10,7 @@ def test_turns_reverse_and_warm_up_is_not_kept():
     runs = [Timed(name, lambda index, name=name: order.append((name, index)), [1.0]) for name in "ab"]
     assert turns(runs, 2, says.append, torch.device("cpu")) == 0
     assert order[-4:] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
-    assert [len(run.wall) for run in runs] == [2, 2] and len(says) == LAYOUTS + 2
+    assert [len(run.wall) for run in runs] == [2, 2] and len(says) == WARM_UP + 2
 
 
 def test_results_of_one_kind_of_device_share_a_folder():

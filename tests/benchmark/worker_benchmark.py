@@ -8,10 +8,12 @@ import torch
 
 from ijepa_scale import build
 from ijepa_scale.benchmark import step as benchmark
+from ijepa_scale.benchmark.alone import alone as step_alone
 from ijepa_scale.config import load_config
 from ijepa_scale.models.attention import Sequences, packed_attention
 from ijepa_scale.models.attention_backends import Choice, Choices
 from ijepa_scale.objectives.ijepa import IJepa
+from ijepa_scale.plan.step_model import Rates
 
 
 def short_of_memory(config: str, overrides: list[str], most: int, out: str) -> None:
@@ -35,6 +37,22 @@ def short_of_memory(config: str, overrides: list[str], most: int, out: str) -> N
     except ValueError as error:
         found = {"error": str(error)}
     Path(out).write_text(json.dumps({**found, "said": said, "models_at_once": max(at_once)}))
+
+
+def alone(overrides: list[str], steps: int, out: str) -> None:
+    """The step alone, where memory holds no more than two images."""
+    forward = IJepa.forward
+
+    def limited(self, images, masks):
+        if len(images) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
+        return forward(self, images, masks)
+
+    IJepa.forward = limited
+    config = load_config("tiny", [*overrides, "optimization.micro_batch_size=4"])
+    rates = Rates(matrix=1e12, copy=1e10)
+    for name, found in step_alone(config, Path(out, "trace"), rates=rates, say=print, steps=steps):
+        Path(out, f"{name}.json").write_text(json.dumps(found))
 
 
 def with_a_kernel(config: str, overrides: list[str], out: str) -> None:

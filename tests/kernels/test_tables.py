@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from benchmarks.tables import NO_STEP, NONE, keep, write
+from benchmarks.tables import NO_GPU, NO_STEP, NONE, keep, write
 
 
 def row(provider, milliseconds, share):
@@ -76,3 +76,41 @@ def test_a_page_has_the_steps_that_were_timed(tmp_path):
     assert "|  | ijepa-scale | 110 | 3,000 | 251.3 | 2.51 (2.01-3.14) | 0.503 | 50% | 41.2% | 3.0 + 2.5 |" in text
     assert text.count("peak unknown") == 2 and text.count("MFU") == 1, "a CPU has no such columns"
     assert text.endswith("b\n<!-- kernels -->\n" + NONE + "\n<!-- /kernels -->\n")
+
+
+def alone(rate, milliseconds, expected):
+    run = {"machine": {"gpu": "A GPU", "torch": "2.11"}, "model": "vit_huge/14", "batch": 128}
+    run |= {"images_per_second": {"median": rate}, "step_seconds": {"median": milliseconds / 1000}}
+    run |= {"share_of_sustained": 0.517, "peak_memory_bytes": 47 << 30}
+    return run | {"estimate": {"milliseconds": expected} if expected else {"missing": "rates"}}
+
+
+def test_a_page_has_the_step_alone_and_where_its_time_goes(tmp_path):
+    page, folder = tmp_path / "page.md", tmp_path / "measurements" / "gpu"
+    page.write_text("<!-- gpu -->\n\n<!-- /gpu -->\n<!-- gpu-categories -->\nold\n<!-- /gpu-categories -->\n")
+    folder.mkdir(parents=True)
+    write(page, folder.parent)
+    assert page.read_text().count(NO_GPU) == 2
+    categories = [{"name": "matrix products", "milliseconds": 187.04}, {"name": "copies", "milliseconds": 4.0}]
+    achieved = {"matrix products": {"tflop_per_second": 552.4}, "copies": {"gigabytes_per_second": 2810.2}}
+    traced = {"machine": {"gpu": "A GPU"}, "categories": [*categories, {"name": "idle", "milliseconds": 2.2}]}
+    for name, result in (
+        ("device", {"matrix_flop_per_second": 7.004e14, "copy_bytes_per_second": 2.9e12}),
+        ("alone", alone(436.7, 293.12, 291.0)),
+        ("alone-compiled", {"error": "ended after its 180 s", "output": []}),
+        ("trace", traced | {"achieved": achieved}),
+        ("trace-compiled", traced | {"categories": categories[:1], "achieved": {}}),
+        ("kernels", {"error": "exit code 1"}),
+        ("step-vith14", {"error": "exit code 1"}),
+    ):
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    for _ in range(2):
+        write(page, folder.parent)
+    text = page.read_text()
+    assert "A GPU, torch 2.11: 700 TFLOP/s sustained in large matrix products" in text and "2,900 GB/s" in text
+    assert "| vit_huge/14, eager | 128 | 437 | 293.1 | 291.0 | 52% | 47.0 |\n<!-- /gpu -->" in text, "the other failed"
+    assert "| matrix products | 187.0 | 187.0 | 552 TFLOP/s |  |" in text
+    assert "| copies | 4.0 |  | 2,810 GB/s |  |" in text and "| idle | 2.2 |  |  |  |" in text
+    (folder / "alone.json").write_text(json.dumps(alone(436.7, 293.12, None) | {"share_of_sustained": None}))
+    write(page, folder.parent)
+    assert "| vit_huge/14, eager | 128 | 437 | 293.1 |  |  | 47.0 |" in page.read_text()
