@@ -17,6 +17,7 @@ from ijepa_kernels.adamw_ema import adamw_ema
 from ijepa_kernels.assemble import assemble
 from ijepa_kernels.ema import ema_update
 from ijepa_kernels.gather import gather_rows
+from ijepa_kernels.norm_residual import norm_residual
 from ijepa_kernels.patchify import patchify
 from ijepa_kernels.target_loss import target_loss
 
@@ -63,6 +64,10 @@ def launches(width: int, dtype: torch.dtype) -> list[Launch]:
         assemble(tokens, mask_token, pos, **rows).sum().backward()
         for kind in ("smooth_l1", "l2"):
             target_loss(tokens, tokens, four, kind).backward()
+        vector = torch.zeros(width, dtype=dtype)
+        torch.cat(norm_residual(tokens, vector, vector, vector, 1e-6)).sum().backward()
+        with torch.no_grad():
+            norm_residual(tokens, vector, vector, vector, 1e-6, overwrite=True)
         ema = torch.zeros(4, width)
         ema_update(ema, ema, 0.9, ema.to(dtype))
         for grad in dict.fromkeys((torch.float32, dtype)):  # of both types that are sent
