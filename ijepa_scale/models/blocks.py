@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ijepa_kernels.dispatch import use_kernels
 from ijepa_kernels.gather import gather_rows
+from ijepa_kernels.linear_gelu import linear_gelu
 from ijepa_kernels.norm_residual import norm_residual
 from ijepa_scale.models.attention import Sequences, attention_weights, packed_attention
 
@@ -92,11 +93,16 @@ def _after_attention(
 
 
 def _norm_linear(
-    tokens_TD: torch.Tensor, norm: Affine, linear: Affine, bias_D: torch.Tensor, overwrite: bool
+    linear: Callable,
+    weights: Affine,
+    tokens_TD: torch.Tensor,
+    norm: Affine,
+    bias_D: torch.Tensor,
+    overwrite: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A linear layer of the normalized tokens, and tokens + bias, which may take the tokens' place."""
+    """linear(normalized tokens, *weights), and tokens + bias, which may take the tokens' place."""
     normalized_TD, sum_TD = norm_residual(tokens_TD, *norm, bias_D, NORM_EPS, overwrite=overwrite)
-    return F.linear(normalized_TD, *linear), sum_TD
+    return linear(normalized_TD, *weights), sum_TD
 
 
 def _onto(sum_TD: torch.Tensor, x_TK: torch.Tensor, weight_DK: torch.Tensor) -> torch.Tensor:
@@ -146,6 +152,7 @@ class Block(nn.Module):
 
     compiled = False
     recomputed = False
+    fused_gelu = False  # where kernels run and no gradient is kept: off until a GPU shows that it pays (linear_gelu)
     engine_hooks = 0
 
     def __init__(self, size: ViTSize):
@@ -188,15 +195,16 @@ class Block(nn.Module):
     def _forward_in_kernels(
         self, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None, overwrite: bool
     ) -> torch.Tensor:
-        proj, fc2 = _affine(self.attn.proj), _affine(self.mlp.fc2)
-        qkv_TF, sum_TD = _norm_linear(tokens_TD, _affine(self.norm1), _affine(self.attn.qkv), proj[1], overwrite)
+        proj, fc1, fc2 = (_affine(layer) for layer in (self.attn.proj, self.mlp.fc1, self.mlp.fc2))
+        norm1, norm2, qkv = (_affine(layer) for layer in (self.norm1, self.norm2, self.attn.qkv))
+        qkv_TF, sum_TD = _norm_linear(F.linear, qkv, tokens_TD, norm1, proj[1], overwrite)
         mixed_TD = packed_attention(self._heads(qkv_TF), sequences).flatten(1)
         del qkv_TF
         if rows_K is not None:
             mixed_TD, sum_TD = (gather_rows(rows, rows_K, unique=True) for rows in (mixed_TD, sum_TD))
         tokens_TD = _onto(sum_TD, mixed_TD, proj[0])
-        hidden_TK, sum_TD = _norm_linear(tokens_TD, _affine(self.norm2), _affine(self.mlp.fc1), fc2[1], True)
-        hidden_TK = F.gelu(hidden_TK)  # what it is of is not held, unless by its gradient
+        first = partial(linear_gelu, fused=self.fused_gelu and not torch.is_grad_enabled())
+        hidden_TK, sum_TD = _norm_linear(first, fc1, tokens_TD, norm2, fc2[1], True)
         return _onto(sum_TD, hidden_TK, fc2[0])
 
     def attention_weights(self, tokens_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
