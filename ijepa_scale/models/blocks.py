@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
+from ijepa_kernels.bias_gelu import bias_gelu
 from ijepa_kernels.dispatch import use_kernels
 from ijepa_kernels.gather import gather_rows
 from ijepa_kernels.linear_gelu import linear_gelu
@@ -103,6 +104,10 @@ def _norm_linear(
     """linear(normalized tokens, *weights), and tokens + bias, which may take the tokens' place."""
     normalized_TD, sum_TD = norm_residual(tokens_TD, *norm, bias_D, NORM_EPS, overwrite=overwrite)
     return linear(normalized_TD, *weights), sum_TD
+
+
+def _biased_gelu(x_TD: torch.Tensor, weight_KD: torch.Tensor, bias_K: torch.Tensor) -> torch.Tensor:
+    return bias_gelu(F.linear(x_TD, weight_KD), bias_K)
 
 
 def _onto(sum_TD: torch.Tensor, x_TK: torch.Tensor, weight_DK: torch.Tensor) -> torch.Tensor:
@@ -203,8 +208,8 @@ class Block(nn.Module):
         if rows_K is not None:
             mixed_TD, sum_TD = (gather_rows(rows, rows_K, unique=True) for rows in (mixed_TD, sum_TD))
         tokens_TD = _onto(sum_TD, mixed_TD, proj[0])
-        first = partial(linear_gelu, fused=self.fused_gelu and not torch.is_grad_enabled())
-        hidden_TK, sum_TD = _norm_linear(first, fc1, tokens_TD, norm2, fc2[1], True)
+        hidden = _biased_gelu if torch.is_grad_enabled() else partial(linear_gelu, fused=self.fused_gelu)
+        hidden_TK, sum_TD = _norm_linear(hidden, fc1, tokens_TD, norm2, fc2[1], True)
         return _onto(sum_TD, hidden_TK, fc2[0])
 
     def attention_weights(self, tokens_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:

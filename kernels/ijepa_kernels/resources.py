@@ -15,6 +15,7 @@ import torch
 from ijepa_kernels import dispatch
 from ijepa_kernels.adamw_ema import adamw_ema
 from ijepa_kernels.assemble import assemble
+from ijepa_kernels.bias_gelu import bias_gelu
 from ijepa_kernels.ema import ema_update
 from ijepa_kernels.gather import gather_rows
 from ijepa_kernels.linear_gelu import linear_gelu
@@ -67,6 +68,7 @@ def launches(width: int, dtype: torch.dtype) -> list[Launch]:
             target_loss(tokens, tokens, four, kind).backward()
         vector = torch.zeros(width, dtype=dtype)
         torch.cat(norm_residual(tokens, vector, vector, vector, 1e-6)).sum().backward()
+        bias_gelu(tokens, vector).sum().backward()
         with torch.no_grad():
             norm_residual(tokens, vector, vector, vector, 1e-6, overwrite=True)
             if dtype.itemsize == 2 and width % 8 == 0:

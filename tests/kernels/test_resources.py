@@ -42,6 +42,8 @@ def check(rows, half=True):
         "norm_residual_grad",
         "column_sums",
         "linear_gelu",
+        "bias_gelu",
+        "bias_gelu_grad",
     }
     assert kernels == (expected | {"patchify"}) - (set() if half else {"linear_gelu"})
     # Triton 3.8's assembler spills one register of the EMA's where nothing is aligned, in fp32 with an fp32 target: no
