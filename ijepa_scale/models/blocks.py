@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -11,7 +11,11 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
+from ijepa_kernels.bias_gelu import bias_gelu
+from ijepa_kernels.dispatch import use_kernels
 from ijepa_kernels.gather import gather_rows
+from ijepa_kernels.linear_gelu import linear_gelu
+from ijepa_kernels.norm_residual import norm_residual
 from ijepa_scale.models.attention import Sequences, attention_weights, packed_attention
 
 NORM_EPS = 1e-6  # as in public checkpoints; PyTorch's 1e-5 shifts features
@@ -85,6 +89,34 @@ def _after_attention(
     return _residual_linear(hidden_TK, *fc2, tokens_TD, True, keep_mlp_T)  # overwritten: nobody else holds them
 
 
+# Where kernels run, a LayerNorm and the sum of the residual and the next bias are one pass, each way. Each half of a
+# block then is such a pass, a product of the normalized tokens, what follows, and a product onto the sum.
+
+
+def _norm_linear(
+    linear: Callable,
+    weights: Affine,
+    tokens_TD: torch.Tensor,
+    norm: Affine,
+    bias_D: torch.Tensor,
+    overwrite: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """linear(normalized tokens, *weights), and tokens + bias, which may take the tokens' place."""
+    normalized_TD, sum_TD = norm_residual(tokens_TD, *norm, bias_D, NORM_EPS, overwrite=overwrite)
+    return linear(normalized_TD, *weights), sum_TD
+
+
+def _biased_gelu(x_TD: torch.Tensor, weight_KD: torch.Tensor, bias_K: torch.Tensor) -> torch.Tensor:
+    return bias_gelu(F.linear(x_TD, weight_KD), bias_K)
+
+
+def _onto(sum_TD: torch.Tensor, x_TK: torch.Tensor, weight_DK: torch.Tensor) -> torch.Tensor:
+    """sum + x @ weight.T, in the sum's place but under autocast, where the product is of a lower precision."""
+    if x_TK.dtype == weight_DK.dtype == sum_TD.dtype:
+        return sum_TD.addmm_(x_TK, weight_DK.t())
+    return F.linear(x_TK, weight_DK) + sum_TD
+
+
 @cache
 def _compiled_halves() -> tuple[Callable, Callable]:
     """Raises torch's FailOnRecompileLimitHit where it would otherwise go on uncompiled with one line in a log."""
@@ -125,6 +157,7 @@ class Block(nn.Module):
 
     compiled = False
     recomputed = False
+    fused_gelu = False  # where kernels run and no gradient is kept: off until a GPU shows that it pays (linear_gelu)
     engine_hooks = 0
 
     def __init__(self, size: ViTSize):
@@ -149,6 +182,9 @@ class Block(nn.Module):
         overwrite: where no gradient is kept the result may be written over tokens_TD.
         keep_T2: (T, 2), factors of what the attention and the MLP add to each token, of drop path.
         """
+        one_type = tokens_TD.dtype == self.norm1.weight.dtype
+        if keep_T2 is None and one_type and not self.compiled and use_kernels(tokens_TD):
+            return self._forward_in_kernels(tokens_TD, sequences, rows_K, overwrite)
         layers = (self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
         proj, norm2, fc1, fc2 = (_affine(layer) for layer in layers)
         mixed_TD = packed_attention(self._qkv(tokens_TD), sequences).flatten(1)
@@ -161,6 +197,21 @@ class Block(nn.Module):
             return after(self._any_length(mixed_TD), self._any_length(tokens_TD), proj, norm2, fc1, fc2, False, keep_T2)
         return _after_attention(mixed_TD, tokens_TD, proj, norm2, fc1, fc2, overwrite or rows_K is not None, keep_T2)
 
+    def _forward_in_kernels(
+        self, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor | None, overwrite: bool
+    ) -> torch.Tensor:
+        proj, fc1, fc2 = (_affine(layer) for layer in (self.attn.proj, self.mlp.fc1, self.mlp.fc2))
+        norm1, norm2, qkv = (_affine(layer) for layer in (self.norm1, self.norm2, self.attn.qkv))
+        qkv_TF, sum_TD = _norm_linear(F.linear, qkv, tokens_TD, norm1, proj[1], overwrite)
+        mixed_TD = packed_attention(self._heads(qkv_TF), sequences).flatten(1)
+        del qkv_TF
+        if rows_K is not None:
+            mixed_TD, sum_TD = (gather_rows(rows, rows_K, unique=True) for rows in (mixed_TD, sum_TD))
+        tokens_TD = _onto(sum_TD, mixed_TD, proj[0])
+        hidden = _biased_gelu if torch.is_grad_enabled() else partial(linear_gelu, fused=self.fused_gelu)
+        hidden_TK, sum_TD = _norm_linear(hidden, fc1, tokens_TD, norm2, fc2[1], True)
+        return _onto(sum_TD, hidden_TK, fc2[0])
+
     def attention_weights(self, tokens_TD: torch.Tensor, sequences: Sequences) -> torch.Tensor:
         """How much each token attends to each other of its sequence, (S, H, L, L): see attention.attention_weights."""
         return attention_weights(self._qkv(tokens_TD), sequences)
@@ -169,6 +220,9 @@ class Block(nn.Module):
         """Queries, keys and values, (T, 3, H, E)."""
         before = _compiled_halves()[0] if self.compiled else _before_attention
         qkv_TF = before(self._any_length(tokens_TD), _affine(self.norm1), _affine(self.attn.qkv))
+        return self._heads(qkv_TF)
+
+    def _heads(self, qkv_TF: torch.Tensor) -> torch.Tensor:
         return qkv_TF.unflatten(-1, (3, self.attn.heads, -1))
 
     def _any_length(self, rows_TD: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,11 @@ import torch
 from ijepa_kernels import dispatch
 from ijepa_kernels.adamw_ema import adamw_ema
 from ijepa_kernels.assemble import assemble
+from ijepa_kernels.bias_gelu import bias_gelu
 from ijepa_kernels.ema import ema_update
 from ijepa_kernels.gather import gather_rows
+from ijepa_kernels.linear_gelu import linear_gelu
+from ijepa_kernels.norm_residual import norm_residual
 from ijepa_kernels.patchify import patchify
 from ijepa_kernels.target_loss import target_loss
 
@@ -63,6 +66,13 @@ def launches(width: int, dtype: torch.dtype) -> list[Launch]:
         assemble(tokens, mask_token, pos, **rows).sum().backward()
         for kind in ("smooth_l1", "l2"):
             target_loss(tokens, tokens, four, kind).backward()
+        vector = torch.zeros(width, dtype=dtype)
+        torch.cat(norm_residual(tokens, vector, vector, vector, 1e-6)).sum().backward()
+        bias_gelu(tokens, vector).sum().backward()
+        with torch.no_grad():
+            norm_residual(tokens, vector, vector, vector, 1e-6, overwrite=True)
+            if dtype.itemsize == 2 and width % 8 == 0:
+                linear_gelu(tokens, torch.zeros(4 * width, width, dtype=dtype), vector.repeat(4), fused=True)
         ema = torch.zeros(4, width)
         ema_update(ema, ema, 0.9, ema.to(dtype))
         for grad in dict.fromkeys((torch.float32, dtype)):  # of both types that are sent
@@ -118,7 +128,9 @@ def compiled(launch: Launch, width: int, dtype: torch.dtype, capability: int) ->
         usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     used = {key: int(value) for key, value in re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
 
-    def widest(instruction: str) -> int:
+    def widest(instruction: str, tile: str) -> int:
+        if f"cp.async.bulk.tensor.2d.{tile}" in binary.asm["ptx"]:  # H100's copies of whole tiles
+            return 16
         found = re.findall(rf"{instruction}\.global[.\w:]*?(?:\.v(\d))?\.[bus](\d+)", binary.asm["ptx"])
         return max((int(vector or 1) * int(bits) // 8 for vector, bits in found), default=0)
 
@@ -131,8 +143,8 @@ def compiled(launch: Launch, width: int, dtype: torch.dtype, capability: int) ->
         registers=used["REG"],
         shared_bytes=max(used["SHARED"], binary.metadata.shared),
         spilled_bytes=used["LOCAL"] + used["STACK"],
-        load_bytes=widest("ld"),
-        store_bytes=widest("st"),
+        load_bytes=widest("ld", "shared"),
+        store_bytes=widest("st", "global"),
     )
 
 
