@@ -47,24 +47,32 @@ PATCHES_SHARE = 0.6
 # Flash attention pads heads to multiples of 32 and sequences to tiles of 128 rows; its backward is 2.5 forwards.
 ATTENTION_SHARE, HEAD_STEP, TILE, ATTENTION_BACKWARD = 200 / 700, 32, 128, 2.5
 
-# What a block's passes over memory move, (what, category, B a token per D, B a token per MLP width). The product onto
-# the residual reads it inside a matrix product.
+# What a block's passes over memory move, (what, category, B a token per D, B a token per MLP width): in kernels, and
+# where blocks run through torch.compile (docs/lab/kernels.md). "Sums that products read" are read inside a product.
 PASSES = {
     "forward": (
-        ("LayerNorms", REDUCTIONS, 8, 0),
-        ("residual and bias", ELEMENTWISE, 8, 0),
+        ("LayerNorms and sums", REDUCTIONS, 12, 0),
         ("sums that products read", MATRIX, 4, 0),
         ("GELU", ELEMENTWISE, 0, 4),
     ),
     "backward": (
-        ("LayerNorms", REDUCTIONS, 12, 0),
-        ("LayerNorms' parameters", REDUCTIONS, 8, 0),
-        ("residual", ELEMENTWISE, 12, 0),
-        ("GELU", ELEMENTWISE, 0, 6),
-        ("bias sums", REDUCTIONS, 10, 2),
+        ("LayerNorms, their parameters, residual", REDUCTIONS, 17.6, 0),
+        ("bias of queries, keys and values", REDUCTIONS, 6, 0),
+        ("GELU and its bias", ELEMENTWISE, 0, 6.1),
     ),
 }
-COMPILED_BACKWARD = 50 / 74  # of these bytes that torch.compile leaves of the backward's
+COMPILED_PASSES = {
+    "forward": (
+        ("LayerNorms and sums", REDUCTIONS, 12, 0),
+        ("residual and bias", ELEMENTWISE, 6, 0),
+        ("GELU", ELEMENTWISE, 0, 4),
+    ),
+    "backward": (
+        ("LayerNorms, their parameters, residual", REDUCTIONS, 20.2, 0),
+        ("bias sums", REDUCTIONS, 10.2, 2),
+        ("GELU", ELEMENTWISE, 0, 6),
+    ),
+}
 # B a token per D: gradients of q, k and v put into one tensor, as torch_varlen alone does, which any GPU has.
 GRADIENT_STACK = 12
 # B a trained parameter, and more for one that has an EMA: engine/sharded_adamw.py on one GPU, without accumulation.
@@ -206,9 +214,9 @@ def _attention(
 
 
 def _passes(network: str, phase: str, size: ViTSize, tokens: float, rates: Rates, compiled: bool) -> Iterator[Work]:
-    left = COMPILED_BACKWARD if compiled and phase == "backward" else 1.0
-    for what, category, a_width, an_mlp_width in PASSES[phase]:
-        moved = left * (a_width * size.width + an_mlp_width * size.mlp_width) * tokens * size.depth
+    passes = COMPILED_PASSES if compiled else PASSES
+    for what, category, a_width, an_mlp_width in passes[phase]:
+        moved = (a_width * size.width + an_mlp_width * size.mlp_width) * tokens * size.depth
         yield _moved(category, what, network, phase, moved, rates)
     if phase == "backward":
         stacked = GRADIENT_STACK * size.width * tokens * size.depth

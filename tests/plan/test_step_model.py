@@ -30,6 +30,21 @@ BY_HAND = {
     ("", "tail"): 18.5,
 }
 TAIL_BY_HAND = {"sum of gradients in fp32": 18, "norm": 4, "AdamW": 28, "bf16 weights": 6, "zeroing": 8}
+PASSES_BY_HAND = {
+    "forward": (
+        ("LayerNorms", step_model.REDUCTIONS, 8, 0),
+        ("residual and bias", step_model.ELEMENTWISE, 8, 0),
+        ("sums that products read", MATRIX, 4, 0),
+        ("GELU", step_model.ELEMENTWISE, 0, 4),
+    ),
+    "backward": (
+        ("LayerNorms", step_model.REDUCTIONS, 12, 0),
+        ("LayerNorms' parameters", step_model.REDUCTIONS, 8, 0),
+        ("residual", step_model.ELEMENTWISE, 12, 0),
+        ("GELU", step_model.ELEMENTWISE, 0, 6),
+        ("bias sums", step_model.REDUCTIONS, 10, 2),
+    ),
+}
 
 
 def vith14(*overrides):
@@ -64,6 +79,7 @@ def part(one):
 def test_vith14_is_what_was_worked_out_by_hand(typical, monkeypatch):
     monkeypatch.setattr(step_model, "TAIL_BYTES", TAIL_BY_HAND)
     monkeypatch.setattr(step_model, "EMA_BYTES", 14)
+    monkeypatch.setattr(step_model, "PASSES", PASSES_BY_HAND)
     monkeypatch.setattr(step_model, "PATCHES_SHARE", 0.4)
     objective, counts = typical
     assert counts.images * objective.grid.num_patches == 32_768
@@ -97,8 +113,8 @@ def test_flops_are_those_that_training_counts():
 def test_rates_and_compilation_change_what_they_are_of(typical):
     objective, counts = typical
     eager, compiled = modelled(objective, counts), modelled(objective, counts, compiled=True)
-    saved = sum(one.seconds for one in eager) - sum(one.seconds for one in compiled)
-    assert 7e-3 < saved < 10e-3  # 24 of 74 bytes of the backward's passes
+    lost = sum(one.seconds for one in compiled) - sum(one.seconds for one in eager)
+    assert 5e-3 < lost < 8e-3  # by count kernels move 80 bytes a token and width, compiled blocks 96
     rates = ASSUMED["H100"]
     twice = model_step(objective, counts, trained=0, averaged=0, rates=replace(rates, copy=2 * rates.copy))
     once = model_step(objective, counts, trained=0, averaged=0, rates=rates)
