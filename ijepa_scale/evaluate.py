@@ -1,13 +1,12 @@
 """An evaluation, top to bottom: an encoder and two splits of images -> tasks -> tables, results.json and pictures."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import track
 
 from ijepa_scale.build import scenes
 from ijepa_scale.config import over
@@ -15,12 +14,13 @@ from ijepa_scale.data.files import cache_path
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.evals.evaluation import Evaluation, Outcome
-from ijepa_scale.evals.labels import open_splits
+from ijepa_scale.evals.labels import open_splits, some_of
 from ijepa_scale.evals.results import RESULTS, read_results, results_table, write_results
 from ijepa_scale.evals.tasks import TASKS, askable, settled
 from ijepa_scale.exchange.load import Loaded, load
 from ijepa_scale.exchange.weights import digest
 from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.run.progress import watched
 from ijepa_scale.run.records import log_evaluation
 from ijepa_scale.visualize.accuracies import draw_accuracies, draw_confusions
 
@@ -39,6 +39,8 @@ class Request:
     test_data: str = ""
     split: str = "train"
     test_split: str = ""
+    train_images: int = 0  # at most so many, evenly over the classes; 0: all
+    test_images: int = 0
     label: str = ""
     features: bool = False
     out: str = ""
@@ -51,6 +53,11 @@ class Request:
     config: str = ""
 
     def __post_init__(self) -> None:
+        if min(self.train_images, self.test_images) < 0:
+            raise ValueError(
+                "--train-images and --test-images must be 0 (all) or more, got "
+                f"{self.train_images} and {self.test_images}"
+            )
         if self.batch_size < 1 or min(self.workers, self.image_size, self.seed) < 0:
             raise ValueError(
                 "--batch-size must be 1 or more, --workers, --image-size and --seed 0 or more, got "
@@ -81,7 +88,7 @@ def evaluate_tasks(ranks: Ranks, request: Request) -> None:
     sha256 = ranks.from_first(digest(loaded.network) if ranks.first else "")
     loaded = replace(loaded, sha256=sha256, image_size=_image_size(request, loaded))
     train, test = ranks.together(lambda: _open(request, loaded, say), on="node")
-    folder = Path(request.out) if request.out else _usual_folder(request, loaded, train)
+    folder = Path(request.out) if request.out else _usual_folder(request, loaded, train, test)
     facts = ranks.together(lambda: _facts(request, loaded, train, test) if ranks.first else {})
     ranks.together(lambda: read_results(folder, facts) if ranks.first else None)
     tasks = _asked(ranks, request, loaded, train, test, folder, say)
@@ -115,12 +122,15 @@ def _open(request: Request, loaded: Loaded, say: Callable[[str], None]) -> tuple
     return open_splits(train, test, request.split, request.test_split, say=say, **reading)
 
 
-def _usual_folder(request: Request, loaded: Loaded, train: ImageSet) -> Path:
-    """One for each checkpoint, network and label: in the run that it is of; for what is of no run, where one is."""
+def _usual_folder(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) -> Path:
+    """One for each checkpoint, network, label and choice of images: in the run that it is of, or where one is."""
     of_run = loaded.path.is_dir() and loaded.path.parent.name == "checkpoints"
     run = loaded.path.parents[1] if of_run else Path()
     words = [train.name.rpartition(":")[0], request.label, loaded.path.stem]
     words += ["context"] * (request.network == "context")
+    words += [f"on-{test.name.replace(':', '-')}"] * bool(request.test_data or request.test_split)
+    if request.train_images or request.test_images:
+        words.append(f"{request.train_images or 'all'}+{request.test_images or 'all'}-images")
     return run / "evaluations" / "-".join(filter(None, words))
 
 
@@ -137,6 +147,9 @@ def _facts(request: Request, loaded: Loaded, train: ImageSet, test: ImageSet) ->
         "images_sha256": [images.digest for images in (train, test)],
         "label": request.label,
         "seed": request.seed,
+        # as before there were such: only where they are given
+        **({"train_images": request.train_images} if request.train_images else {}),
+        **({"test_images": request.test_images} if request.test_images else {}),
     }
 
 
@@ -167,15 +180,15 @@ def _asked(
             encoder=encoder,
             sha256=loaded.sha256,
             image_size=loaded.image_size,
-            train=of_train,
-            test=of_test,
+            train=some_of(of_train, request.train_images, request.seed),
+            test=some_of(of_test, request.test_images, request.seed),
             ranks=ranks,
             seed=request.seed,
             batch_size=request.batch_size,
             workers=request.workers,
             keep=cache_path(request.cache_dir or "~/.cache/ijepa-scale") / "features",
             out=folder,
-            watch=_bar if ranks.first else lambda _, batches: batches,
+            watch=watched if ranks.first else lambda _, batches: batches,
         )
         defaults = TASKS[name].defaults(evaluation)
         settings = over(defaults, _overrides(request, name, defaults))
@@ -188,7 +201,7 @@ def _overrides(request: Request, name: str, defaults: Any) -> list[str]:
     """The words that are of a task: with "all" those that begin with its name."""
     has_features = any(item.name == "features" for item in fields(defaults))
     if request.features and not has_features and request.task != "all":
-        raise ValueError(f"--features is of linear, count and distance, not of {name}; leave it out")
+        raise ValueError(f"--features is of linear, count, distance and attentive, not of {name}; leave it out")
     start = f"{name}." if request.task == "all" else ""
     words = [word.removeprefix(start) for word in request.overrides if word.startswith(start)]
     return words + ["features=true"] * (request.features and has_features)
@@ -198,10 +211,6 @@ def _check_overrides(request: Request, names: list[str]) -> None:
     for word in request.overrides if request.task == "all" else ():
         if word.partition(".")[0] not in names:
             raise ValueError(f"{word!r} is of no task: with all give TASK.key=value, of {', '.join(names)}")
-
-
-def _bar(words: str, batches: Iterable) -> Iterable:
-    return track(batches, description=words)
 
 
 def _show(folder: Path, asked: Asked, outcome: Outcome, seconds: float) -> None:

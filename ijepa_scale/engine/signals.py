@@ -156,6 +156,7 @@ def run_process(main: Callable[[StopRequest], int]) -> NoReturn:
     try:
         code = main(stop)
     except BaseException as error:
+        stop.raised = True  # a signal from here on interrupts nothing
         code, words = _explained(error, stop)
         stop.leaving = True
         _exit(words, code)
@@ -173,6 +174,8 @@ def _explained(error: BaseException, stop: StopRequest) -> tuple[int, str]:
     """The exit code after an error that nobody caught, and what to say of it."""
     if isinstance(error, SystemExit) and not _output_closed():
         return (error.code, "") if isinstance(error.code, int) else (int(error.code is not None), str(error.code or ""))
+    if "DataLoader worker" in str(error) and "killed by signal: Terminated" in str(error):
+        stop.reason = stop.reason or "SIGTERM"  # of the whole process group: the loaders' end may be heard of first
     if isinstance(error, Stopped) or (stop.reason and not stop.training and not isinstance(error, SystemExit)):
         return STOP_EXIT_CODE, stop.words()
     place = f"error (rank {launcher_rank()}): " if launcher_rank() else "error: "

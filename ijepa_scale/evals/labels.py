@@ -1,15 +1,18 @@
 """Which images have which class: of two splits, or of one that is divided."""
 
+import bisect
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ijepa_scale.data.images import ImageSet, check_images, open_images, splits_of
+from ijepa_scale.data.order import generator_for
 from ijepa_scale.evals.evaluation import Labelled
 
 HELD_OUT_EVERY = 5  # of a class's images in a source without another split, this one is for testing
 USUAL = ("label", "labels", "class")
+SUBSET = 0x6C6F77  # the stream of random numbers that some of the images are drawn from
 TEST_SPLITS = ("validation", "val", "valid", "dev", "test")  # the first of these that there is
 
 
@@ -107,3 +110,35 @@ def held_out_places(labels: np.ndarray) -> np.ndarray:
     _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
     place_in_class = np.arange(len(order)) - np.repeat(starts, sizes)
     return np.sort(order[place_in_class % HELD_OUT_EVERY == HELD_OUT_EVERY - 1])
+
+
+def some_of(images: Labelled, count: int, seed: int) -> Labelled:
+    """So many of the images, evenly over the classes, one of each at least; all for 0, or where there are no more."""
+    return images.take(even_places(images.labels, seed, total=count)) if 0 < count < len(images) else images
+
+
+def even_places(labels: np.ndarray, seed: int, *, total: int | None, each: int = 0) -> np.ndarray:
+    """Places of so many images drawn evenly over the classes, ascending; a smaller draw is part of a larger.
+
+    labels: (n,) int64. total: of all classes; some, drawn at random, have one more than others. None: each of a class.
+    """
+    order = np.argsort(labels, kind="stable")
+    classes, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
+    if total is None:
+        wanted = np.minimum(sizes, each)
+    else:
+        wanted = _even_shares(sizes, total, generator_for(seed, SUBSET).random(len(classes)))
+    chosen = []
+    for number, start, size, count in zip(classes, starts, sizes, wanted, strict=True):
+        draws = generator_for(seed, SUBSET, int(number)).random(int(size))
+        chosen.append(order[start + np.argsort(draws, kind="stable")[:count]])
+    return np.sort(np.concatenate(chosen))
+
+
+def _even_shares(sizes: np.ndarray, total: int, draws: np.ndarray) -> np.ndarray:
+    """How many of each class: so many of all, or all that a class has, and one more of those with the lowest draws."""
+    level = bisect.bisect_right(range(1, sizes.max() + 1), total, key=lambda each: np.minimum(sizes, each).sum())
+    wanted = np.minimum(sizes, level)
+    larger = np.flatnonzero(sizes > level)
+    wanted[larger[np.argsort(draws[larger], kind="stable")[: total - wanted.sum()]]] += 1
+    return np.maximum(wanted, 1)

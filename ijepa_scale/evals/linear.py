@@ -49,6 +49,12 @@ class LinearSettings:
             raise ValueError(
                 f"optimizer must be sgd or lars, and crop random or stretched, got {self.optimizer} and {self.crop}"
             )
+        if self.drops and max(self.drops) >= self.epochs >= 1:
+            drops = ",".join(str(max(1, round(drop * self.epochs / (max(self.drops) + 4)))) for drop in self.drops)
+            raise ValueError(
+                f"epochs={self.epochs} end before the learning rate has fallen at all of drops={list(self.drops)}; "
+                f"give drops=[{drops}], or drops=[] for half a cosine"
+            )
         if min(self.epochs, self.batch_size) < 1 or self.lr <= 0.0 or not self.lr_factors or not self.weight_decays:
             raise ValueError(
                 "epochs, batch_size, lr, lr_factors and weight_decays must be positive and not empty, got "

@@ -1,6 +1,5 @@
 """Few labels a class: 1%, 10% or so many, drawn once and written down, to be given again."""
 
-import bisect
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,13 +8,11 @@ from pathlib import Path
 import numpy as np
 
 from ijepa_scale.data.files import write_whole
-from ijepa_scale.data.order import generator_for
 from ijepa_scale.evals.evaluation import Evaluation, Labelled, Measure, Outcome, accuracy, commonest_share
 from ijepa_scale.evals.features import features_of
 from ijepa_scale.evals.finetune import finetune, recipe
+from ijepa_scale.evals.labels import even_places
 from ijepa_scale.evals.logistic import STRENGTHS, check_strengths, logistic_predictions
-
-SUBSET = 0x6C6F77  # the stream of random numbers that subsets are drawn from
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +59,8 @@ def _finetuned(
     """Fine-tuned on some of the training images; its weights go to a folder of their own."""
     part = evaluation.train.take(places)
     folder = evaluation.out / f"lowshot-{words.replace('%', 'percent').replace(' ', '-')}"
-    how = replace(recipe(evaluation.encoder.size.width, few_labels=True), epochs=settings.epochs)
+    how = recipe(evaluation.encoder.size.width, few_labels=True)
+    how = replace(how, epochs=settings.epochs, warmup_epochs=min(how.warmup_epochs, settings.epochs // 10))
     outcome = finetune(replace(evaluation, train=part, out=folder), how)
     assert outcome.predicted is not None
     facts = {"labels": words, "images": len(part), "epochs": settings.epochs}
@@ -101,26 +99,7 @@ def drawn_places(labels: np.ndarray, text: str, seed: int) -> np.ndarray:
     others are asked for gives all of its own.
     """
     share, each = share_of_labels(text)
-    order = np.argsort(labels, kind="stable")
-    classes, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
-    if share is None:
-        wanted = np.minimum(sizes, each)
-    else:
-        wanted = _even_shares(sizes, int(share * len(labels) + 1e-9), generator_for(seed, SUBSET).random(len(classes)))
-    chosen = []
-    for number, start, size, count in zip(classes, starts, sizes, wanted, strict=True):
-        draws = generator_for(seed, SUBSET, int(number)).random(int(size))
-        chosen.append(order[start + np.argsort(draws, kind="stable")[:count]])
-    return np.sort(np.concatenate(chosen))
-
-
-def _even_shares(sizes: np.ndarray, total: int, draws: np.ndarray) -> np.ndarray:
-    """How many of each class: so many of all, or all that a class has, and one more of those with the lowest draws."""
-    level = bisect.bisect_right(range(1, sizes.max() + 1), total, key=lambda each: np.minimum(sizes, each).sum())
-    wanted = np.minimum(sizes, level)
-    larger = np.flatnonzero(sizes > level)
-    wanted[larger[np.argsort(draws[larger], kind="stable")[: total - wanted.sum()]]] += 1
-    return np.maximum(wanted, 1)
+    return even_places(labels, seed, total=None if share is None else int(share * len(labels) + 1e-9), each=each)
 
 
 def listed_places(train: Labelled, path: Path) -> np.ndarray:

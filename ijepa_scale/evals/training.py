@@ -44,6 +44,11 @@ class TrainingSettings:
             raise ValueError(
                 f"warmup_epochs must be 0 or more, zero_stage 1, 2 or 3, got {self.warmup_epochs} and {self.zero_stage}"
             )
+        if 0 < self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"epochs={self.epochs} end within warmup_epochs={self.warmup_epochs}, while the learning rate rises; "
+                f"give warmup_epochs={self.epochs // 10}, or more epochs"
+            )
         self.augment()  # which checks the rest
 
     def augment(self) -> Augment:

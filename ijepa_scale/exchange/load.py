@@ -53,6 +53,8 @@ def source_of(what: str | Path, loaded: Loaded) -> str:
 
 
 def _folder(path: Path) -> Networks:
+    if graphs := sorted(path.glob("*.onnx")):
+        return _file(graphs[0])  # which says what to give instead
     if safetensors.is_export(path):
         return safetensors.networks(path)
     config = _config(path)

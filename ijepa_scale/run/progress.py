@@ -5,7 +5,7 @@ import io
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sized
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -139,3 +139,23 @@ class _Words(rich.progress.ProgressColumn):
 
     def render(self, task: rich.progress.Task) -> Text:
         return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
+def watched(words: str, batches: Iterable, *, seconds_between_lines: float = 30.0) -> Iterator:
+    """The batches, and how far they are: a bar on a terminal, else a plain line now and then, fit for a log file."""
+    console = Console(emoji=False)
+    if console.is_terminal and not console.is_dumb_terminal:
+        yield from rich.progress.track(batches, description=words)
+        return
+    total = len(batches) if isinstance(batches, Sized) else 0
+    started = shown = time.monotonic()
+    for done, batch in enumerate(batches):
+        now = time.monotonic()
+        if now - shown >= seconds_between_lines:
+            left = (
+                f", ETA {timedelta(seconds=round((now - started) * (total - done) / done))}" if total and done else ""
+            )
+            print(f"{words}: {done:,}{f' of {total:,}' if total else ''}{left}", flush=True)
+            shown = now
+        yield batch
+    print(f"{words}: done in {timedelta(seconds=round(time.monotonic() - started))}", flush=True)

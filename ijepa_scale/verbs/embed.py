@@ -68,13 +68,12 @@ def embed_source(
     config: str = "",
 ) -> None:
     """Load the encoder, open the images, and write the features of these by that."""
-    from rich.progress import track
-
     from ijepa_scale.data.images import open_images
     from ijepa_scale.engine.distributed import alone
     from ijepa_scale.evals.embed import EMBEDDINGS, FACTS, IMAGES, PATCHES, check_layers, embed, patch_bytes
     from ijepa_scale.exchange.load import load, source_of
     from ijepa_scale.exchange.networks import ENCODERS
+    from ijepa_scale.run.progress import watched
 
     check_numbers(batch_size, workers)
     if network not in ENCODERS:
@@ -112,7 +111,7 @@ def embed_source(
         layers=layers or (),
         patches=patches,
         say=lambda text: print(text, flush=True),
-        watch=lambda batches: track(batches, description="embedding", disable=len(images) < batch_size),
+        watch=lambda batches: watched("embedding", batches) if len(images) >= batch_size else batches,
     )
     for name, reason in list(unreadable.items())[:10]:
         print(f"warning: left out: cannot read {name}: {reason}")

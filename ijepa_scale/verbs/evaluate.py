@@ -45,6 +45,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--test-data", default="", metavar="SOURCE", help="where the test images are elsewhere")
     parser.add_argument("--split", default="train", help="to fit on (default: train)")
     parser.add_argument("--test-split", default="", help="to judge by (default: validation or test; or a fifth of all)")
+    some = "at most so many, evenly over the classes, to {} (default: all)"
+    parser.add_argument("--train-images", type=int, default=0, metavar="N", help=some.format("fit on"))
+    parser.add_argument("--test-images", type=int, default=0, metavar="N", help=some.format("judge by"))
     parser.add_argument("--label", default="", metavar="COLUMN", help="of classes, where several may be meant")
     parser.add_argument("--features", action="store_true", help="features=true, for tasks that have it: much quicker")
     parser.add_argument("--out", default="", help="folder of results (default: evaluations/ of the run, or here)")

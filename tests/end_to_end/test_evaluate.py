@@ -18,7 +18,8 @@ from tests.evals.small import ONE, write_splits
 from tests.processes import ENVIRONMENT, EVALUATE, ROOT, assert_all, evaluate, free_port, run_ranks
 
 RUN = ROOT / "tests" / "fixtures" / "before_rooms" / "zero1"
-ALL = ["lowshot.labels=[2,25%]", "linear.epochs=2", "attentive.epochs=1", "finetune.epochs=1", "knn.k=[1,5]"]
+ALL = ["lowshot.labels=[2,25%]", "linear.epochs=2", "linear.drops=[]", "attentive.epochs=1", "finetune.epochs=1"]
+ALL += ["finetune.warmup_epochs=0", "knn.k=[1,5]"]
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +134,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(images, tmp_path, words, messag
         ({"overrides": ["k=3"]}, r"k is a list: give k=\[3\]"),
         ({"overrides": ["k=[0]"]}, r"k must be at least 1 and temperature above 0, got k \[0\]"),
         ({"overrides": ["k"]}, "'k' is not of the form"),
-        ({"features": True}, "--features is of linear, count and distance, not of knn"),
+        ({"features": True}, "--features is of linear, count, distance and attentive, not of knn"),
         ({"split": "trane"}, "has no split 'trane'; it has: train, validation"),
         ({"test_split": "tset"}, "has no split 'tset'; it has: train, validation"),
         ({"test_split": "train"}, "--split and --test-split are both 'train'; .* has: train, validation"),
@@ -147,6 +148,11 @@ def test_wrong_input_is_one_line_and_exit_code_2(images, tmp_path, words, messag
         ),
         ({"task": "all", "overrides": ["knn.lr=1"]}, "unknown config key lr; valid here: k, temperature"),
         ({"task": "lowshot", "overrides": ["labels=[0%]"]}, "labels must be a percentage such as 1%.* got '0%'"),
+        (
+            {"task": "linear", "overrides": ["epochs=14"]},
+            r"epochs=14 end before .* give drops=\[4,8,12\], or drops=\[\] for",
+        ),
+        ({"task": "finetune", "overrides": ["epochs=5"]}, "epochs=5 end within warmup_epochs=5.* give warmup_epochs=0"),
         ({"task": "linear", "overrides": ["optimizer=adam"]}, "optimizer must be sgd or lars.* got adam"),
     ],
 )
@@ -156,7 +162,7 @@ def test_what_wrong_input_is_told(request_of, tmp_path, given, message):
     assert not list(tmp_path.rglob("results.json"))
 
 
-@pytest.mark.parametrize("field", ["batch_size", "workers", "image_size", "seed"])
+@pytest.mark.parametrize("field", ["batch_size", "workers", "image_size", "seed", "train_images", "test_images"])
 def test_numbers_that_are_too_small(request_of, field):
     with pytest.raises(ValueError, match=f"--{field.replace('_', '-')}.* got .*-1"):
         request_of(**{field: -1})
@@ -186,7 +192,9 @@ def test_settings_stand_before_between_and_behind_options():
 
 
 def test_features_speed_up_the_tasks_that_have_them(request_of, tmp_path):
-    evaluate_tasks(ONE, request_of(task="linear", features=True, overrides=["epochs=1"], out=str(tmp_path / "out")))
+    evaluate_tasks(
+        ONE, request_of(task="linear", features=True, overrides=["epochs=1", "drops=[]"], out=str(tmp_path / "out"))
+    )
     task = results_of(tmp_path / "out")["tasks"]["linear"]
     assert task["settings"]["features"] is True and task["settings"]["epochs"] == 1
 
@@ -263,10 +271,14 @@ def test_a_single_split_is_divided_and_said(request_of, tmp_path, images, capsys
     assert results["data"] == results["test_data"] == "only:train"
 
 
-def test_test_images_of_elsewhere(request_of, tmp_path, images, capsys):
+def test_test_images_of_elsewhere_and_some_images_have_folders_of_their_own(request_of, tmp_path, images):
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(images / "validation", elsewhere / "train")
-    evaluate_tasks(ONE, request_of(test_data=str(elsewhere), out=str(tmp_path / "out")))
-    evaluate_tasks(ONE, request_of(out=str(tmp_path / "usual")))
-    found, usual = results_of(tmp_path / "out"), results_of(tmp_path / "usual")
+    evaluate_tasks(ONE, request_of())
+    evaluate_tasks(ONE, request_of(test_data=str(elsewhere)))
+    evaluate_tasks(ONE, request_of(train_images=20))
+    folder, name = tmp_path / "run" / "evaluations", f"{images.name}-step-00000004"
+    assert {path.name for path in folder.iterdir()} == {name, f"{name}-on-elsewhere-train", f"{name}-20+all-images"}
+    found, usual = results_of(folder / f"{name}-on-elsewhere-train"), results_of(folder / name)
+    assert results_of(folder / f"{name}-20+all-images")["train_images"] == 20
     assert found["test_data"] == "elsewhere:train" and numbers(found) == numbers(usual)

@@ -88,6 +88,11 @@ def rank(tmp_path):
             1,
             "error: another rank has",
         ),
+        (
+            "raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')",
+            75,
+            "stopped by SIGTERM during set-up; the same command goes on",
+        ),
         ("os.kill(os.getpid(), 1); time.sleep(9)", 75, "stopped by SIGHUP during set-up; the same command goes on"),
         ("os.kill(os.getpid(), 10); 1 / 0", 75, "stopped by SIGUSR1 during set-up; the same command goes on"),
         (f"os.kill(os.getpid(), 2)\ntry: time.sleep(9)\nfinally: {SLEEP}", 75, "stopped by SIGINT during set-up; "),

@@ -4,7 +4,8 @@ import pyarrow as pa
 import pytest
 
 from ijepa_scale.data.images import open_images
-from ijepa_scale.evals.labels import held_out_places, label_column, labelled_pair, open_splits
+from ijepa_scale.evals.evaluation import Labelled
+from ijepa_scale.evals.labels import held_out_places, label_column, labelled_pair, open_splits, some_of
 from tests.data.small_sources import encoded, write_images, write_parquet
 
 
@@ -181,3 +182,16 @@ def test_splits_without_a_common_class(tmp_path):
     message = "no image of .*validation is of a class of kind that .*train has: .* by their names, here a, b, c"
     with pytest.raises(ValueError, match=message):
         labelled_pair(train, test, "kind")
+
+
+def test_some_of_the_images_are_even_over_the_classes_and_always_the_same(tmp_path):
+    labels = np.repeat(np.arange(4), [50, 40, 3, 7])
+    images = Labelled(None, np.arange(100) * 10, labels, list("abcd"))
+    few, more = some_of(images, 20, seed=1), some_of(images, 60, seed=1)
+    assert np.bincount(few.labels).tolist() in ([6, 6, 3, 5], [6, 5, 3, 6], [5, 6, 3, 6])
+    assert np.bincount(more.labels).tolist() == [25, 25, 3, 7]
+    assert set(few.indices) < set(more.indices) < set(images.indices)
+    assert np.array_equal(few.labels, labels[few.indices // 10])
+    assert np.array_equal(few.indices, some_of(images, 20, seed=1).indices)
+    assert not np.array_equal(few.indices, some_of(images, 20, seed=2).indices)
+    assert some_of(images, 0, seed=1) is images is some_of(images, 100, seed=1)

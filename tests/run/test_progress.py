@@ -156,3 +156,21 @@ def test_a_process_without_standard_output_is_silent(monkeypatch):
     with Progress(2) as progress:
         progress.update(1, RECORD)
     assert not progress.lost
+
+
+def test_batches_are_watched_in_plain_lines_in_a_log_file(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(progress_line.time, "monotonic", lambda: now[0])
+    seen = []
+    for batch in progress_line.watched("encoding", range(10)):
+        now[0] += 20.0
+        seen.append(batch)
+    assert seen == list(range(10))
+    assert capsys.readouterr().out.splitlines() == [
+        *(
+            f"encoding: {done} of 10, ETA 0:0{20 * (10 - done) // 60}:{20 * (10 - done) % 60:02}"
+            for done in (2, 4, 6, 8)
+        ),
+        "encoding: done in 0:03:20",
+    ]
+    assert list(progress_line.watched("reading", iter("ab"))) == ["a", "b"]  # of unknown length
