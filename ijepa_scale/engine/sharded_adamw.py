@@ -11,6 +11,7 @@ sent once, to the ranks that own its parts. docs/lab/speed.md counts the bytes.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
@@ -198,15 +199,16 @@ class ShardedAdamW(ZeROOptimizer):
     # --- during the backward
 
     def _hook(self, bucket: Bucket, index: int) -> Any:
-        @torch.no_grad()
-        def take(parameter: torch.nn.Parameter) -> None:
-            gradient, parameter.grad = parameter.grad, None
-            assert gradient is not None
-            bucket.add(index, gradient, self.collected_dtype)
-            if not bucket.awaited and self._sends():
-                self._send_complete()
+        # Weak: what a parameter's hook refers to is never collected, and would keep the model with it.
+        optimizer, place = weakref.proxy(self), self.buckets.index(bucket)
+        return lambda parameter: optimizer._take(optimizer.buckets[place], index, parameter)
 
-        return take
+    @torch.no_grad()
+    def _take(self, bucket: Bucket, index: int, parameter: torch.nn.Parameter) -> None:
+        gradient, parameter.grad = _of(parameter.grad), None
+        bucket.add(index, gradient, self.collected_dtype)
+        if not bucket.awaited and self._sends():
+            self._send_complete()
 
     def _sends(self) -> bool:
         return self.ranks > 1 and (self.every_micro_step or self.boundary())
