@@ -269,9 +269,12 @@ class ShardedAdamW(ZeROOptimizer):
         self.zero_grad()
 
     def _norm(self) -> torch.Tensor:
-        """Of the mean over ranks of all gradients, () fp64: sums of squares in fp32 are off by 5e-4 on a CPU."""
-        parts = [torch.linalg.vector_norm(_of(bucket.gradient), dtype=torch.float64) for bucket in self.buckets]
-        total = torch.stack(parts).square_().sum()
+        """Of the mean over ranks of all gradients, () fp64."""
+        # In fp32 a CPU's is off by 5e-4, as it adds up in few sums. A GPU would make a copy of all gradients in fp64.
+        device = self.buckets[0].weights.device
+        dtype = torch.float64 if device.type == "cpu" else torch.float32
+        parts = [torch.linalg.vector_norm(_of(bucket.gradient), dtype=dtype) for bucket in self.buckets]
+        total = torch.stack(parts).double().square_().sum()
         if self.ranks > 1:
             dist.all_reduce(total)
         return total.sqrt_() / self.ranks
