@@ -1,5 +1,6 @@
 """pytest's suites as parts of a check: the tests that need a GPU, and the benchmarks of the kernels."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,9 @@ def run_tests(*arguments: str, seconds: float, say: Say) -> dict[str, Any]:
         command += [f"--session-timeout={seconds}", *arguments]
         say(" ".join(arguments))
         started = time.monotonic()
-        done = subprocess.run(command, cwd=ROOT)
+        # Started by another pytest it is no part of that: with xdist's variables it would time no benchmark.
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        done = subprocess.run(command, cwd=ROOT, env=environment)
         if not report.exists():
             raise ValueError(f"pytest ended with code {done.returncode} and no report: {' '.join(command)}")
         found = of_report(report)
