@@ -24,6 +24,7 @@ def write_photos(folder, count):
         Image.fromarray(pixels).save(folder / f"{i:02}.jpg")
 
 
+@pytest.mark.slow
 def test_the_verb_times_and_writes_everything(tmp_path):
     folder, written = tmp_path / "photos", tmp_path / "out.json"
     folder.mkdir()

@@ -24,6 +24,7 @@ SMALL = ["model.depth=1", "model.width=24", "predictor.width=24", "predictor.dep
 TINY = str(ROOT / "configs" / "tiny.yaml")
 
 
+@pytest.mark.slow
 def test_the_verb_times_and_writes_everything(tmp_path):
     written = tmp_path / "out.json"
     arguments = ["--config", TINY, "--steps", "2", *SMALL, "optimization.micro_batch_size=4", "--json", str(written)]

@@ -27,6 +27,7 @@ def wandb_ids(folder):
     return {path.name.rpartition("-")[2] for path in (folder / "wandb").glob("offline-run-*")}
 
 
+@pytest.mark.slow
 def test_a_branch_goes_on_from_its_own_checkpoints_under_an_id_of_its_own(first, runs, tmp_path):
     branch = tmp_path / "branch"
     start = ["--resume", str(first / "checkpoints" / "step-00000004"), "logging.wandb=offline"]

@@ -277,6 +277,7 @@ def test_a_validation_split_of_junk_is_found_before_training(config, tmp_path):
     assert end.code == 0, end.output
 
 
+@pytest.mark.slow
 def test_images_that_become_unreadable_are_left_out_of_the_probes_and_without_any_the_run_says_so(config, tmp_path):
     """On two ranks, after the run: half of them, with their labels; then all, of which the checkpoint knows nothing."""
     draw_images(tmp_path / "images" / "train", 32, classes=("cat", "dog"))

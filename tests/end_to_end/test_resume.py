@@ -130,6 +130,7 @@ def test_one_rank_and_two_with_accumulation_train_alike(runs, whole_runs, tmp_pa
         assert_close_run(run, whole_runs(1))
 
 
+@pytest.mark.slow
 def test_terms_over_the_images_of_all_ranks(runs, tmp_path):
     """Two ranks and one train alike, also when one goes on for the other; accumulation, which does not, is refused."""
     terms = ("loss.variance=0.5", "loss.covariance=0.1")

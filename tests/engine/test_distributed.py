@@ -31,6 +31,7 @@ print(before, freed, resident())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone keeps memory so")
 def test_memory_that_tensors_left_goes_back_to_the_system():
     ended = subprocess.run(

@@ -93,6 +93,7 @@ def lines():
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_the_environment_decides(lines):
     assert lines["plain"][0] == "PyTorch definitions (tensors are on cpu)"
     assert lines["off"][0] == "PyTorch definitions (IJEPA_KERNELS=off)"
