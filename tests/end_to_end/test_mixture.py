@@ -10,6 +10,7 @@ from tests.end_to_end.runs import Runs, assert_same_run
 STEPS, IMAGES = 12, 96
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_sources_come_as_often_as_their_weights_say_and_resume_exactly(
     image_folder, tmp_path_factory, tmp_path, streaming

@@ -157,6 +157,7 @@ def test_a_checkpoint_of_another_folder(runs, whole_runs, stopped_runs, tmp_path
     assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_of_the_same_folder(runs, whole_runs, stopped_runs, tmp_path):
     """What came after it is set aside, so that the next resume takes the run's new checkpoints."""
     run = stopped_runs(1, tmp_path / "run")

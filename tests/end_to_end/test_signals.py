@@ -260,6 +260,7 @@ def test_one_bad_loss_is_skipped_and_its_images_named(runs, tmp_path):
     assert len(steps_of(run)) == STEPS
 
 
+@pytest.mark.slow
 def test_three_bad_losses_in_a_row_end_the_run(runs, tmp_path):
     run = tmp_path / "run"
     ends = runs(run, target=worker_faults.nan_loss_at, before=("2,3,5,6,7", "1"), code=1)
