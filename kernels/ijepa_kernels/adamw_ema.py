@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ijepa_kernels.dispatch import blocks, jit, launch, tl, use_kernels
+from ijepa_kernels.dispatch import blocks, check_written, jit, launch, tl, use_kernels
 from ijepa_kernels.ema import averaged, ema_update_definition
 
 BLOCK = 2048  # elements a program updates: 8 a thread, as a bf16 load of 16 bytes holds
@@ -196,9 +196,7 @@ def adamw_ema(
         }
         adamw_ema_definition(master, grad, exp_avg, exp_avg_sq, **rates, ema=ema, momentum=momentum, **copies)
         return
-    for name, tensor in {"master": master, **state, **copies}.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, as the kernel writes to it in place")
+    check_written(master=master, **state, **copies)
     tensors = (master, grad.contiguous(), exp_avg, exp_avg_sq, step, scale, weight, ema, target)
     _adamw_ema(*tensors, lr, *betas, eps, weight_decay, momentum)
 

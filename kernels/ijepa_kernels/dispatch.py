@@ -110,6 +110,13 @@ def check_tokens(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name} must be on {first.device}, got {tensor.device}")
 
 
+def check_written(**tensors: torch.Tensor | None) -> None:
+    """That what a kernel writes to in place is contiguous."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, as the kernel writes to it in place")
+
+
 def check_indices(device: torch.device, *, ndim: int = 1, low: int = 0, **indices: tuple[torch.Tensor, int]) -> None:
     """That indices are int32 or int64, of so many dimensions and on the device.
 

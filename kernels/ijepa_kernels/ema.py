@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ijepa_kernels.dispatch import blocks, jit, launch, tl, use_kernels
+from ijepa_kernels.dispatch import blocks, check_written, jit, launch, tl, use_kernels
 
 BLOCK = 4096  # elements a program averages
 
@@ -102,8 +102,6 @@ def ema_update(
             raise ValueError(f"{name} must be of a floating type, got {tensor.dtype}")
     if not use_kernels(ema) or ema.dtype == torch.float64:
         return ema_update_definition(ema, source, momentum, target)
-    for name, tensor in (("ema", ema), ("target", target)):
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, as the kernel writes to it in place")
+    check_written(ema=ema, target=target)
     _ema(ema, source.contiguous(), target, momentum)
     return ema
