@@ -84,10 +84,10 @@ def _context_grad_kernel(
 
 @jit
 def _mask_grad_kernel(
-    grad_ptr,  # (R, P) in
-    rows_ptr,  # (K,) in: the rows of mask tokens
+    grad_ptr,  # (tokens, P) in
+    rows_ptr,  # (R,) in: the rows of mask tokens
     out_ptr,  # (number of programs, P) out, fp32 or fp64
-    K, P,
+    R, P,
     FP64: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0).to(tl.int64)
@@ -96,8 +96,8 @@ def _mask_grad_kernel(
     total = tl.zeros([BLOCK_K, BLOCK_P], dtype=accumulate)
     for start in range(0, ROWS, BLOCK_K):
         k = part * ROWS + start + tl.arange(0, BLOCK_K)
-        row = tl.load(rows_ptr + k, mask=k < K, other=0).to(tl.int64)
-        mask = (k < K)[:, None] & (p < P)[None, :]
+        row = tl.load(rows_ptr + k, mask=k < R, other=0).to(tl.int64)
+        mask = (k < R)[:, None] & (p < P)[None, :]
         total += tl.load(grad_ptr + row[:, None] * P + p[None, :], mask=mask, other=0.0).to(accumulate)
     tl.store(out_ptr + part * P + p, tl.sum(total, axis=0), mask=p < P)
 

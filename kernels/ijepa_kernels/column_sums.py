@@ -20,17 +20,17 @@ def column_sums_definition(sums_KPD: torch.Tensor, dtype: torch.dtype) -> torch.
 
 @jit
 def _column_sums_kernel(
-    sums_ptr,  # (K, P, D) in, fp32 or fp64
+    sums_ptr,  # (K, R, D) in, fp32 or fp64
     out_ptr,  # (K, D) out
-    P, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    R, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(1).to(tl.int64)
     d = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], dtype=sums_ptr.dtype.element_ty)
-    for first in range(0, P, ROWS):
+    for first in range(0, R, ROWS):
         p = first + tl.arange(0, ROWS).to(tl.int64)
-        mask = (p < P)[:, None] & (d < D)[None, :]
-        total += tl.load(sums_ptr + (k * P + p)[:, None] * D + d[None, :], mask=mask, other=0.0)
+        mask = (p < R)[:, None] & (d < D)[None, :]
+        total += tl.load(sums_ptr + (k * R + p)[:, None] * D + d[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + k * D + d, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=d < D)
 
 

@@ -7,6 +7,7 @@ indices are looked at first, which waits for the device. All are read once, at i
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,8 +34,15 @@ if _mode not in MODES:
 
 
 def jit(function: F) -> F:
-    """triton.jit, where there is Triton."""
-    return function if triton is None else triton.jit(function)
+    """triton.jit, where there is Triton. Counts of rows are named T or R: no kernel is compiled for their values.
+
+    Triton compiles one for integers that 16 divides, and one for others: a step whose count is the first such would
+    take a second longer than the next (seen on an H100).
+    """
+    if triton is None:
+        return function
+    names = [name for name in inspect.signature(function).parameters if name in ("T", "R")]
+    return triton.jit(function, do_not_specialize=names)
 
 
 def use_kernels(tensor: torch.Tensor) -> bool:

@@ -34,16 +34,16 @@ def gather_rows_definition(
 @jit
 def _gather_kernel(
     tokens_ptr,  # (T, D) in
-    indices_ptr,  # (K,) in
+    indices_ptr,  # (R,) in
     pos_ptr,  # (N, D) in, or not used
-    out_ptr,  # (K, D) out
-    K, D, N,
+    out_ptr,  # (R, D) out
+    R, D, N,
     HAS_POS: tl.constexpr, FP64: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    mask = (k < K)[:, None] & (d < D)[None, :]
-    row = tl.load(indices_ptr + k, mask=k < K, other=0).to(tl.int64)  # row * D may pass 2**31
+    mask = (k < R)[:, None] & (d < D)[None, :]
+    row = tl.load(indices_ptr + k, mask=k < R, other=0).to(tl.int64)  # row * D may pass 2**31
     values = tl.load(tokens_ptr + row[:, None] * D + d[None, :], mask=mask, other=0.0)
     if HAS_POS:
         accumulate: tl.constexpr = tl.float64 if FP64 else tl.float32
@@ -54,15 +54,15 @@ def _gather_kernel(
 
 @jit
 def _scatter_kernel(
-    grad_ptr,  # (K, D) in
-    indices_ptr,  # (K,) in, each row once
+    grad_ptr,  # (R, D) in
+    indices_ptr,  # (R,) in, each row once
     out_ptr,  # (T, D) out, zeros
-    K, D, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    R, D, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     k = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     d = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    mask = (k < K)[:, None] & (d < D)[None, :]
-    row = tl.load(indices_ptr + k, mask=k < K, other=0).to(tl.int64)
+    mask = (k < R)[:, None] & (d < D)[None, :]
+    row = tl.load(indices_ptr + k, mask=k < R, other=0).to(tl.int64)
     values = tl.load(grad_ptr + k[:, None] * D + d[None, :], mask=mask, other=0.0)
     tl.store(out_ptr + row[:, None] * D + d[None, :], values, mask=mask)
 

@@ -36,7 +36,7 @@ def _norm_residual_kernel(
     weight_ptr, bias_ptr, shift_ptr,  # (D,) in
     normalized_ptr, sum_ptr,  # (T, D) out; the sum may be the tokens
     stats_ptr,  # (2, T) out, fp32 or fp64: mean and 1 / standard deviation; or not used
-    T, D, eps,
+    T, D, EPS: tl.constexpr,  # as a number torch.compile would hand it over in fp64
     KEPT: tl.constexpr, FP64: tl.constexpr, LOOPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     accumulate: tl.constexpr = tl.float64 if FP64 else tl.float32
@@ -51,7 +51,7 @@ def _norm_residual_kernel(
         tokens = tl.load(tokens_ptr + at, mask=mask, other=0.0).to(accumulate)
         mean = tl.sum(tokens, axis=1) / D
         centered = tl.where(mask, tokens - mean[:, None], 0.0)
-        variance = tl.sum(centered * centered, axis=1) / D + eps
+        variance = tl.sum(centered * centered, axis=1) / D + EPS
         scale = 1.0 / tl.sqrt(variance)
         normalized = centered * scale[:, None] * weight + bias
         tl.store(normalized_ptr + at, normalized.to(normalized_ptr.dtype.element_ty), mask=mask)
@@ -123,7 +123,7 @@ def _forward(tokens, weight, bias, shift, out, eps: float, kept: bool):  # type:
     stats = tokens.new_empty(2, count if kept else 0, dtype=torch.float64 if fp64 else torch.float32)
     grid, sizes = _tiles(count, width, FORWARD_LOOPS)
     tensors = (tokens, weight, bias, shift, normalized, out, stats)
-    launch(_norm_residual_kernel, grid, *tensors, count, width, eps, KEPT=kept, FP64=fp64, **sizes)
+    launch(_norm_residual_kernel, grid, *tensors, count, width, EPS=eps, KEPT=kept, FP64=fp64, **sizes)
     return normalized, stats
 
 

@@ -52,7 +52,7 @@ def _target_loss_kernel(
     indices_ptr,  # (T,) in
     row_loss_ptr,  # (T,) out, fp32 or fp64, mean over D
     grad_ptr,  # (T, D) out, d(mean loss) / d(pred) times a power of two: fp16 does not hold it as it is
-    D, eps,
+    D, EPS: tl.constexpr,  # as a number torch.compile would hand it over in fp64
     SMOOTH_L1: tl.constexpr, GRAD: tl.constexpr, FP64: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)  # one row a program; t * D may pass 2**31
@@ -65,7 +65,7 @@ def _target_loss_kernel(
     width = tl.full([], D, accumulate)
     mean = _divided(tl.sum(target, axis=0), width, FP64)
     centered = tl.where(mask, target - mean, 0.0)
-    variance = _divided(tl.sum(centered * centered, axis=0), width, FP64) + eps
+    variance = _divided(tl.sum(centered * centered, axis=0), width, FP64) + EPS
     deviation = tl.sqrt(variance) if FP64 else tl.sqrt_rn(variance)
     error = tl.where(mask, pred - centered * _divided(1.0, deviation, FP64), 0.0)
     if SMOOTH_L1:  # beta 1
@@ -113,7 +113,8 @@ def _target_loss(
     launch(
         _target_loss_kernel,
         (count,),
-        *(pred, target, indices, row_loss, grad, width, eps),
+        *(pred, target, indices, row_loss, grad, width),
+        EPS=eps,
         SMOOTH_L1=smooth_l1,
         GRAD=with_grad,
         FP64=fp64,

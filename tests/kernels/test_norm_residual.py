@@ -62,7 +62,9 @@ def test_over_the_tokens_where_no_gradient_is_kept(dtype, device):
     with torch.no_grad():
         normalized, total = norm_residual(x, *vectors, EPS, overwrite=True)
     assert total.data_ptr() == x.data_ptr()
-    assert torch.equal(normalized, apart[0]) and torch.equal(x, apart[1])
+    # Another kernel is compiled for it, whose sums a GPU may take in another order.
+    torch.testing.assert_close(normalized, apart[0])
+    assert torch.equal(x, apart[1])
     x.copy_(before).requires_grad_()
     _, total = norm_residual(x, *vectors, EPS, overwrite=True)
     assert torch.equal(x, before) and torch.equal(total, apart[1]), "a gradient is kept: nothing is overwritten"
