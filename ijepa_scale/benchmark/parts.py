@@ -130,7 +130,7 @@ def kernels(check: Check) -> Results:
 BASELINES = ("vith14", "vitl16", "vitb16")
 PARTS = {
     "device": Part(60, ("device",), device),
-    "tests": Part(120, ("tests",), tests),
+    "tests": Part(150, ("tests",), tests),
     "eager": Part(120, ("alone", "trace"), eager),
     "compiled": Part(180, ("alone-compiled", "trace-compiled"), compiled),
     "matmuls": Part(45, ("matmuls",), matmuls),
