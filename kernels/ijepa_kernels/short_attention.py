@@ -25,8 +25,8 @@ def short_attention_definition(qkv_T3HE: torch.Tensor, cu_seqlens: torch.Tensor)
     return torch.cat(outputs)
 
 
-# --- kernels. Addresses: 64 bits up to a sequence's first row, 32 within it. A head's row is one part, or two: 80 values
-# are 64 and 16 and not 128, of which 48 would be zeros. What holds rows is a tuple of parts
+# --- kernels. Addresses: 64 bits up to a sequence's first row, 32 within it. A head's row is one part, or two: 80
+# values are 64 and 16, not 128 of which 48 are zeros. What holds rows is a tuple of parts
 
 
 @jit
@@ -38,17 +38,17 @@ def _mask(i, length, e, E: tl.constexpr):
 def _load(ptr, i, length, STRIDE: tl.constexpr, E: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
     """Rows i of a head, zeros past the sequence and past E."""
     e = tl.arange(0, FIRST)
-    rows = (tl.load(ptr + (i[:, None] * STRIDE + e[None, :]), mask=_mask(i, length, e, E), other=0.0),)
+    first = tl.load(ptr + (i[:, None] * STRIDE + e[None, :]), mask=_mask(i, length, e, E), other=0.0)
     if REST > 0:
         e = FIRST + tl.arange(0, REST)
-        rows = rows + (tl.load(ptr + (i[:, None] * STRIDE + e[None, :]), mask=_mask(i, length, e, E), other=0.0),)
-    return rows
+        rest = tl.load(ptr + (i[:, None] * STRIDE + e[None, :]), mask=_mask(i, length, e, E), other=0.0)
+        return first, rest
+    else:
+        return (first,)
 
 
 @jit
-def _store(
-    ptr, rows, scale, i, length, STRIDE: tl.constexpr, E: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr
-):
+def _store(ptr, rows, scale, i, length, STRIDE: tl.constexpr, E: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
     kind: tl.constexpr = ptr.dtype.element_ty
     e = tl.arange(0, FIRST)
     tl.store(ptr + (i[:, None] * STRIDE + e[None, :]), (rows[0] * scale).to(kind), mask=_mask(i, length, e, E))
@@ -59,10 +59,8 @@ def _store(
 
 @jit
 def _zeros(ROWS: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr):
-    rows = (tl.zeros([ROWS, FIRST], dtype=tl.float32),)
-    if REST > 0:
-        rows = rows + (tl.zeros([ROWS, REST], dtype=tl.float32),)
-    return rows
+    first = tl.zeros([ROWS, FIRST], dtype=tl.float32)
+    return (first, tl.zeros([ROWS, REST], dtype=tl.float32)) if REST > 0 else (first,)
 
 
 @jit
@@ -77,10 +75,11 @@ def _times(a, b, REST: tl.constexpr):
 @jit
 def _sum(weights, rows, sums, shrink, REST: tl.constexpr):
     """shrink * sums + weights @ rows."""
-    found = (tl.dot(weights, rows[0], sums[0] * shrink, input_precision="ieee"),)
-    if REST > 0:
-        found = found + (tl.dot(weights, rows[1], sums[1] * shrink, input_precision="ieee"),)
-    return found
+    first = tl.dot(weights, rows[0], sums[0] * shrink, input_precision="ieee")
+    if REST == 0:
+        return (first,)
+    else:
+        return (first, tl.dot(weights, rows[1], sums[1] * shrink, input_precision="ieee"))
 
 
 @jit
