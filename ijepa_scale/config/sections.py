@@ -92,7 +92,7 @@ class DataConfig:
         return [(part["path"], part.get("weight", 1)) for part in self.source]
 
 
-ATTENTION = ("auto", "fa2", "fa3", "fa4", "torch_varlen", "sdpa")
+ATTENTION = ("auto", "fa2", "fa3", "fa4", "torch_varlen", "triton", "sdpa")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +103,8 @@ class ModelConfig:
     depth: int = 0
     heads: int = 0
     mlp_width: int = 0  # 0: as the name says, or 4 x width where width is given
-    # auto | fa2 | fa3 | fa4 | torch_varlen | sdpa: what attends over packed tokens; beyond rounding it changes nothing
+    # auto | fa2 | fa3 | fa4 | torch_varlen | triton | sdpa: what attends over packed tokens; beyond rounding it
+    # changes nothing
     attention: str = free("auto")
     # Continued pre-training: what exchange.load() reads, as a run folder, whose weights step 0 has; "": random ones.
     # Free, as a run that is resumed does not read it again: it may have moved, or be gone

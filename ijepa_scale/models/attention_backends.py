@@ -9,6 +9,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ijepa_kernels import dispatch
+from ijepa_kernels.short_attention import short_attention
 from ijepa_scale.models.attention import Attend, Sequences, packed_attention
 
 
@@ -136,6 +138,16 @@ def _attend_torch_varlen(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.
     return operator(q, k, v, bounds, bounds, longest, longest, dropout, causal, debug)[0]
 
 
+def _load_triton() -> Attend:
+    if dispatch.triton is None:
+        raise ImportError("No module named 'triton'")
+    return _attend_triton
+
+
+def _attend_triton(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+    return short_attention(qkv_T3HE, sequences.cu_seqlens)
+
+
 def dense_by_cudnn(qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     """packed_attention() of sequences of one length by cuDNN, to be timed against its own: see docs/lab/speed.md.
 
@@ -153,6 +165,7 @@ BACKENDS = {
     "fa3": Backend(_load_fa3, 9, 9, "build the folder hopper of github.com/Dao-AILab/flash-attention"),
     "fa4": Backend(_load_fa4, 9, NEWEST, "pip install --pre flash-attn-4"),  # below 9.0 it has no backward
     "torch_varlen": Backend(_load_torch_varlen, 8, NEWEST, "install torch for CUDA from pytorch.org"),
+    "triton": Backend(_load_triton, 8, NEWEST, "pip install triton"),  # not timed yet, so taken where it is asked for
 }
 # By major compute capability, the fastest first. fa4 is never among them: its gradients were silently wrong more than
 # once (Dao-AILab/flash-attention#2482, #2553, #2698), so it is taken only where it is asked for.

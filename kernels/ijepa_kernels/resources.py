@@ -21,10 +21,12 @@ from ijepa_kernels.gather import gather_rows
 from ijepa_kernels.linear_gelu import linear_gelu
 from ijepa_kernels.norm_residual import norm_residual
 from ijepa_kernels.patchify import patchify
+from ijepa_kernels.short_attention import short_attention
 from ijepa_kernels.target_loss import target_loss
 
 CAPABILITIES = (80, 90)
 WIDTHS = (16, 37, 384, 768, 1024, 1280, 1408, 1664)
+HEAD_WIDTHS = (24, 80)
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -43,7 +45,7 @@ class Resources:
     kernel: str
     variant: str  # what it was specialized to
     dtype: str  # of its first tensor
-    width: int  # or patch size
+    width: int  # or patch size, or width of a head
     capability: int
     registers: int  # a thread
     shared_bytes: int  # a block
@@ -88,6 +90,13 @@ def patchify_launches(patch_size: int, dtype: torch.dtype) -> list[Launch]:
         patchify(images, patch_size, dtype=dtype)
         patchify(images, patch_size, indices_T=torch.arange(2, dtype=torch.int32), dtype=dtype)
         patchify(images, patch_size, dtype=dtype, columns=-(-3 * patch_size**2 // 64) * 64)
+    return recorded
+
+
+def attention_launches(head_width: int, dtype: torch.dtype) -> list[Launch]:
+    qkv = torch.zeros(4, 3, 16, head_width, dtype=dtype, requires_grad=True)
+    with dispatch.recording() as recorded:
+        short_attention(qkv, torch.tensor([0, 4], dtype=torch.int32)).sum().backward()
     return recorded
 
 
@@ -153,6 +162,7 @@ def table(widths: Iterable[int], dtypes: Iterable[torch.dtype]) -> Iterator[Reso
         for width, recorded in (
             *((width, launches(width, dtype)) for width in widths),
             *((patch_size, patchify_launches(patch_size, dtype)) for patch_size in (14, 16)),
+            *((width, attention_launches(width, dtype)) for width in HEAD_WIDTHS if dtype.itemsize == 2),
         ):
             for capability in CAPABILITIES:
                 for launch in recorded:

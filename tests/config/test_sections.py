@@ -139,7 +139,7 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("data: {image_size: 225}", [], "data.image_size 225 is not a multiple of model.patch_size 14"),
         ("model: {patch_size: 0}", [], "model.patch_size must be 1 or more, got 0"),
         ("predictor: {attention: fa5}", [], "predictor.attention must be one of auto, .*, or empty: as model"),
-        ("model: {attention: fa5}", [], "model.attention must be one of auto, fa2, .*, torch_varlen, sdpa, got 'fa5'"),
+        ("model: {attention: fa5}", [], "model.attention must be one of auto, fa2, .*, triton, sdpa, got 'fa5'"),
         ("model: {depth: -2}", [], "model.depth must be 0 or more, got -2"),
         ("objective: {name: ijeba}", [], "objective.name must be one of ijepa, got 'ijeba'"),
         ("predictor: {width: 0}", [], "predictor.width must be 1 or more, got 0"),

@@ -7,6 +7,7 @@ import torch._dynamo.testing
 from ijepa_kernels.assemble import assemble
 from ijepa_kernels.gather import gather_rows
 from ijepa_kernels.patchify import patchify
+from ijepa_kernels.short_attention import short_attention
 from ijepa_kernels.target_loss import target_loss
 from ijepa_scale.models.vit import PatchEmbed
 from tests.kernels.accuracy import INTERPRETED, values
@@ -54,6 +55,12 @@ def test_patchify(device):
     indices = torch.tensor([7, 0, 2], dtype=torch.int32, device=device)
     same_compiled(lambda images: patchify(images, 14, dtype=torch.float32), images)
     same_compiled(lambda images: patchify(images, 14, indices_T=indices, dtype=torch.float32), images)
+
+
+def test_short_attention(device):
+    bounds = torch.tensor([0, 3, 3, 10], dtype=torch.int32, device=device)
+    rows = tokens(10, 3 * 2 * 16, device)
+    same_compiled(lambda rows: short_attention(rows.view(10, 3, 2, 16), bounds), rows)
 
 
 def test_other_numbers_of_tokens_do_not_compile_again(device):

@@ -7,7 +7,9 @@ import torch
 
 from ijepa_kernels.resources import (
     CAPABILITIES,
+    HEAD_WIDTHS,
     WIDTHS,
+    attention_launches,
     compile_ahead,
     compiled,
     launches,
@@ -23,7 +25,7 @@ WITHIN_A_ROW = {"%mask_token_ptr", "%weight_ptr", "%bias_ptr", "%shift_ptr"}  # 
 
 
 def check(rows, half=True):
-    """half: of bf16 or fp16, the types that linear_gelu takes."""
+    """half: of bf16 or fp16, the types that linear_gelu takes, and attention where it is timed."""
     rows = list(rows)
     assert {row.capability for row in rows} == set(CAPABILITIES)
     kernels = {row.kernel for row in rows}
@@ -41,11 +43,11 @@ def check(rows, half=True):
         "norm_residual",
         "norm_residual_grad",
         "column_sums",
-        "linear_gelu",
         "bias_gelu",
         "bias_gelu_grad",
     }
-    assert kernels == (expected | {"patchify"}) - (set() if half else {"linear_gelu"})
+    only_half = {"linear_gelu", "short_attention", "short_attention_grad"}
+    assert kernels == (expected | {"patchify", *only_half}) - (set() if half else only_half)
     # Triton 3.8's assembler spills one register of the EMA's where nothing is aligned, in fp32 with an fp32 target: no
     # run has that.
     assert [row for row in rows if row.spilled_bytes > (8 if row.width % 16 and row.kernel == "ema" else 0)] == []
@@ -67,7 +69,8 @@ def test_all_widths(dtype):
 
 def codes():
     """(kernel's name, its code in Triton's own language), each launch's."""
-    for launch in [*launches(1280, torch.bfloat16), *patchify_launches(14, torch.bfloat16)]:
+    attention = [launch for width in HEAD_WIDTHS for launch in attention_launches(width, torch.bfloat16)]
+    for launch in [*launches(1280, torch.bfloat16), *patchify_launches(14, torch.bfloat16), *attention]:
         yield launch[0].__name__, compile_ahead(launch, 80).asm["ttir"]
 
 
