@@ -99,7 +99,9 @@ def whole_images(masks: Masks, device: torch.device) -> tuple[Sequences, int]:
 
 def dense_calls(device: torch.device) -> dict[str, Attend]:
     """Ways to attend within whole images."""
-    return DENSE if device.type == "cuda" else {"sdpa": DENSE["sdpa"]}
+    if device.type != "cuda":
+        return {"sdpa": DENSE["sdpa"]}
+    return {**DENSE, **({"triton": BACKENDS["triton"].load()} if importable("triton") == "yes" else {})}
 
 
 def _by_sdpa(backends: list[SDPBackend], qkv_T3HE: torch.Tensor, sequences: Sequences) -> torch.Tensor:

@@ -169,7 +169,7 @@ BACKENDS = {
 }
 # By major compute capability, the fastest first. fa4 is never among them: its gradients were silently wrong more than
 # once (Dao-AILab/flash-attention#2482, #2553, #2698), so it is taken only where it is asked for.
-AUTO = {8: ("fa2", "torch_varlen"), 9: ("fa3", "fa2", "torch_varlen")}
+AUTO = {8: ("fa2", "torch_varlen"), 9: ("triton", "fa3", "fa2", "torch_varlen")}
 AUTO_ELSEWHERE = ("torch_varlen",)
 
 

@@ -9,7 +9,7 @@ import torch
 from ijepa_kernels.dispatch import jit, launch, tl, use_kernels
 
 # Rows of a tile: what one group of four warps multiplies at once on H100. A program takes one head of one sequence.
-FORWARD = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+FORWARD = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
 BACKWARD = {"OWN": 64, "OTHER": 32, "num_warps": 4, "num_stages": 1}
 LOG2_E = 1.4426950408889634
 
@@ -97,7 +97,7 @@ def _short_attention_kernel(
     cu_seqlens_ptr,  # (S + 1,) in
     out_ptr,  # (T, H, E) out
     normalizers_ptr,  # (T * H,) out, fp32: log2 of the sum of 2**score; sequence by sequence, and in each head by head
-    scale,  # of scores, to base 2
+    SCALE: tl.constexpr,  # of scores, to base 2; as a number torch.compile would hand it over in fp64
     H: tl.constexpr, E: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -118,8 +118,8 @@ def _short_attention_kernel(
             k = _load(q_ptr + OUT, j, length, IN, E, FIRST, REST)
             v = _load(q_ptr + 2 * OUT, j, length, IN, E, FIRST, REST)
             scores = tl.where((j < length)[None, :], _times(q, k, REST), float("-inf"))
-            higher = tl.maximum(top, tl.max(scores, axis=1) * scale)
-            weights = tl.exp2(scores * scale - higher[:, None])
+            higher = tl.maximum(top, tl.max(scores, axis=1) * SCALE)
+            weights = tl.exp2(scores * SCALE - higher[:, None])
             shrink = tl.exp2(top - higher)
             total = total * shrink + tl.sum(weights, axis=1)
             sums = _sum(weights.to(v[0].dtype), v, sums, shrink[:, None], REST)
@@ -153,7 +153,7 @@ def _short_attention_grad_kernel(
     normalizers_ptr,  # (T * H,) in
     deltas_ptr,  # (T * H,) fp32, as the normalizers: written, and read again
     into_ptr,  # (T, 3, H, E) out
-    scale, root,  # root: scale without the base
+    SCALE: tl.constexpr, ROOT: tl.constexpr,  # ROOT: scale without the base
     H: tl.constexpr, E: tl.constexpr, FIRST: tl.constexpr, REST: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr,
 ):  # fmt: skip
     """For OWN keys after OWN keys over all queries, OTHER at a time; then for OWN queries over all keys."""
@@ -178,13 +178,13 @@ def _short_attention_grad_kernel(
             grad = _load(grad_ptr, i, length, OUT, E, FIRST, REST)
             normalizers = tl.load(normalizers_ptr + i, mask=i < length, other=0.0)
             deltas = tl.load(deltas_ptr + i, mask=i < length, other=0.0)
-            weights = tl.exp2(_times(k, q, REST) * scale - normalizers[None, :])
+            weights = tl.exp2(_times(k, q, REST) * SCALE - normalizers[None, :])
             # Past the sequence weights of keys may be infinite; rows of queries and gradients are zeros there.
             weights = tl.where((j < length)[:, None], weights, 0.0)
             grad_v = _sum(weights.to(q[0].dtype), grad, grad_v, 1.0, REST)
             slopes = weights * (_times(v, grad, REST) - deltas[None, :])
             grad_k = _sum(slopes.to(q[0].dtype), q, grad_k, 1.0, REST)
-        _store(into_ptr + OUT, grad_k, root, j, length, IN, E, FIRST, REST)
+        _store(into_ptr + OUT, grad_k, ROOT, j, length, IN, E, FIRST, REST)
         _store(into_ptr + 2 * OUT, grad_v, 1.0, j, length, IN, E, FIRST, REST)
     for query in range(0, length, OWN):
         i = query + tl.arange(0, OWN)
@@ -197,11 +197,11 @@ def _short_attention_grad_kernel(
             j = key + tl.arange(0, OTHER)
             k = _load(q_ptr + OUT, j, length, IN, E, FIRST, REST)
             v = _load(q_ptr + 2 * OUT, j, length, IN, E, FIRST, REST)
-            weights = tl.exp2(_times(q, k, REST) * scale - normalizers[:, None])
+            weights = tl.exp2(_times(q, k, REST) * SCALE - normalizers[:, None])
             weights = tl.where((j < length)[None, :], weights, 0.0)
             slopes = weights * (_times(grad, v, REST) - deltas[:, None])
             grad_q = _sum(slopes.to(k[0].dtype), k, grad_q, 1.0, REST)
-        _store(into_ptr, grad_q, root, i, length, IN, E, FIRST, REST)
+        _store(into_ptr, grad_q, ROOT, i, length, IN, E, FIRST, REST)
 
 
 # --- autograd
@@ -221,8 +221,8 @@ def _short_attention(qkv: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[torch
     out = qkv.new_empty(tokens, heads, width)
     normalizers = qkv.new_empty(tokens * heads, dtype=torch.float32)
     grid = ((cu_seqlens.shape[0] - 1) * heads,)
-    options = {"H": heads, "E": width, **_widths(width), **FORWARD}
-    launch(_short_attention_kernel, grid, qkv, cu_seqlens, out, normalizers, LOG2_E * width**-0.5, **options)
+    options = {"SCALE": LOG2_E * width**-0.5, "H": heads, "E": width, **_widths(width), **FORWARD}
+    launch(_short_attention_kernel, grid, qkv, cu_seqlens, out, normalizers, **options)
     return out, normalizers
 
 
@@ -233,9 +233,10 @@ def _grad(
     _, _, heads, width = qkv.shape
     into, deltas = torch.empty_like(qkv), torch.empty_like(normalizers)
     grid = ((cu_seqlens.shape[0] - 1) * heads,)
-    options = {"H": heads, "E": width, **_widths(width), **BACKWARD}
+    options = {"SCALE": LOG2_E * width**-0.5, "ROOT": width**-0.5, "H": heads, "E": width}
+    options |= {**_widths(width), **BACKWARD}
     tensors = (grad, out, qkv, cu_seqlens, normalizers, deltas, into)
-    launch(_short_attention_grad_kernel, grid, *tensors, LOG2_E * width**-0.5, width**-0.5, **options)
+    launch(_short_attention_grad_kernel, grid, *tensors, **options)
     return into
 
 
