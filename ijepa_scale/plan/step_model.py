@@ -73,8 +73,6 @@ COMPILED_PASSES = {
         ("GELU", ELEMENTWISE, 0, 6),
     ),
 }
-# B a token per D: gradients of q, k and v put into one tensor, as torch_varlen alone does, which any GPU has.
-GRADIENT_STACK = 12
 # B a trained parameter, and more for one that has an EMA: engine/sharded_adamw.py on one GPU, without accumulation.
 TAIL_BYTES = {"gradients into their buckets": 4, "norm": 2, "AdamW and bf16 weights": 28}
 EMA_BYTES = 10
@@ -218,9 +216,6 @@ def _passes(network: str, phase: str, size: ViTSize, tokens: float, rates: Rates
     for what, category, a_width, an_mlp_width in passes[phase]:
         moved = (a_width * size.width + an_mlp_width * size.mlp_width) * tokens * size.depth
         yield _moved(category, what, network, phase, moved, rates)
-    if phase == "backward":
-        stacked = GRADIENT_STACK * size.width * tokens * size.depth
-        yield _moved(COPIES, "stack of the gradients of q, k and v", network, phase, stacked, rates)
 
 
 def _ends(objective: IJepaObjective, counts: Counts) -> list[tuple[str, str, float]]:

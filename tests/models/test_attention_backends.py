@@ -196,6 +196,8 @@ def test_cudnn_for_whole_images_is_asked_for_alone():
         (8, BF16, "fa2 fa3 fa4 torch_varlen", "fa2"),
         (8, BF16, "fa3 fa4 torch_varlen", "torch_varlen"),
         (8, BF16, "", "sdpa"),
+        (9, BF16, "fa2 fa3 fa4 torch_varlen triton", "triton"),
+        (8, BF16, "torch_varlen triton", "torch_varlen"),
         (9, BF16, "fa2 fa3 fa4 torch_varlen", "fa3"),
         (9, BF16, "fa2 fa4 torch_varlen", "fa2"),
         (9, BF16, "fa4 torch_varlen", "torch_varlen"),
@@ -354,12 +356,13 @@ def kernels_of(call):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("width", [80, 24])
-def test_the_device_runs_flash_attention_and_no_cudnn(name, width):
+def test_the_device_runs_what_was_asked_for_and_no_cudnn(name, width):
     plain = sequences_of([256, 1, 190, 77])
     sequences = Sequences(plain.cu_seqlens.cuda(), 256, 524, gpu_kernel(name, width))
     qkv = qkv_of(524, 16, width, dtype=BF16).cuda().requires_grad_()
     names = kernels_of(lambda: packed_attention(qkv, sequences).sum().backward())
-    assert sum("flash" in name for name in names) >= 2 and not [name for name in names if "cudnn" in name], names
+    own = "_short_attention" if name == "triton" else "flash"
+    assert sum(own in each for each in names) >= 2 and not [each for each in names if "cudnn" in each], names
 
 
 @pytest.mark.gpu

@@ -43,6 +43,7 @@ PASSES_BY_HAND = {
         ("residual", step_model.ELEMENTWISE, 12, 0),
         ("GELU", step_model.ELEMENTWISE, 0, 6),
         ("bias sums", step_model.REDUCTIONS, 10, 2),
+        ("stack of the gradients of q, k and v, as torch_varlen has it", step_model.COPIES, 12, 0),
     ),
 }
 
