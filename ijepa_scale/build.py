@@ -62,6 +62,15 @@ def predictor_size(config: PretrainConfig) -> ViTSize:
     return ViTSize(width=model.width, depth=model.depth, heads=heads, mlp_width=4 * model.width)
 
 
+def target_layers(config: PretrainConfig) -> tuple[int, ...]:
+    """loss.target_layers in numbers; of every_N those that lie a multiple of N before the last; (): the last alone."""
+    layers, depth = config.loss.target_layers, vit_size(config.model).depth
+    if isinstance(layers, str):
+        every = int(layers.removeprefix("every_") or depth)
+        return tuple(range(depth, 0, -every))[::-1]
+    return layers
+
+
 def training_precision(config: PretrainConfig, device: torch.device) -> str:
     """bf16 or fp32."""
     if config.engine.precision != "auto":
@@ -107,6 +116,7 @@ def build_ijepa(config: PretrainConfig) -> IJepaObjective:
         loss_kind=config.loss.kind,
         variance=config.loss.variance,
         covariance=config.loss.covariance,
+        target_layers=target_layers(config),
         recompute_every=config.engine.recompute_every,
         compiled=config.engine.compile,
         seed=config.seed,

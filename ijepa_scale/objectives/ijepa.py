@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,9 +35,12 @@ class IJepa(nn.Module):
         loss_kind: str = "smooth_l1",
         variance: float = 0.0,
         covariance: float = 0.0,
+        target_layers: Sequence[int] = (),
         total: Callable[[torch.Tensor], torch.Tensor] = of_one_rank,  # a function by name: models are pickled
     ):
         """variance, covariance: weights of the terms against collapse, taken over the images of one forward.
+
+        target_layers: blocks of the target encoder whose outputs are predicted, from 1 up, ascending; (): the last.
 
         total: this rank's tensor -> the sum of all ranks', with gradients; then they are over the images of all ranks.
         """
@@ -46,9 +50,11 @@ class IJepa(nn.Module):
         self.target_encoder = target_encoder.requires_grad_(False)
         self.loss_kind = loss_kind
         self.variance, self.covariance, self.total = variance, covariance, total
+        self.target_layers = tuple(target_layers) or (len(target_encoder.blocks),)
 
     def forward(self, images_BCHW: torch.Tensor, masks: Masks) -> dict[str, torch.Tensor]:
-        """images_BCHW: (B, 3, H, W) uint8. Returns scalars: "loss", to be minimized, averaged over all target tokens.
+        """images_BCHW: (B, 3, H, W) uint8. Returns scalars: "loss", to be minimized, averaged over all target tokens,
+        and with several target layers over these (Bootleg, arXiv:2603.15553).
 
         If the weight of the variance or the covariance term is not 0 (C-JEPA, arXiv:2410.19560, adds them to I-JEPA;
         here they are on the context encoder's tokens), also the loss's parts "prediction", "variance" and "covariance",
@@ -56,9 +62,10 @@ class IJepa(nn.Module):
         """
         context_TD = self.context_encoder(images_BCHW, masks.context)
         with torch.no_grad():  # second: meanwhile other ranks' parts of its weights come in (engine/ema.py)
-            target_UD = self.target_encoder(images_BCHW, rows_K=masks.target_patches_U)
-        pred_TD = self.predictor(context_TD, masks)
-        prediction = target_loss(pred_TD, target_UD, masks.target_index_T, self.loss_kind)
+            # The final LayerNorm is fitted to the last output, and on that alone; the loss normalizes each apart.
+            targets = self.target_encoder(images_BCHW, rows_K=masks.target_patches_U, layers=self.target_layers)
+        pred_TF = self.predictor(context_TD, masks)
+        prediction = target_loss(pred_TF, targets, masks.target_index_T, self.loss_kind)
         if not (self.variance or self.covariance):
             return {"loss": prediction}
         patches_T = masks.context.indices_T % masks.num_patches
@@ -82,8 +89,9 @@ class IJepaObjective:
     """I-JEPA as one of the objectives; objective.py says what each answer is.
 
     encoder, predictor: sizes of the networks. image_size, patch_size: pixels. loss_kind: smooth_l1 or l2. variance,
-    covariance: weights of the terms against collapse. recompute_every: every which block of the context encoder and of
-    the predictor is computed again in the backward; 0: none. compiled: whether blocks run through torch.compile.
+    covariance: weights of the terms against collapse. target_layers: as of IJepa. recompute_every: every which block of
+    the context encoder and of the predictor is computed again in the backward; 0: none. compiled: whether blocks run
+    through torch.compile.
     """
 
     encoder: ViTSize
@@ -94,6 +102,7 @@ class IJepaObjective:
     loss_kind: str = "smooth_l1"
     variance: float = 0.0
     covariance: float = 0.0
+    target_layers: tuple[int, ...] = ()
     recompute_every: tuple[int, int] = (0, 0)
     compiled: bool = False
     seed: int = 0
@@ -111,6 +120,16 @@ class IJepaObjective:
         return self.draw_masks.blocks.grid
 
     @property
+    def layers(self) -> tuple[int, ...]:
+        """Blocks of the target encoder whose outputs are predicted, counted from 1."""
+        return self.target_layers or (self.encoder.depth,)
+
+    @property
+    def out_width(self) -> int:
+        """Of a prediction: of each of the layers as wide as the encoder."""
+        return len(self.layers) * self.encoder.width
+
+    @property
     def flops(self) -> StepFlops:
         encoder_every, predictor_every = self.recompute_every
         return StepFlops(
@@ -118,6 +137,8 @@ class IJepaObjective:
             predictor=self.predictor,
             patch_size=self.patch_size,
             num_patches=self.grid.num_patches,
+            target_depth=self.layers[-1],
+            out_width=self.out_width,
             recomputed_encoder_blocks=count_recomputed(self.encoder.depth, encoder_every),
             recomputed_predictor_blocks=count_recomputed(self.predictor.depth, predictor_every),
             compiled=self.compiled,
@@ -129,7 +150,13 @@ class IJepaObjective:
             VisionTransformer(self.encoder, image_size=self.image_size, patch_size=self.patch_size, attend=kernel)
             for kernel in (of_encoder, None)  # the target encoder sees whole images, for which there is PyTorch's own
         )
-        predictor = Predictor(self.predictor, encoder_width=self.encoder.width, grid=self.grid, attend=of_predictor)
+        predictor = Predictor(
+            self.predictor,
+            encoder_width=self.encoder.width,
+            out_width=self.out_width,
+            grid=self.grid,
+            attend=of_predictor,
+        )
         encoder_every, predictor_every = self.recompute_every
         recompute(context_encoder.blocks, encoder_every)
         recompute(predictor.predictor_blocks, predictor_every)
@@ -140,6 +167,7 @@ class IJepaObjective:
             loss_kind=self.loss_kind,
             variance=self.variance,
             covariance=self.covariance,
+            target_layers=self.layers,
             total=total or of_one_rank,
         )
         for block in module.modules():
@@ -183,6 +211,8 @@ class IJepaObjective:
             kept_bytes={
                 "context encoder": means.context * bytes_kept(self.encoder, encoder_every, itemsize=2),
                 "predictor": means.prediction * bytes_kept(self.predictor, predictor_every, itemsize=2),
+                # The gradient of the predictions, which the forward makes, and until then the targets.
+                "loss": 2 * (means.blocks * self.out_width + means.targets * self.encoder.width * len(self.layers)),
             },
         )
 
@@ -191,7 +221,7 @@ class IJepaObjective:
         each = len(hidden) // len(seen)
         return [Shown(part, hidden[i * each : (i + 1) * each]) for i, part in enumerate(seen)]
 
-    def architecture(self) -> dict[str, int]:
+    def architecture(self) -> dict[str, Any]:
         return {
             "image_size": self.image_size,
             "patch_size": self.patch_size,
@@ -202,6 +232,7 @@ class IJepaObjective:
             "predictor_width": self.predictor.width,
             "predictor_depth": self.predictor.depth,
             "predictor_heads": self.predictor.heads,
+            "target_layers": list(self.layers),
         }
 
     def batch_facts(self) -> tuple[str, ...]:
@@ -210,6 +241,11 @@ class IJepaObjective:
 
     def check(self) -> None:
         check_feasible(self.draw_masks.blocks)
+        if self.layers[-1] > self.encoder.depth:
+            raise ValueError(
+                f"loss.target_layers names block {self.layers[-1]}, and the encoder has {self.encoder.depth}; use "
+                f"numbers from 1 to {self.encoder.depth}, or a model.depth of {self.layers[-1]} or more"
+            )
 
     def check_micro_step(self, images: int) -> None:
         if (self.variance or self.covariance) and images < 2:
