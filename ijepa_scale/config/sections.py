@@ -180,7 +180,7 @@ class MaskConfig:
 
 def _block_numbers(key: str, value: Any) -> str | tuple[int, ...]:
     """Block numbers, a word as every_4, or "" for none. From a command line a list comes as text."""
-    if isinstance(value, str) and re.fullmatch(r"\[\s*(\d+\s*(,\s*\d+\s*)*)?\]", value):
+    if isinstance(value, str) and re.fullmatch(r"\d+|\[\s*(\d+\s*(,\s*\d+\s*)*)?\]", value):
         value = [int(number) for number in re.findall(r"\d+", value)]
     numbers = [value] if type(value) is int else list(value) if isinstance(value, list | tuple) else None
     if numbers is None:
