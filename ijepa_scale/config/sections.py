@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ijepa_scale.config.objective_sections import Data2VecConfig
 from ijepa_scale.config.reading import FREE, NUMBERS_TOO
 
 
@@ -122,7 +123,7 @@ class ModelConfig:
 
 
 # The sections of each objective. A config sets those of its own objective alone.
-OBJECTIVE_SECTIONS = {"ijepa": ("mask", "loss", "predictor")}
+OBJECTIVE_SECTIONS = {"ijepa": ("mask", "loss", "predictor"), "data2vec": ("data2vec", "predictor")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,6 +344,7 @@ class PretrainConfig:
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    data2vec: Data2VecConfig = field(default_factory=Data2VecConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)

@@ -107,8 +107,8 @@ class VisionTransformer(nn.Module):
         multiples of the patch. rows_K: (K,) integers in ascending order, the rows wanted of the tokens.
         keep: (blocks, B, 2), of whole images, factors of what each block's attention and MLP add: see run_blocks().
         layers: of whole images, blocks whose outputs are wanted at the rows: see rows_after().
-        Returns a list, of each of the layers (K, D), the final LayerNorm on the last block's alone; else (K, D) where
-        rows are given, else (T, D) for packed tokens, else (B, N, D).
+        Returns a list, (K, D) of each of the layers, without the final LayerNorm; else (K, D) where rows are given,
+        else (T, D) for packed tokens, else (B, N, D).
         Raises ValueError for images of another size.
         """
         batch, grid = images_BCHW.shape[0], self.grid_of(images_BCHW)
@@ -146,9 +146,7 @@ class VisionTransformer(nn.Module):
                 outputs = rows_after(self.blocks, tokens_TD, sequences, rows, layers)
             else:
                 kept = None if keep is None else keep[:, start : start + part]
-                outputs = [run_blocks(self.blocks, tokens_TD, sequences, rows, kept)]
-            if not layers or layers[-1] == len(self.blocks):
-                outputs[-1] = self.norm(outputs[-1])
+                outputs = [self.norm(run_blocks(self.blocks, tokens_TD, sequences, rows, kept))]
             encoded.append(outputs)
         return encoded[0] if len(encoded) == 1 else [torch.cat(outputs) for outputs in zip(*encoded, strict=True)]
 

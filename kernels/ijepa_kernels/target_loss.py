@@ -25,14 +25,16 @@ def target_loss_definition(
     indices_T: torch.Tensor,
     kind: str = "smooth_l1",
     eps: float = 1e-5,
+    norm: bool = True,
 ) -> torch.Tensor:
     compute = torch.float64 if pred_TF.dtype == torch.float64 else torch.float32
     targets = _listed(targets)
     losses = []
     for pred_TD, target_UD in zip(pred_TF.to(compute).chunk(len(targets), dim=1), targets, strict=True):
         rows_TD = target_UD.detach().index_select(0, indices_T).to(compute)
-        normalized_TD = F.layer_norm(rows_TD, rows_TD.shape[-1:], eps=eps)
-        losses.append(LOSSES[kind](pred_TD, normalized_TD))
+        if norm:
+            rows_TD = F.layer_norm(rows_TD, rows_TD.shape[-1:], eps=eps)
+        losses.append(LOSSES[kind](pred_TD, rows_TD))
     return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
 
 
@@ -66,7 +68,7 @@ def _target_loss_kernel(
     row_loss_ptr,  # (L, T) out, fp32 or fp64, mean over D; the layer's row
     grad_ptr,  # (T, F) out, as of pred: d(mean loss) / d(pred) times a power of two: fp16 does not hold it as it is
     D, F, START, EPS: tl.constexpr,  # as a number torch.compile would hand it over in fp64
-    SMOOTH_L1: tl.constexpr, GRAD: tl.constexpr, FP64: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr, SMOOTH_L1: tl.constexpr, GRAD: tl.constexpr, FP64: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)  # one row a program; t * F may pass 2**31
     d = tl.arange(0, BLOCK_D)
@@ -76,11 +78,13 @@ def _target_loss_kernel(
     pred = tl.load(pred_ptr + t * F + START + d, mask=mask, other=0.0).to(accumulate)
     target = tl.load(target_ptr + row * D + d, mask=mask, other=0.0).to(accumulate)
     width = tl.full([], D, accumulate)
-    mean = _divided(tl.sum(target, axis=0), width, FP64)
-    centered = tl.where(mask, target - mean, 0.0)
-    variance = _divided(tl.sum(centered * centered, axis=0), width, FP64) + EPS
-    deviation = tl.sqrt(variance) if FP64 else tl.sqrt_rn(variance)
-    error = tl.where(mask, pred - centered * _divided(1.0, deviation, FP64), 0.0)
+    if NORM:
+        mean = _divided(tl.sum(target, axis=0), width, FP64)
+        centered = tl.where(mask, target - mean, 0.0)
+        variance = _divided(tl.sum(centered * centered, axis=0), width, FP64) + EPS
+        deviation = tl.sqrt(variance) if FP64 else tl.sqrt_rn(variance)
+        target = centered * _divided(1.0, deviation, FP64)
+    error = tl.where(mask, pred - target, 0.0)
     if SMOOTH_L1:  # beta 1
         size = tl.abs(error)
         loss = tl.where(size < 1, 0.5 * error * error, size - 0.5)
@@ -121,6 +125,7 @@ def _target_loss(
     indices: torch.Tensor,
     smooth_l1: bool,
     eps: float,
+    norm: bool,
     with_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean loss, and its gradient times a power of two.
@@ -138,6 +143,7 @@ def _target_loss(
             (count,),
             *(pred, target, indices, row_loss, grad, width, columns, layer * width),
             EPS=eps,
+            NORM=norm,
             SMOOTH_L1=smooth_l1,
             GRAD=with_grad,
             FP64=fp64,
@@ -164,7 +170,7 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 def _backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
     (grad,) = ctx.saved_tensors
-    return None if grad_loss is None else _scaled(grad, grad_loss), [None] * ctx.layers, None, None, None, None
+    return None if grad_loss is None else _scaled(grad, grad_loss), [None] * ctx.layers, None, None, None, None, None
 
 
 _target_loss.register_autograd(_backward, setup_context=_setup)
@@ -179,14 +185,16 @@ def target_loss(
     indices_T: torch.Tensor,
     kind: str = "smooth_l1",
     eps: float = 1e-5,
+    *,
+    norm: bool = True,
 ) -> torch.Tensor:
     """Mean smooth-L1 (beta 1) or squared error over the target tokens (I-JEPA, arXiv:2301.08243, section 3).
 
     pred_TF: (T, L * D), any float dtype. targets: L constants, (U, D) each, a tensor for one: outputs of as many of the
     target encoder's blocks (Bootleg, arXiv:2603.15553). Row indices_T[t] of layer l answers columns l * D to
-    (l + 1) * D - 1 of prediction t; each layer's rows are layer-normalized over D without affine. indices_T: (T,) int32
-    or int64. Returns a scalar, fp32 (fp64 for fp64 input); of no predictions it is NaN. Raises ValueError for another
-    type, shape or device.
+    (l + 1) * D - 1 of prediction t; each layer's rows are layer-normalized over D without affine, unless norm
+    is off. indices_T: (T,) int32 or int64. Returns a scalar, fp32 (fp64 for fp64 input); of no predictions it is NaN.
+    Raises ValueError for another type, shape or device.
     """
     if kind not in LOSSES:
         raise ValueError(f"unknown loss {kind!r}; choose one of {', '.join(LOSSES)}")
@@ -206,7 +214,7 @@ def target_loss(
     if indices_T.shape[0] != pred_TF.shape[0]:
         raise ValueError(f"indices_T must be ({pred_TF.shape[0]},), got {tuple(indices_T.shape)}")
     if not use_kernels(pred_TF):
-        return target_loss_definition(pred_TF, targets, indices_T, kind, eps)
+        return target_loss_definition(pred_TF, targets, indices_T, kind, eps, norm)
     with_grad = pred_TF.requires_grad and torch.is_grad_enabled()
     loss, _ = _target_loss(
         pred_TF.contiguous(),
@@ -214,6 +222,7 @@ def target_loss(
         indices_T.contiguous(),
         kind == "smooth_l1",
         eps,
+        norm,
         with_grad,
     )
     return loss

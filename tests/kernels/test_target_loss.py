@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ijepa_kernels.target_loss import target_loss, target_loss_definition
 from tests.kernels.accuracy import DTYPES, WIDTHS, assert_as_exact_as_definition
@@ -190,6 +191,16 @@ def test_several_layers_are_as_exact_as_the_definition(kind, width, dtype, devic
 
     functions = map(double_where_pred_is, (target_loss, target_loss_definition))
     assert_as_exact_as_definition(*functions, [pred], [dtype], device, torch.tensor(1024.0))
+
+
+@pytest.mark.parametrize("kind, loss", [("smooth_l1", F.smooth_l1_loss), ("l2", F.mse_loss)])
+def test_without_norm_targets_are_taken_as_they_are(kind, loss, device):
+    pred, target, indices = (tensor.to(device) for tensor in case(9, 4, 37))
+    pred.requires_grad_()
+    ours, theirs = target_loss(pred, target, indices, kind, norm=False), loss(pred, target[indices])
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    grads = [torch.autograd.grad(value, pred)[0] for value in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-14)
 
 
 def test_one_layer_in_a_list_is_the_same_to_the_bit(device):
