@@ -68,11 +68,8 @@ class Dense(Naive):
             target = self.target(image, layers)
             context = self.encode(image, shown.tolist(), "context_encoder")
             difference = self.predict(context, shown, others) - target[others]
-            losses.append(
-                F.huber_loss(difference, torch.zeros_like(difference))
-                if kind == "smooth_l1"
-                else difference.square().mean()
-            )
+            measure = F.huber_loss if kind == "smooth_l1" else F.mse_loss
+            losses.append(measure(difference, torch.zeros_like(difference)))
         return torch.stack(losses).mean()
 
 
