@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
-class Data2VecConfig:  # defaults: of ViT-B in arXiv:2212.07525
+class Data2VecConfig:  # defaults: of the released ViT-B of arXiv:2212.07525
     mask_ratio: float = 0.8  # hidden patches / all
     block_side: int = 3  # patches; of the squares that stay visible; 1: random masks
     masks_an_image: int = 16  # which one pass of the target encoder answers

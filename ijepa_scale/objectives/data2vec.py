@@ -54,6 +54,8 @@ class Data2Vec(EncoderPair):
 def normalized_mean(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
     """The mean of tokens of several layers, each token layer-normalized without affine (arXiv:2202.03555, section 3.3).
 
+    A block's output is taken, as the residual stream has it; released code takes its MLP's, before the sum.
+
     outputs: (U, D) of each layer, any float dtype. Returns (U, D), fp32 (fp64 for fp64 input).
     """
     mean_UD = torch.zeros_like(outputs[0], dtype=torch.promote_types(outputs[0].dtype, torch.float32))
