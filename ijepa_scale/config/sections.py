@@ -5,9 +5,11 @@ is trained.
 """
 
 import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ijepa_scale.config.objective_sections import Data2VecConfig
 from ijepa_scale.config.reading import FREE, NUMBERS_TOO
 
 
@@ -122,7 +124,7 @@ class ModelConfig:
 
 
 # The sections of each objective. A config sets those of its own objective alone.
-OBJECTIVE_SECTIONS = {"ijepa": ("mask", "loss", "predictor")}
+OBJECTIVE_SECTIONS = {"ijepa": ("mask", "loss", "predictor"), "data2vec": ("data2vec", "predictor")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +180,23 @@ class MaskConfig:
         )
 
 
+def _block_numbers(key: str, value: Any) -> str | tuple[int, ...]:
+    """Block numbers, a word as every_4, or "" for none. From a command line a list comes as text."""
+    if isinstance(value, str) and re.fullmatch(r"\d+|\[\s*(\d+\s*(,\s*\d+\s*)*)?\]", value):
+        value = [int(number) for number in re.findall(r"\d+", value)]
+    numbers = [value] if type(value) is int else list(value) if isinstance(value, list | tuple) else None
+    if numbers is None:
+        fits = isinstance(value, str) and bool(re.fullmatch(r"(every_[1-9]\d*)?", value))
+    else:
+        fits = all(type(number) is int and number >= 1 for number in numbers) and numbers == sorted({*numbers})
+    _require(
+        fits,
+        f"{key} must be block numbers counted from 1, ascending and each once, as [2, 4, 6], or every_N with N from 1, "
+        f"as every_4, or empty: the last output alone; got {value!r}",
+    )
+    return value if numbers is None else tuple(numbers) or ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     kind: str = "smooth_l1"  # smooth_l1 (as the released code) | l2 (as the paper's text)
@@ -185,8 +204,12 @@ class LossConfig:
     # variance: of how far the standard deviations of the context tokens fall short of 1; small runs: 0.01, 0.02
     variance: float = 0.0
     covariance: float = 0.0  # of the squared covariances between their dimensions; small runs: a fifth of variance
+    # Blocks of the target encoder whose outputs are predicted, counted from 1 (Bootleg, arXiv:2603.15553): [2, 4, 6] or
+    # every_4: every fourth, back from the last; "": the last output alone, as in the paper
+    target_layers: Any = field(default="", metadata=NUMBERS_TOO)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "target_layers", _block_numbers("loss.target_layers", self.target_layers))
         for key in ("variance", "covariance"):
             _require(getattr(self, key) >= 0, f"loss.{key} must not be negative, got {getattr(self, key)}")
         _require(self.kind in ("smooth_l1", "l2"), f"loss.kind must be smooth_l1 or l2, got {self.kind!r}")
@@ -322,6 +345,7 @@ class PretrainConfig:
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    data2vec: Data2VecConfig = field(default_factory=Data2VecConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)

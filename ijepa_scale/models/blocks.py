@@ -1,8 +1,9 @@
 """A transformer's blocks on packed tokens: T tokens in S sequences, D width, H heads, K rows of the tokens."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -276,6 +277,23 @@ def run_blocks(
         rows, keep_T2 = rows_K if i == len(blocks) else None, None if keep is None else keep[i - 1]
         tokens_TD = run_block(block, tokens_TD, sequences, rows, overwrite=overwrite, keep_T2=keep_T2)
     return tokens_TD
+
+
+def rows_after(
+    blocks: nn.ModuleList, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor, layers: Sequence[int]
+) -> list[torch.Tensor]:
+    """Rows of what chosen blocks put out, (K, D) of each; later blocks are not run.
+
+    rows_K: as of run_blocks(), which may write over tokens_TD likewise: what is wanted of a block is copied before the
+    next one runs. layers: numbers of blocks, counted from 1, in ascending order.
+    """
+    overwrite, found = not _hooked(blocks), []
+    for number, block in enumerate(islice(blocks, layers[-1]), 1):
+        last = number == layers[-1]
+        tokens_TD = run_block(block, tokens_TD, sequences, rows_K if last else None, overwrite=overwrite)
+        if number in layers:
+            found.append(tokens_TD if last else gather_rows(tokens_TD, rows_K, unique=True))
+    return found
 
 
 def run_block(

@@ -52,6 +52,7 @@ class Counts:
 class StepFlops:
     """The FLOPs of forward and backward, as a function of the tokens.
 
+    target_depth: blocks of the target encoder that run. out_width: of a prediction.
     recomputed_encoder_blocks, recomputed_predictor_blocks: how many of the context encoder's and of the predictor's
     blocks run their forward once more in the backward (activation checkpointing): up to what the backward needs last,
     the input of the MLP's second layer, or, compiled, to its end.
@@ -61,6 +62,8 @@ class StepFlops:
     predictor: ViTSize
     patch_size: int
     num_patches: int
+    target_depth: int
+    out_width: int
     recomputed_encoder_blocks: int = 0
     recomputed_predictor_blocks: int = 0
     compiled: bool = False
@@ -69,12 +72,12 @@ class StepFlops:
         """What the method needs, by network: no recomputation, no padding; of the target encoder the forward alone."""
         encoder, predictor, whole = self.encoder, self.predictor, counts.images * self.num_patches
         embed = 2 * 3 * self.patch_size**2 * encoder.width
-        projections = 2 * encoder.width * predictor.width * (counts.context + counts.blocks)
+        projections = 2 * predictor.width * (encoder.width * counts.context + self.out_width * counts.blocks)
         dropped = counts.prediction - counts.blocks
         # Backward costs twice the forward, less the patch embedding's gradient with respect to the pixels.
         return {
             "target encoder": embed * whole
-            + _forward(encoder, encoder.depth, whole, whole * self.num_patches, whole - counts.targets),
+            + _forward(encoder, self.target_depth, whole, whole * self.num_patches, whole - counts.targets),
             "context encoder": 2 * embed * counts.context
             + 3 * _forward(encoder, encoder.depth, counts.context, counts.context_pairs),
             "predictor": 3

@@ -141,7 +141,7 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("predictor: {attention: fa5}", [], "predictor.attention must be one of auto, .*, or empty: as model"),
         ("model: {attention: fa5}", [], "model.attention must be one of auto, fa2, .*, triton, sdpa, got 'fa5'"),
         ("model: {depth: -2}", [], "model.depth must be 0 or more, got -2"),
-        ("objective: {name: ijeba}", [], "objective.name must be one of ijepa, got 'ijeba'"),
+        ("objective: {name: ijeba}", [], "objective.name must be one of ijepa, data2vec, got 'ijeba'"),
         ("predictor: {width: 0}", [], "predictor.width must be 1 or more, got 0"),
         ("mask: {target_scale: [0.3, 0.2]}", [], "mask.target_scale must satisfy"),
         ("mask: {context_scale: [0.3, 1.2]}", [], "mask.context_scale must satisfy"),

@@ -61,6 +61,7 @@ def images_of(config, batch):
     "name, batch, overrides",
     [
         ("tiny", 5, ["model.depth=2", "predictor.depth=1"]),
+        ("tiny", 4, ["model.depth=3", "predictor.depth=1", "loss.target_layers=[1,2]"]),
         ("tiny", 20, ["model.depth=1", "predictor.depth=3", "mask.num_target_blocks=3", "model.mlp_width=96"]),
         (
             "vith14",
