@@ -1,7 +1,8 @@
 """A YAML file and key.sub=value words -> PretrainConfig: frozen dataclasses, a section each.
 
-sections.py: the keys, their defaults and units, what may change on resume and what is refused. loading.py: files, and
-configs of earlier versions. reading.py: YAML and overrides for any dataclasses.
+sections.py: the keys, their defaults and units, what may change on resume and what is refused; those of objectives
+beside I-JEPA: objective_sections.py. loading.py: files, and configs of earlier versions. reading.py: YAML and overrides
+for any dataclasses.
 """
 
 from ijepa_scale.config.loading import (
@@ -12,6 +13,7 @@ from ijepa_scale.config.loading import (
     to_yaml,
     valid_keys,
 )
+from ijepa_scale.config.objective_sections import MaeConfig
 from ijepa_scale.config.reading import over
 from ijepa_scale.config.sections import (
     ATTENTION,
@@ -38,6 +40,7 @@ __all__ = [
     "EngineConfig",
     "LoggingConfig",
     "LossConfig",
+    "MaeConfig",
     "MaskConfig",
     "ModelConfig",
     "ObjectiveConfig",

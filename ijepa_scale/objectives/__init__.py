@@ -2,5 +2,5 @@
 
 ijepa.py is the method: its networks, whose forward gives the loss, and IJepaObjective, which draws its masks
 (masks.py), builds it, says what is trained and averaged, and counts its FLOPs (flops.py). regularization.py: terms
-against collapse.
+against collapse. mae.py is built likewise, of what pixels.py has for objectives that predict pixels.
 """

@@ -1,0 +1,28 @@
+"""Sections of objectives beside I-JEPA, one each."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaeConfig:
+    mask_ratio: float = 0.75  # hidden patches / all
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+
+    def __post_init__(self) -> None:
+        _check("mae", self)
+
+
+def _check(name: str, section: Any) -> None:
+    """ValueError for a mask_ratio that hides none or all, and for whole numbers below 1."""
+    if not 0.0 < section.mask_ratio < 1.0:
+        raise ValueError(
+            f"{name}.mask_ratio must lie between 0 and 1, so that some patches are hidden and some seen, "
+            f"got {section.mask_ratio}"
+        )
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name}.{item.name} must be 1 or more, got {value}")
