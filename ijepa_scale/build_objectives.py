@@ -8,6 +8,7 @@ from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.vit import VIT_SIZES
+from ijepa_scale.objectives.cae import CaeObjective
 from ijepa_scale.objectives.ijepa import IJepaObjective
 from ijepa_scale.objectives.mae import MaeObjective
 from ijepa_scale.objectives.masks import BlockMasks, HiddenMasks
@@ -80,6 +81,17 @@ def build_mae(config: PretrainConfig) -> MaeObjective:
     )
 
 
+def build_cae(config: PretrainConfig) -> CaeObjective:
+    options = config.cae
+    return CaeObjective(
+        regressor_depth=options.regressor_depth,
+        decoder_depth=options.decoder_depth,
+        alignment=options.alignment,
+        draw_masks=build_hidden(config, options.mask_ratio, in_blocks=True),
+        **_shared(config),
+    )
+
+
 def build_hidden(config: PretrainConfig, ratio: float, *, in_blocks: bool = False) -> HiddenMasks:
     """A share of the patches hidden. ValueError where these would be none or all."""
     grid = _grid(config)
@@ -109,4 +121,8 @@ def _grid(config: PretrainConfig) -> PatchGrid:
     return PatchGrid(side, side)
 
 
-OBJECTIVES: dict[str, Callable[[PretrainConfig], Objective]] = {"ijepa": build_ijepa, "mae": build_mae}
+OBJECTIVES: dict[str, Callable[[PretrainConfig], Objective]] = {
+    "ijepa": build_ijepa,
+    "mae": build_mae,
+    "cae": build_cae,
+}

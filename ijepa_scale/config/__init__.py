@@ -13,7 +13,7 @@ from ijepa_scale.config.loading import (
     to_yaml,
     valid_keys,
 )
-from ijepa_scale.config.objective_sections import MaeConfig
+from ijepa_scale.config.objective_sections import CaeConfig, MaeConfig
 from ijepa_scale.config.reading import over
 from ijepa_scale.config.sections import (
     ATTENTION,
@@ -35,6 +35,7 @@ from ijepa_scale.config.sections import (
 __all__ = [
     "ATTENTION",
     "OBJECTIVE_SECTIONS",
+    "CaeConfig",
     "CheckpointConfig",
     "DataConfig",
     "EngineConfig",

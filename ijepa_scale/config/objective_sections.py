@@ -15,6 +15,19 @@ class MaeConfig:
         _check("mae", self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class CaeConfig:
+    mask_ratio: float = 0.5  # hidden patches / all
+    regressor_depth: int = 4  # blocks as wide as the encoder's, likewise the next
+    decoder_depth: int = 4
+    alignment: float = 2.0  # weight of the loss against what the encoder makes of hidden patches
+
+    def __post_init__(self) -> None:
+        _check("cae", self)
+        if not self.alignment >= 0:
+            raise ValueError(f"cae.alignment must not be negative, got {self.alignment}")
+
+
 def _check(name: str, section: Any) -> None:
     """ValueError for a mask_ratio that hides none or all, and for whole numbers below 1."""
     if not 0.0 < section.mask_ratio < 1.0:

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ijepa_scale.config.objective_sections import MaeConfig
+from ijepa_scale.config.objective_sections import CaeConfig, MaeConfig
 from ijepa_scale.config.reading import FREE, NUMBERS_TOO
 
 
@@ -122,7 +122,7 @@ class ModelConfig:
 
 
 # The sections of each objective. A config sets those of its own objective alone.
-OBJECTIVE_SECTIONS = {"ijepa": ("mask", "loss", "predictor"), "mae": ("mae",)}
+OBJECTIVE_SECTIONS = {"ijepa": ("mask", "loss", "predictor"), "mae": ("mae",), "cae": ("cae",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -323,6 +323,7 @@ class PretrainConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     mae: MaeConfig = field(default_factory=MaeConfig)
+    cae: CaeConfig = field(default_factory=CaeConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)

@@ -16,7 +16,8 @@ KINDS = {
     "context": "context encoder: the one that was trained by gradients",
     "predictor": "predictor: from context tokens to target tokens",
 }
-OBJECTIVES = {"ijepa": "I-JEPA", "mae": "MAE"}  # as their papers write them; others by the name in the config
+# As their papers write them; others by their names in the config.
+OBJECTIVES = {"ijepa": "I-JEPA", "mae": "MAE", "cae": "CAE"}
 USES = {
     "transformers": """\
 from PIL import Image

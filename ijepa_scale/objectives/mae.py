@@ -89,15 +89,6 @@ class MaeObjective(HiddenPixels):
         )
         return {name: images * part for name, part in parts.items()}, images * computed
 
-    def done(self, masks: Masks) -> dict[str, float]:
-        parts, computed = self.flops(masks.num_images)
-        return {
-            "model_flops": sum(parts.values()),
-            "hardware_flops": computed,
-            "context_tokens": masks.context.num_tokens,
-            "target_tokens": masks.target_blocks.num_tokens,
-        }
-
     def expected(self, masks: Sequence[Masks]) -> Expected:
         seen, patches = self.draw_masks.seen, self.grid.num_patches
         encoder_every, decoder_every = self.recompute_every

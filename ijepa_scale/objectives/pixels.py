@@ -74,6 +74,19 @@ class HiddenPixels:
         assert isinstance(encoder, VisionTransformer)
         return {"context": encoder}
 
+    def flops(self, images: float) -> tuple[dict[str, float], float]:
+        """Of so many images: what the method needs by network, and in all what is computed."""
+        raise NotImplementedError
+
+    def done(self, masks: Masks) -> dict[str, float]:
+        needed, computed = self.flops(masks.num_images)
+        return {
+            "model_flops": sum(needed.values()),
+            "hardware_flops": computed,
+            "context_tokens": masks.context.num_tokens,
+            "target_tokens": masks.target_blocks.num_tokens,
+        }
+
     def shown(self, masks: Masks) -> list[Shown]:
         seen, hidden = (packed.patches(masks.num_patches) for packed in (masks.context, masks.target_blocks))
         return [Shown(part, [other]) for part, other in zip(seen, hidden, strict=True)]

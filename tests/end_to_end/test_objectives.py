@@ -12,7 +12,10 @@ from ijepa_scale.run.records import read_records
 from tests.conftest import SMALL_CONFIG
 from tests.end_to_end.runs import Runs, assert_close_run, assert_same_run, state_of, steps_of
 
-SECTIONS = {"mae": "mae: {decoder_width: 16, decoder_depth: 1, decoder_heads: 2}"}
+SECTIONS = {
+    "mae": "mae: {decoder_width: 16, decoder_depth: 1, decoder_heads: 2}",
+    "cae": "cae: {regressor_depth: 1, decoder_depth: 1}",
+}
 NAMES = list(SECTIONS)
 
 
