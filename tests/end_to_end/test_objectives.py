@@ -96,6 +96,15 @@ def test_bf16_and_recomputed_blocks_are_near_the_same_run(runs_of, alone, tmp_pa
         assert [record["loss"] for record in steps_of(run)] == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_blocks_are_the_same_run(runs_of, alone, tmp_path, name):
+    run, options = tmp_path / "run", ("engine.compile=true", "engine.activation_checkpointing=every_2")
+    runs_of(name)(run, *options, ranks=1)
+    expected = [record["loss"] for record in steps_of(alone(name))]
+    assert [record["loss"] for record in steps_of(run)] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_sizes_that_are_shipped_are_those_of_the_small_ijepa(name):
     ours, theirs = load_config(f"{name}_small"), load_config("small_images")

@@ -132,7 +132,8 @@ def test_loss_and_every_gradient_are_those_of_transformers():
     mean, std = (torch.tensor(v).double()[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     expected = theirs((pixels.double() / 255 - mean) / std, noise=noise).loss
     assert loss.dtype == torch.float64 and loss.item() == pytest.approx(expected.item(), rel=1e-6)  # their means: fp32
-    loss.backward(), expected.backward()
+    loss.backward()
+    expected.backward()
     gradients = by_their_names({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, parameter in theirs.named_parameters():
         if name in gradients:
