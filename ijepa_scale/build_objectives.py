@@ -8,9 +8,11 @@ from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.vit import VIT_SIZES
+from ijepa_scale.objectives.cae import CaeObjective
 from ijepa_scale.objectives.data2vec import Data2VecObjective
 from ijepa_scale.objectives.ijepa import IJepaObjective
-from ijepa_scale.objectives.masks import BlockMasks, InverseBlockMasks
+from ijepa_scale.objectives.mae import MaeObjective
+from ijepa_scale.objectives.masks import BlockMasks, HiddenMasks, InverseBlockMasks
 from ijepa_scale.objectives.objective import Objective
 
 
@@ -94,6 +96,43 @@ def build_data2vec(config: PretrainConfig) -> Data2VecObjective:
     )
 
 
+def build_mae(config: PretrainConfig) -> MaeObjective:
+    options = config.mae
+    return MaeObjective(
+        decoder=ViTSize(
+            width=options.decoder_width,
+            depth=options.decoder_depth,
+            heads=options.decoder_heads,
+            mlp_width=4 * options.decoder_width,
+        ),
+        draw_masks=build_hidden(config, options.mask_ratio),
+        **_shared(config),
+    )
+
+
+def build_cae(config: PretrainConfig) -> CaeObjective:
+    options = config.cae
+    return CaeObjective(
+        regressor_depth=options.regressor_depth,
+        decoder_depth=options.decoder_depth,
+        alignment=options.alignment,
+        draw_masks=build_hidden(config, options.mask_ratio, in_blocks=True),
+        **_shared(config),
+    )
+
+
+def build_hidden(config: PretrainConfig, ratio: float, *, in_blocks: bool = False) -> HiddenMasks:
+    """A share of the patches hidden. ValueError where these would be none or all."""
+    grid = _grid(config)
+    hidden = round(ratio * grid.num_patches)
+    if not 0 < hidden < grid.num_patches:
+        raise ValueError(
+            f"{config.objective.name}.mask_ratio {ratio} hides {hidden} of {grid.num_patches} patches; some must be "
+            "hidden and some seen: use another, or smaller patches (model.patch_size)"
+        )
+    return HiddenMasks(grid, hidden, in_blocks, config.seed)
+
+
 def _shared(config: PretrainConfig) -> dict[str, Any]:
     """What every objective is given."""
     return {
@@ -111,4 +150,9 @@ def _grid(config: PretrainConfig) -> PatchGrid:
     return PatchGrid(side, side)
 
 
-OBJECTIVES: dict[str, Callable[[PretrainConfig], Objective]] = {"ijepa": build_ijepa, "data2vec": build_data2vec}
+OBJECTIVES: dict[str, Callable[[PretrainConfig], Objective]] = {
+    "ijepa": build_ijepa,
+    "data2vec": build_data2vec,
+    "mae": build_mae,
+    "cae": build_cae,
+}

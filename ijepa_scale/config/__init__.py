@@ -13,7 +13,7 @@ from ijepa_scale.config.loading import (
     to_yaml,
     valid_keys,
 )
-from ijepa_scale.config.objective_sections import Data2VecConfig
+from ijepa_scale.config.objective_sections import CaeConfig, Data2VecConfig, MaeConfig
 from ijepa_scale.config.reading import over
 from ijepa_scale.config.sections import (
     ATTENTION,
@@ -35,12 +35,14 @@ from ijepa_scale.config.sections import (
 __all__ = [
     "ATTENTION",
     "OBJECTIVE_SECTIONS",
+    "CaeConfig",
     "CheckpointConfig",
     "Data2VecConfig",
     "DataConfig",
     "EngineConfig",
     "LoggingConfig",
     "LossConfig",
+    "MaeConfig",
     "MaskConfig",
     "ModelConfig",
     "ObjectiveConfig",

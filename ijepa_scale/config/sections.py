@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ijepa_scale.config.objective_sections import Data2VecConfig
+from ijepa_scale.config.objective_sections import CaeConfig, Data2VecConfig, MaeConfig
 from ijepa_scale.config.reading import FREE, NUMBERS_TOO
 
 
@@ -124,7 +124,12 @@ class ModelConfig:
 
 
 # The sections of each objective. A config sets those of its own objective alone.
-OBJECTIVE_SECTIONS = {"ijepa": ("mask", "loss", "predictor"), "data2vec": ("data2vec", "predictor")}
+OBJECTIVE_SECTIONS = {
+    "ijepa": ("mask", "loss", "predictor"),
+    "data2vec": ("data2vec", "predictor"),
+    "mae": ("mae",),
+    "cae": ("cae",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,7 +264,7 @@ class EngineConfig:
     zero_stage: int = free(1)  # 1, 2 or 3
     precision: str = "auto"  # auto (bf16 on a GPU, fp32 on CPU) | fp32 | bf16
     gradient_dtype: str = "fp32"  # in which ranks send gradients to one another: fp32 | bf16 (half the bytes)
-    # none | predictor (its blocks) | every_2, every_3, ... (also every Nth of the context encoder) | full
+    # none | predictor (its blocks, or a decoder's) | every_2, ... (also every Nth of the context encoder) | full
     activation_checkpointing: str = free("none")
     compile: bool = free(False)  # torch.compile of the transformer blocks
     hang_seconds: float = free(1800.0)  # a step with its save that takes longer ends the run, with all stacks; 0: off
@@ -346,6 +351,8 @@ class PretrainConfig:
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     data2vec: Data2VecConfig = field(default_factory=Data2VecConfig)
+    mae: MaeConfig = field(default_factory=MaeConfig)
+    cae: CaeConfig = field(default_factory=CaeConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)

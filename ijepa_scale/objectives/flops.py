@@ -77,11 +77,11 @@ class StepFlops:
         # Backward costs twice the forward, less the patch embedding's gradient with respect to the pixels.
         return {
             "target encoder": embed * whole
-            + _forward(encoder, self.target_depth, whole, whole * self.num_patches, whole - counts.targets),
+            + forward(encoder, self.target_depth, whole, whole * self.num_patches, whole - counts.targets),
             "context encoder": 2 * embed * counts.context
-            + 3 * _forward(encoder, encoder.depth, counts.context, counts.context_pairs),
+            + 3 * forward(encoder, encoder.depth, counts.context, counts.context_pairs),
             "predictor": 3
-            * (_forward(predictor, predictor.depth, counts.prediction, counts.prediction_pairs, dropped) + projections),
+            * (forward(predictor, predictor.depth, counts.prediction, counts.prediction_pairs, dropped) + projections),
         }
 
     def model(self, counts: Counts) -> float:
@@ -93,22 +93,28 @@ class StepFlops:
         encoder, predictor = self.encoder, self.predictor
         last_too = self.recomputed_predictor_blocks == predictor.depth
         dropped = (counts.prediction - counts.blocks) * last_too
+        encoded, predicted = self.recomputed_encoder_blocks, self.recomputed_predictor_blocks
         return (
             self.model(counts)
-            + 2 * encoder.depth * encoder.width * counts.context_pairs
-            + 2 * predictor.depth * predictor.width * counts.prediction_pairs
-            + self._again(encoder, self.recomputed_encoder_blocks, counts.context, counts.context_pairs, 0.0)
-            + self._again(
-                predictor, self.recomputed_predictor_blocks, counts.prediction, counts.prediction_pairs, dropped
-            )
+            + scores(encoder, counts.context_pairs)
+            + scores(predictor, counts.prediction_pairs)
+            + again(encoder, encoded, counts.context, counts.context_pairs, 0.0, self.compiled)
+            + again(predictor, predicted, counts.prediction, counts.prediction_pairs, dropped, self.compiled)
         )
 
-    def _again(self, size: ViTSize, depth: int, tokens: float, pairs: float, dropped: float) -> float:
-        unneeded = 0 if self.compiled else 2 * size.width * size.mlp_width * (depth * tokens - dropped)
-        return _forward(size, depth, tokens, pairs, dropped) - unneeded
+
+def scores(size: ViTSize, pairs: float) -> float:
+    """Attention's scores, which its backward computes again."""
+    return 2 * size.depth * size.width * pairs
 
 
-def _forward(size: ViTSize, depth: int, tokens: float, pairs: float, dropped: float = 0.0) -> float:
-    """Of tokens through blocks. dropped: tokens that leave after the attention of the last one."""
+def again(size: ViTSize, depth: int, tokens: float, pairs: float, dropped: float, compiled: bool) -> float:
+    """So many blocks' forward, as far as activation checkpointing runs it again. dropped: 0 but for the last block."""
+    unneeded = 0 if compiled else 2 * size.width * size.mlp_width * (depth * tokens - dropped)
+    return forward(size, depth, tokens, pairs, dropped) - unneeded
+
+
+def forward(size: ViTSize, depth: int, tokens: float, pairs: float, dropped: float = 0.0) -> float:
+    """Tokens through so many blocks. dropped: tokens that leave after the attention of the last one."""
     after = 2 * size.width**2 + 4 * size.width * size.mlp_width
     return depth * ((6 * size.width**2 + after) * tokens + 4 * size.width * pairs) - after * dropped

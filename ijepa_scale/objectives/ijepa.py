@@ -18,6 +18,11 @@ from ijepa_scale.objectives.masks import BlockMasks
 from ijepa_scale.objectives.objective import Total
 from ijepa_scale.objectives.regularization import of_one_rank, variance_covariance
 
+COLLAPSE_ADVICE = (  # the weights of configs/tiny.yaml
+    "small runs need loss.variance=0.02 loss.covariance=0.004 (for 300 steps; longer runs, less): see "
+    "docs/small_compute.md"
+)
+
 
 class IJepa(EncoderPair):
     """The target encoder's output at the target blocks is predicted."""
@@ -119,6 +124,9 @@ class IJepaObjective(PairObjective):
     def batch_facts(self) -> tuple[str, ...]:
         statistics = bool(self.variance or self.covariance)
         return ("micro_batch_size",) * (self.draw_masks.context == "batch_min") + ("images_in_statistics",) * statistics
+
+    def advice(self) -> str:
+        return COLLAPSE_ADVICE
 
     def check(self) -> None:
         check_feasible(self.draw_masks.blocks)

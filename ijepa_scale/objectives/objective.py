@@ -93,6 +93,9 @@ class Objective(Protocol):
     def batch_facts(self) -> tuple[str, ...]:
         """Which of "micro_batch_size" and "images_in_statistics" (those of all ranks) alter what is learned."""
 
+    def advice(self) -> str:
+        """What to set where features collapse, in words; "" where nothing is known."""
+
     def check(self) -> None:
         """Raise ValueError for settings that cannot be met, such as masks that cannot be drawn."""
 
