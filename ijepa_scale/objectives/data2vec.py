@@ -94,6 +94,9 @@ class Data2VecObjective(PairObjective):
         masks, visible, patches = self.draw_masks.masks_an_image, self.draw_masks.visible, self.grid.num_patches
         return f"target encoder {patches}, context {masks} x {visible}, predictor {masks} x {patches}"
 
+    def advice(self) -> str:
+        return ""
+
     def batch_facts(self) -> tuple[str, ...]:
         return ()
 
