@@ -1,9 +1,10 @@
 """A YAML file and key.sub=value words -> PretrainConfig: frozen dataclasses, a section each.
 
 sections.py: the keys, their defaults and units, what may change on resume and what is refused. loading.py: files, and
-configs of earlier versions. reading.py: YAML and overrides for any dataclasses.
+configs of earlier versions. reading.py: YAML and overrides for any dataclasses. comparison.py: a comparison of several.
 """
 
+from ijepa_scale.config.comparison import CompareConfig, load_comparison
 from ijepa_scale.config.loading import (
     changed_keys,
     from_dict,
@@ -34,6 +35,7 @@ __all__ = [
     "ATTENTION",
     "OBJECTIVE_SECTIONS",
     "CheckpointConfig",
+    "CompareConfig",
     "DataConfig",
     "EngineConfig",
     "LoggingConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "ReportConfig",
     "changed_keys",
     "from_dict",
+    "load_comparison",
     "load_config",
     "over",
     "to_dict",
