@@ -2,9 +2,10 @@
 
 sections.py: the keys, their defaults and units, what may change on resume and what is refused; those of objectives
 beside I-JEPA: objective_sections.py. loading.py: files, and configs of earlier versions. reading.py: YAML and overrides
-for any dataclasses.
+for any dataclasses. comparison.py: a comparison of several.
 """
 
+from ijepa_scale.config.comparison import CompareConfig, load_comparison
 from ijepa_scale.config.loading import (
     changed_keys,
     from_dict,
@@ -37,6 +38,7 @@ __all__ = [
     "OBJECTIVE_SECTIONS",
     "CaeConfig",
     "CheckpointConfig",
+    "CompareConfig",
     "Data2VecConfig",
     "DataConfig",
     "EngineConfig",
@@ -52,6 +54,7 @@ __all__ = [
     "ReportConfig",
     "changed_keys",
     "from_dict",
+    "load_comparison",
     "load_config",
     "over",
     "to_dict",

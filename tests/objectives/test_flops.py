@@ -183,6 +183,7 @@ def test_a_share_is_only_given_where_the_peak_is_known():
     assert device_peak(torch.device("cpu"), "bf16") is None
     assert rates(model=6e12, hardware=9e12, seconds=2.0, devices=3, peak=None) == {
         "model_flops": 6e12,
+        "hardware_flops": 9e12,
         "flops_per_second_per_device": 1e12,
     }
     known = rates(model=6e12, hardware=9e12, seconds=2.0, devices=3, peak=4e12)
