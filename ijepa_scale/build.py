@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ijepa_scale.config import MaskConfig, ModelConfig, PretrainConfig
+from ijepa_scale.build_objectives import OBJECTIVES as OBJECTIVES
+from ijepa_scale.build_objectives import build_blocks as build_blocks
+from ijepa_scale.build_objectives import build_ijepa as build_ijepa
+from ijepa_scale.build_objectives import build_objective as build_objective
+from ijepa_scale.build_objectives import predictor_size as predictor_size
+from ijepa_scale.build_objectives import vit_size as vit_size
+from ijepa_scale.config import PretrainConfig
 from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.files import cache_path
 from ijepa_scale.data.images import ImageSet, check_images, open_file, open_images, splits_of
@@ -26,40 +32,17 @@ from ijepa_scale.engine import zero
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.optim import adamw, parameter_groups
 from ijepa_scale.engine.schedules import Schedules
-from ijepa_scale.masking.grid import PatchGrid
-from ijepa_scale.masking.multiblock import MultiBlock
 from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.attention_backends import Choices
 from ijepa_scale.models.attention_self_test import tested_attention
-from ijepa_scale.models.blocks import Block, ViTSize
-from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
-from ijepa_scale.objectives.ijepa import IJepaObjective
-from ijepa_scale.objectives.masks import BlockMasks
+from ijepa_scale.models.blocks import Block
+from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.objective import Objective, Total
 
 Opener = Callable[..., ImageSet]  # as open_images
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
 DEFAULT_SCENES, VALIDATION_SCENES = 20_000, 4000
 START_RETRY_SECONDS = 30.0
-
-
-def vit_size(model: ModelConfig) -> ViTSize:
-    """The named size, with any explicit width, depth, heads and mlp_width over it."""
-    if model.name not in VIT_SIZES:
-        raise ValueError(f"unknown model.name {model.name!r}; choose one of {', '.join(VIT_SIZES)}")
-    named = VIT_SIZES[model.name]
-    return ViTSize(
-        width=model.width or named.width,
-        depth=model.depth or named.depth,
-        heads=model.heads or named.heads,
-        mlp_width=model.mlp_width or (4 * model.width if model.width else named.mlp_width),
-    )
-
-
-def predictor_size(config: PretrainConfig) -> ViTSize:
-    model = config.predictor
-    heads = model.heads or vit_size(config.model).heads
-    return ViTSize(width=model.width, depth=model.depth, heads=heads, mlp_width=4 * model.width)
 
 
 def training_precision(config: PretrainConfig, device: torch.device) -> str:
@@ -90,30 +73,6 @@ def build_encoder(config: PretrainConfig) -> VisionTransformer:
     return VisionTransformer(
         vit_size(config.model), image_size=config.data.image_size, patch_size=config.model.patch_size
     )
-
-
-def build_objective(config: PretrainConfig) -> Objective:
-    """What objective.name asks for. ValueError for an unknown model; objective.check() refuses what cannot be met."""
-    return OBJECTIVES[config.objective.name](config)
-
-
-def build_ijepa(config: PretrainConfig) -> IJepaObjective:
-    return IJepaObjective(
-        encoder=vit_size(config.model),
-        predictor=predictor_size(config),
-        image_size=config.data.image_size,
-        patch_size=config.model.patch_size,
-        draw_masks=BlockMasks(build_blocks(config), config.mask.context, config.seed),
-        loss_kind=config.loss.kind,
-        variance=config.loss.variance,
-        covariance=config.loss.covariance,
-        recompute_every=config.engine.recompute_every,
-        compiled=config.engine.compile,
-        seed=config.seed,
-    )
-
-
-OBJECTIVES: dict[str, Callable[[PretrainConfig], Objective]] = {"ijepa": build_ijepa}
 
 
 def build_model(config: PretrainConfig, *, attend: Mapping[str, Attend | None] | None = None) -> nn.Module:
@@ -152,21 +111,6 @@ def build_engine(
         whole=Block,
     )
     return engine, ShardedEMA(engine, objective.averaged(module))
-
-
-def build_blocks(config: PretrainConfig) -> MultiBlock:
-    """The blocks that masks are made of; objective.check() refuses those that cannot be drawn."""
-    side = config.data.image_size // config.model.patch_size
-    mask: MaskConfig = config.mask
-    return MultiBlock(
-        grid=PatchGrid(side, side),
-        num_target_blocks=mask.num_target_blocks,
-        target_scale=mask.target_scale,
-        target_aspect_ratio=mask.target_aspect_ratio,
-        context_scale=mask.context_scale,
-        min_keep=mask.min_keep,
-        reference_compat=mask.reference_compat,
-    )
 
 
 def check_source_given(config: PretrainConfig) -> None:

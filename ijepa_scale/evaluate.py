@@ -92,7 +92,7 @@ def evaluate_tasks(ranks: Ranks, request: Request) -> None:
     facts = ranks.together(lambda: _facts(request, loaded, train, test) if ranks.first else {})
     ranks.together(lambda: read_results(folder, facts) if ranks.first else None)
     tasks = _asked(ranks, request, loaded, train, test, folder, say)
-    say(f"{loaded.path}, the {request.network} encoder, on {train.name} and {test.name}")
+    say(f"{loaded.path}, the {loaded.name} encoder, on {train.name} and {test.name}")
     for asked in tasks:
         started = time.perf_counter()
         outcome = asked.run(asked.evaluation, asked.settings)

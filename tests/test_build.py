@@ -207,11 +207,13 @@ def test_architecture_says_what_fixes_the_shapes():
         "predictor_width": 8,
         "predictor_depth": 1,
         "predictor_heads": 2,
+        "target_layers": [2],
     }
     for change in (
         {"data": DataConfig(image_size=48)},
         {"model": dataclasses.replace(config.model, mlp_width=60)},
         {"predictor": PredictorConfig(width=8, depth=1, heads=1)},
+        {"loss": LossConfig(target_layers=[1])},
     ):
         assert build.build_ijepa(config_of(**change)).architecture() != build.build_ijepa(config).architecture()
 

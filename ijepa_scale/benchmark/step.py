@@ -74,6 +74,11 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
         profile.mkdir(parents=True, exist_ok=True)
     if config.loss.kind != "smooth_l1":
         raise ValueError(f"the dense baseline's loss is smooth_l1, got loss.kind={config.loss.kind}")
+    if config.loss.target_layers:
+        raise ValueError(
+            f"the dense baseline predicts the last output alone, got loss.target_layers={config.loss.target_layers}; "
+            'give loss.target_layers=""'
+        )
     config = replace(config, loss=replace(config.loss, variance=0.0, covariance=0.0))  # the baseline has no such terms
     with one_process() as ranks:
         objective = DrawnOnDevice.of(build.build_ijepa(config), ranks.device)

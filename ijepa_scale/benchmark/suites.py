@@ -26,7 +26,8 @@ def run_tests(*arguments: str, seconds: float, say: Say) -> dict[str, Any]:
         raise ValueError(f"the tests are those of a checkout, and there is none at {ROOT}; run it from a checkout")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        quiet = ["-q", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider"]  # a compiler's log is thousands of lines
+        # A test that fails would print its compiler's log, of thousands of lines.
+        quiet = ["-q", "--tb=short", "--show-capture=no", "-p", "no:cacheprovider"]
         command = [sys.executable, "-m", "pytest", *quiet, f"--junitxml={report}"]
         command += [f"--session-timeout={seconds}", *arguments]
         say(" ".join(arguments))

@@ -1,9 +1,11 @@
 """A YAML file and key.sub=value words -> PretrainConfig: frozen dataclasses, a section each.
 
-sections.py: the keys, their defaults and units, what may change on resume and what is refused. loading.py: files, and
-configs of earlier versions. reading.py: YAML and overrides for any dataclasses.
+sections.py: the keys, their defaults and units, what may change on resume and what is refused; those of objectives
+beside I-JEPA: objective_sections.py. loading.py: files, and configs of earlier versions. reading.py: YAML and overrides
+for any dataclasses. comparison.py: a comparison of several.
 """
 
+from ijepa_scale.config.comparison import CompareConfig, load_comparison
 from ijepa_scale.config.loading import (
     changed_keys,
     from_dict,
@@ -12,6 +14,7 @@ from ijepa_scale.config.loading import (
     to_yaml,
     valid_keys,
 )
+from ijepa_scale.config.objective_sections import CaeConfig, Data2VecConfig, MaeConfig
 from ijepa_scale.config.reading import over
 from ijepa_scale.config.sections import (
     ATTENTION,
@@ -33,11 +36,15 @@ from ijepa_scale.config.sections import (
 __all__ = [
     "ATTENTION",
     "OBJECTIVE_SECTIONS",
+    "CaeConfig",
     "CheckpointConfig",
+    "CompareConfig",
+    "Data2VecConfig",
     "DataConfig",
     "EngineConfig",
     "LoggingConfig",
     "LossConfig",
+    "MaeConfig",
     "MaskConfig",
     "ModelConfig",
     "ObjectiveConfig",
@@ -47,6 +54,7 @@ __all__ = [
     "ReportConfig",
     "changed_keys",
     "from_dict",
+    "load_comparison",
     "load_config",
     "over",
     "to_dict",

@@ -5,9 +5,11 @@ is trained.
 """
 
 import os
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ijepa_scale.config.objective_sections import CaeConfig, Data2VecConfig, MaeConfig
 from ijepa_scale.config.reading import FREE, NUMBERS_TOO
 
 
@@ -122,7 +124,12 @@ class ModelConfig:
 
 
 # The sections of each objective. A config sets those of its own objective alone.
-OBJECTIVE_SECTIONS = {"ijepa": ("mask", "loss", "predictor")}
+OBJECTIVE_SECTIONS = {
+    "ijepa": ("mask", "loss", "predictor"),
+    "data2vec": ("data2vec", "predictor"),
+    "mae": ("mae",),
+    "cae": ("cae",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +185,23 @@ class MaskConfig:
         )
 
 
+def _block_numbers(key: str, value: Any) -> str | tuple[int, ...]:
+    """Block numbers, a word as every_4, or "" for none. From a command line a list comes as text."""
+    if isinstance(value, str) and re.fullmatch(r"\d+|\[\s*(\d+\s*(,\s*\d+\s*)*)?\]", value):
+        value = [int(number) for number in re.findall(r"\d+", value)]
+    numbers = [value] if type(value) is int else list(value) if isinstance(value, list | tuple) else None
+    if numbers is None:
+        fits = isinstance(value, str) and bool(re.fullmatch(r"(every_[1-9]\d*)?", value))
+    else:
+        fits = all(type(number) is int and number >= 1 for number in numbers) and numbers == sorted({*numbers})
+    _require(
+        fits,
+        f"{key} must be block numbers counted from 1, ascending and each once, as [2, 4, 6], or every_N with N from 1, "
+        f"as every_4, or empty: the last output alone; got {value!r}",
+    )
+    return value if numbers is None else tuple(numbers) or ""
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     kind: str = "smooth_l1"  # smooth_l1 (as the released code) | l2 (as the paper's text)
@@ -185,8 +209,12 @@ class LossConfig:
     # variance: of how far the standard deviations of the context tokens fall short of 1; small runs: 0.01, 0.02
     variance: float = 0.0
     covariance: float = 0.0  # of the squared covariances between their dimensions; small runs: a fifth of variance
+    # Blocks of the target encoder whose outputs are predicted, counted from 1 (Bootleg, arXiv:2603.15553): [2, 4, 6] or
+    # every_4: every fourth, back from the last; "": the last output alone, as in the paper
+    target_layers: Any = field(default="", metadata=NUMBERS_TOO)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "target_layers", _block_numbers("loss.target_layers", self.target_layers))
         for key in ("variance", "covariance"):
             _require(getattr(self, key) >= 0, f"loss.{key} must not be negative, got {getattr(self, key)}")
         _require(self.kind in ("smooth_l1", "l2"), f"loss.kind must be smooth_l1 or l2, got {self.kind!r}")
@@ -236,7 +264,7 @@ class EngineConfig:
     zero_stage: int = free(1)  # 1, 2 or 3
     precision: str = "auto"  # auto (bf16 on a GPU, fp32 on CPU) | fp32 | bf16
     gradient_dtype: str = "fp32"  # in which ranks send gradients to one another: fp32 | bf16 (half the bytes)
-    # none | predictor (its blocks) | every_2, every_3, ... (also every Nth of the context encoder) | full
+    # none | predictor (its blocks, or a decoder's) | every_2, ... (also every Nth of the context encoder) | full
     activation_checkpointing: str = free("none")
     compile: bool = free(False)  # torch.compile of the transformer blocks
     hang_seconds: float = free(1800.0)  # a step with its save that takes longer ends the run, with all stacks; 0: off
@@ -322,6 +350,9 @@ class PretrainConfig:
     predictor: PredictorConfig = field(default_factory=PredictorConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    data2vec: Data2VecConfig = field(default_factory=Data2VecConfig)
+    mae: MaeConfig = field(default_factory=MaeConfig)
+    cae: CaeConfig = field(default_factory=CaeConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.random.bit_generator import ISeedSequence
 
 # Streams of random numbers, the first part of each key after the seed.
-SIZES, CROP, BLOCKS, CONTEXT = range(4)
+SIZES, CROP, BLOCKS, CONTEXT, PATCHES = range(5)
 _ROUNDS = 8
 _MIN_SIDE = 8  # of the Feistel rectangle: smaller ones reach some permutations too often, or never (only even ones)
 _MASK64 = (1 << 64) - 1

@@ -80,7 +80,7 @@ def rates(*, model: float, hardware: float, seconds: float, devices: int, peak: 
 
     mfu and hfu are shares of the peak, and only there where it is known.
     """
-    keys = {"model_flops": model, "flops_per_second_per_device": model / seconds / devices}
+    keys = {"model_flops": model, "hardware_flops": hardware, "flops_per_second_per_device": model / seconds / devices}
     if peak:
         keys |= {"mfu": model / seconds / devices / peak, "hfu": hardware / seconds / devices / peak}
     return keys

@@ -16,6 +16,8 @@ KINDS = {
     "context": "context encoder: the one that was trained by gradients",
     "predictor": "predictor: from context tokens to target tokens",
 }
+# As their papers write them; others by their names in the config.
+OBJECTIVES = {"ijepa": "I-JEPA", "mae": "MAE", "cae": "CAE"}
 USES = {
     "transformers": """\
 from PIL import Image
@@ -54,14 +56,20 @@ def card(form: str, loaded: Sequence[Loaded], licence: str) -> str:
     """
     first = next((one for one in loaded if one.name != "predictor"), loaded[0])
     record, side = Record.of(first), first.image_size
+    objective = (first.config or {}).get("objective", {}).get("name", "ijepa")
+    method = OBJECTIVES.get(objective, objective)
     name = next((name for name, size in VIT_SIZES.items() if size == record.size), "a vision transformer")
-    front = {"license": licence, "pipeline_tag": "image-feature-extraction", "tags": ["i-jepa", "ijepa-scale"]}
+    front = {
+        "license": licence,
+        "pipeline_tag": "image-feature-extraction",
+        "tags": [method.lower(), "ijepa-scale"],
+    }
     if form in ("transformers", "timm"):
         front["library_name"] = form
     size = f"width {record.size.width}, depth {record.size.depth}, {record.size.heads} heads"
     parts = [
         f"---\n{yaml.safe_dump(front)}---",
-        f"# I-JEPA, {name}, patches of {record.patch_size} pixels",
+        f"# {method}, {name}, patches of {record.patch_size} pixels",
         "\n".join(f"- {KINDS[one.name]}" for one in loaded),
         f"- {size}, MLP of {record.size.mlp_width}, LayerNorm eps 1e-6; no class token, no classifier\n"
         f"- images of {side} x {side} pixels\n- licence: {_said(licence)}",

@@ -21,7 +21,7 @@ KEY = "ijepa_scale"
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """network: "target", "context" or "predictor". image_size, patch_size: pixels a side. encoder_width: of what a
-    predictor reads, None of an encoder. step, config: as of Loaded.
+    predictor reads, None of an encoder. out_width: of what it puts out; None: as wide. step, config: as of Loaded.
     """
 
     network: str
@@ -29,6 +29,7 @@ class Record:
     image_size: int
     patch_size: int
     encoder_width: int | None = None
+    out_width: int | None = None
     step: int | None = None
     config: Mapping[str, Any] | None = None
 
@@ -43,6 +44,7 @@ class Record:
             image_size=loaded.image_size,
             patch_size=loaded.image_size // math.isqrt(positions.shape[1]),
             encoder_width=network.predictor_embed.in_features if predicts else None,
+            out_width=network.predictor_proj.out_features if predicts else None,
             step=loaded.step,
             config=loaded.config,
         )

@@ -1,18 +1,17 @@
 """Networks of runs of our own."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ijepa_scale import build
-from ijepa_scale.config import PretrainConfig, from_dict
+from ijepa_scale.config import EngineConfig, PretrainConfig, from_dict
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.distributed import alone
 from ijepa_scale.exchange.networks import NETWORKS, Loaded, Networks
-from ijepa_scale.masking.grid import PatchGrid
-from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.objectives.objective import Objective
 
 
@@ -87,9 +86,11 @@ def _described(found: Checkpoint) -> tuple[PretrainConfig, Objective]:
 
 
 def _predictor(config: PretrainConfig) -> nn.Module:
-    side, patch_size = config.data.image_size, config.model.patch_size
-    grid, width = PatchGrid.of_image(side, side, patch_size), build.vit_size(config.model).width
-    return Predictor(build.predictor_size(config), encoder_width=width, grid=grid)
+    objective = build.build_objective(replace(config, engine=EngineConfig()))  # compiles and recomputes nothing
+    trained = objective.trained(objective.build())
+    if "predictor" not in trained:
+        raise ValueError(f"the objective {objective.name} has no predictor; it has {', '.join(trained)}")
+    return trained["predictor"]
 
 
 def stored_names(objective: Objective, network: str) -> tuple[dict[str, str], str]:

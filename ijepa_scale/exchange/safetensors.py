@@ -66,4 +66,4 @@ def _empty(record: Record) -> nn.Module:
         if record.encoder_width is None:
             return VisionTransformer(record.size, image_size=side, patch_size=patch_size)
         grid = PatchGrid.of_image(side, side, patch_size)
-        return Predictor(record.size, encoder_width=record.encoder_width, grid=grid)
+        return Predictor(record.size, encoder_width=record.encoder_width, out_width=record.out_width, grid=grid)

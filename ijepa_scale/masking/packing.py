@@ -53,8 +53,9 @@ class Packed:
 class Masks:
     """What the networks see of each image.
 
-    context: one sequence an image. target_blocks: M sequences an image (image-major), all of one length.
-    prediction: the predictor's sequences, one a target block: the image's context tokens, then the block's mask
+    context: one sequence an image, or one a mask of it, image-major. target_blocks: M sequences for each of these, all
+    of one length.
+    prediction: the predictor's sequences, one a target block: its mask's context tokens, then the block's mask
     tokens; its indices_T name the patches. prediction_source_T: (T_p,) int32, row among the context tokens, -1 for a
     mask token. prediction_copies_TM: (T_c, M) int32, the rows that hold each context token. target_rows_T: (T_t,)
     int64, rows of the predictor's input that hold mask tokens and of its output that answer target_blocks, in order.
@@ -71,10 +72,11 @@ class Masks:
     target_patches_U: torch.Tensor
     target_index_T: torch.Tensor
     num_patches: int
+    masks_an_image: int = 1
 
     @property
     def num_images(self) -> int:
-        return self.context.cu_seqlens.shape[0] - 1
+        return (self.context.cu_seqlens.shape[0] - 1) // self.masks_an_image
 
     def to(self, device: torch.device | str) -> "Masks":
         return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
@@ -107,12 +109,19 @@ def _patches(name: str, part: Any, num_patches: int) -> np.ndarray:
     raise ValueError(f"{name} holds {kind}; wants integers, the numbers of patches: of a mask, numpy.flatnonzero(mask)")
 
 
-def pack_masks(context: Sequence[np.ndarray], target_blocks: Sequence[Sequence[np.ndarray]], num_patches: int) -> Masks:
+def pack_masks(
+    context: Sequence[np.ndarray],
+    target_blocks: Sequence[Sequence[np.ndarray]],
+    num_patches: int,
+    *,
+    masks_an_image: int = 1,
+) -> Masks:
     """Pack explicit patch indices.
 
     context[b]: (n_b,) patch indices of image b, integers of any type, n_b >= 1. target_blocks[b][m]: (K,) patch indices
-    of its block m; K is the same for all. Raises ValueError on what is no integer, an index outside 0..num_patches - 1,
-    an empty list or unequal blocks.
+    of its block m; K is the same for all. With several masks an image, context[b] and target_blocks[b] are of image
+    b // masks_an_image. Raises ValueError on what is no integer, an index outside 0..num_patches - 1, an empty list,
+    unequal blocks or masks that some image lacks.
     """
     if not len(context) or len(context) != len(target_blocks):
         raise ValueError(
@@ -123,7 +132,10 @@ def pack_masks(context: Sequence[np.ndarray], target_blocks: Sequence[Sequence[n
     if len({block.size for image in blocks for block in image}) != 1 or len({len(image) for image in blocks}) != 1:
         raise ValueError("every image needs as many target blocks, all of one size, so that the loss is one plain mean")
 
-    starts = [image * num_patches for image in range(len(contexts))]
+    if len(contexts) % masks_an_image:
+        raise ValueError(f"{len(contexts)} masks are not {masks_an_image} of each image; give as many of each")
+
+    starts = [mask // masks_an_image * num_patches for mask in range(len(contexts))]
     rows = np.concatenate([[0], np.cumsum([part.size for part in contexts])])
     sequences: list[np.ndarray] = []
     sources: list[np.ndarray] = []
@@ -150,6 +162,7 @@ def pack_masks(context: Sequence[np.ndarray], target_blocks: Sequence[Sequence[n
         target_patches_U=target_patches,
         target_index_T=target_index,
         num_patches=num_patches,
+        masks_an_image=masks_an_image,
     )
 
 

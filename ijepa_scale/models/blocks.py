@@ -1,8 +1,9 @@
 """A transformer's blocks on packed tokens: T tokens in S sequences, D width, H heads, K rows of the tokens."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -232,6 +233,46 @@ class Block(nn.Module):
         return rows_TD
 
 
+class CrossBlock(Block):
+    """A block whose tokens attend to others as well, which stay as they are (CAE, arXiv:2202.03026, section 3.2).
+
+    B images, V tokens seen and M hidden ones of each. Its weights are a Block's. It runs as it is, whatever compiled.
+    """
+
+    def forward(  # type: ignore[override]
+        self, hidden_BMD: torch.Tensor, seen_BVD: torch.Tensor, positions_BND: torch.Tensor
+    ) -> torch.Tensor:
+        """The hidden tokens attend to those seen and to one another, (B, M, D).
+
+        positions_BND: embeddings of the seen, then of the hidden ones, (B, V + M, D). They are part of queries and
+        keys, after the LayerNorm, and not of values.
+        """
+        tokens_BND = torch.cat([seen_BVD, hidden_BMD], dim=1)
+        values_BND = F.layer_norm(tokens_BND, tokens_BND.shape[-1:], *_affine(self.norm1), NORM_EPS)
+        keys_BND = values_BND + positions_BND
+        inputs = (keys_BND[:, seen_BVD.shape[1] :], keys_BND, values_BND)
+        weights, biases = (part.chunk(3) for part in _affine(self.attn.qkv))
+        q, k, v = (
+            F.linear(x, weight, bias).unflatten(-1, (self.attn.heads, -1)).transpose(1, 2)
+            for x, weight, bias in zip(inputs, weights, biases, strict=True)
+        )
+        mixed_BMD = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        layers = (self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
+        proj, norm2, fc1, fc2 = (_affine(layer) for layer in layers)
+        mixed_TD, hidden_TD = mixed_BMD.flatten(0, 1), hidden_BMD.flatten(0, 1)
+        return _after_attention(mixed_TD, hidden_TD, proj, norm2, fc1, fc2).view_as(hidden_BMD)
+
+
+def run_cross_block(
+    block: Any, hidden_BMD: torch.Tensor, seen_BVD: torch.Tensor, positions_BND: torch.Tensor
+) -> torch.Tensor:
+    """As CrossBlock, but computed again in the backward where it is to be."""
+    if block.recomputed and torch.is_grad_enabled():
+        options: Any = {"use_reentrant": False, "preserve_rng_state": False}  # as of run_block()
+        return checkpoint(block, hidden_BMD, seen_BVD, positions_BND, **options)
+    return block(hidden_BMD, seen_BVD, positions_BND)
+
+
 def recompute(blocks: nn.ModuleList, every: int) -> None:
     """Activation checkpointing of every Nth block, N = every; 0: of none."""
     block: Any
@@ -276,6 +317,23 @@ def run_blocks(
         rows, keep_T2 = rows_K if i == len(blocks) else None, None if keep is None else keep[i - 1]
         tokens_TD = run_block(block, tokens_TD, sequences, rows, overwrite=overwrite, keep_T2=keep_T2)
     return tokens_TD
+
+
+def rows_after(
+    blocks: nn.ModuleList, tokens_TD: torch.Tensor, sequences: Sequences, rows_K: torch.Tensor, layers: Sequence[int]
+) -> list[torch.Tensor]:
+    """Rows of what chosen blocks put out, (K, D) of each; later blocks are not run.
+
+    rows_K: as of run_blocks(), which may write over tokens_TD likewise: what is wanted of a block is copied before the
+    next one runs. layers: numbers of blocks, counted from 1, in ascending order.
+    """
+    overwrite, found = not _hooked(blocks), []
+    for number, block in enumerate(islice(blocks, layers[-1]), 1):
+        last = number == layers[-1]
+        tokens_TD = run_block(block, tokens_TD, sequences, rows_K if last else None, overwrite=overwrite)
+        if number in layers:
+            found.append(tokens_TD if last else gather_rows(tokens_TD, rows_K, unique=True))
+    return found
 
 
 def run_block(

@@ -1,4 +1,7 @@
-"""The predictor: a narrow ViT from context tokens to target tokens. T packed tokens, D encoder width, P its own."""
+"""The predictor: a narrow ViT from context tokens to target tokens.
+
+T packed tokens, D the encoder's width, P its own, F that of a prediction.
+"""
 
 import torch
 from torch import nn
@@ -19,8 +22,16 @@ class Predictor(nn.Module):
 
     predictor_pos_embed: torch.Tensor
 
-    def __init__(self, size: ViTSize, *, encoder_width: int, grid: PatchGrid, attend: Attend | None = None):
-        """attend: the kernel that attends; None: PyTorch's own."""
+    def __init__(
+        self,
+        size: ViTSize,
+        *,
+        encoder_width: int,
+        grid: PatchGrid,
+        out_width: int | None = None,
+        attend: Attend | None = None,
+    ):
+        """out_width: of a prediction; None: the encoder's. attend: the kernel that attends; None: PyTorch's own."""
         super().__init__()
         self.size = size
         self.attend = attend
@@ -29,10 +40,10 @@ class Predictor(nn.Module):
         self.register_buffer("predictor_pos_embed", sincos_pos_embed(size.width, grid)[None])
         self.predictor_blocks = nn.ModuleList(Block(size) for _ in range(size.depth))
         self.predictor_norm = nn.LayerNorm(size.width, eps=1e-6)
-        self.predictor_proj = nn.Linear(size.width, encoder_width)
+        self.predictor_proj = nn.Linear(size.width, out_width or encoder_width)
 
     def forward(self, context_TD: torch.Tensor, masks: Masks) -> torch.Tensor:
-        """context_TD: (T_c, D), the context encoder's output -> (T_t, D), predictions in the order of target_blocks."""
+        """context_TD: (T_c, D), the context encoder's output -> (T_t, F), predictions in the order of target_blocks."""
         packed = masks.prediction
         tokens_TP = assemble(
             self.predictor_embed(context_TD).to(self.mask_token.dtype),  # which autocast lowers: what is added to stays

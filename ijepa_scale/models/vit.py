@@ -11,7 +11,7 @@ from ijepa_kernels.patchify import patchify
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Packed
 from ijepa_scale.models.attention import Attend, Sequences
-from ijepa_scale.models.blocks import NORM_EPS, Block, ViTSize, run_block, run_blocks
+from ijepa_scale.models.blocks import NORM_EPS, Block, ViTSize, rows_after, run_block, run_blocks
 from ijepa_scale.models.positions import resized_pos_embed, sincos_pos_embed
 
 VIT_SIZES = {
@@ -99,18 +99,21 @@ class VisionTransformer(nn.Module):
         rows_K: torch.Tensor | None = None,
         *,
         keep: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        layers: Sequence[int] = (),
+    ) -> torch.Tensor | list[torch.Tensor]:
         """Encode the tokens named by packed, or all of them.
 
         images_BCHW: (B, 3, H, W) uint8, of the model's image size where packed is given, else of any whose sides are
         multiples of the patch. rows_K: (K,) integers in ascending order, the rows wanted of the tokens.
         keep: (blocks, B, 2), of whole images, factors of what each block's attention and MLP add: see run_blocks().
-        Returns (K, D) where rows are given, else (T, D) for packed tokens, else (B, N, D).
+        layers: of whole images, blocks whose outputs are wanted at the rows: see rows_after().
+        Returns a list, (K, D) of each of the layers, without the final LayerNorm; else (K, D) where rows are given,
+        else (T, D) for packed tokens, else (B, N, D).
         Raises ValueError for images of another size.
         """
         batch, grid = images_BCHW.shape[0], self.grid_of(images_BCHW)
         if packed is not None:
-            assert keep is None, "drop path is of whole images"
+            assert keep is None and not layers, "drop path and layers are of whole images"
             if grid != self.grid:
                 raise ValueError(
                     f"packed tokens are of images of {self.grid.shape} patches, got images of {grid.shape}; whole "
@@ -121,15 +124,31 @@ class VisionTransformer(nn.Module):
             tokens_TD = tokens_TD + positions_ND.index_select(0, packed.indices_T % grid.num_patches)
             sequences = Sequences(packed.cu_seqlens, packed.max_seqlen, packed.num_tokens, self.attend)
             return self.norm(run_blocks(self.blocks, tokens_TD, sequences, rows_K))
-        part, encoded = self._images_at_once(images_BCHW), []
+        if layers:
+            assert rows_K is not None and keep is None, "of layers some rows are wanted, and of all blocks"
+            return self._whole(images_BCHW, rows_K, None, layers)
+        (tokens_TD,) = self._whole(images_BCHW, rows_K, keep, ())
+        return tokens_TD if rows_K is not None else tokens_TD.view(batch, grid.num_patches, -1)
+
+    def _whole(
+        self, images_BCHW: torch.Tensor, rows_K: torch.Tensor | None, keep: torch.Tensor | None, layers: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Whole images as forward() says: of each of the layers, or of the last block alone where none is named."""
+        batch, part = images_BCHW.shape[0], self._images_at_once(images_BCHW)
+        encoded: list[list[torch.Tensor]] = []  # of some images at a time
         for start in range(0, batch, part):
             tokens_TD, sequences = self._embed(images_BCHW[start : start + part])
             # All at once: the rows are not looked at, which on a device would be waited for.
-            rows = rows_K if part >= batch else _rows_between(rows_K, start, part, grid.num_patches)
-            kept = None if keep is None else keep[:, start : start + part]
-            encoded.append(self.norm(run_blocks(self.blocks, tokens_TD, sequences, rows, kept)))
-        tokens_TD = encoded[0] if len(encoded) == 1 else torch.cat(encoded)
-        return tokens_TD if rows_K is not None else tokens_TD.view(batch, grid.num_patches, -1)
+            rows = (
+                rows_K if part >= batch else _rows_between(rows_K, start, part, self.grid_of(images_BCHW).num_patches)
+            )
+            if layers and rows is not None:
+                outputs = rows_after(self.blocks, tokens_TD, sequences, rows, layers)
+            else:
+                kept = None if keep is None else keep[:, start : start + part]
+                outputs = [self.norm(run_blocks(self.blocks, tokens_TD, sequences, rows, kept))]
+            encoded.append(outputs)
+        return encoded[0] if len(encoded) == 1 else [torch.cat(outputs) for outputs in zip(*encoded, strict=True)]
 
     def intermediate(
         self, images_BCHW: torch.Tensor, blocks: Sequence[int], *, norm: bool = True, maps: bool = False

@@ -52,6 +52,7 @@ class Counts:
 class StepFlops:
     """The FLOPs of forward and backward, as a function of the tokens.
 
+    target_depth: blocks of the target encoder that run. out_width: of a prediction.
     recomputed_encoder_blocks, recomputed_predictor_blocks: how many of the context encoder's and of the predictor's
     blocks run their forward once more in the backward (activation checkpointing): up to what the backward needs last,
     the input of the MLP's second layer, or, compiled, to its end.
@@ -61,6 +62,8 @@ class StepFlops:
     predictor: ViTSize
     patch_size: int
     num_patches: int
+    target_depth: int
+    out_width: int
     recomputed_encoder_blocks: int = 0
     recomputed_predictor_blocks: int = 0
     compiled: bool = False
@@ -69,16 +72,16 @@ class StepFlops:
         """What the method needs, by network: no recomputation, no padding; of the target encoder the forward alone."""
         encoder, predictor, whole = self.encoder, self.predictor, counts.images * self.num_patches
         embed = 2 * 3 * self.patch_size**2 * encoder.width
-        projections = 2 * encoder.width * predictor.width * (counts.context + counts.blocks)
+        projections = 2 * predictor.width * (encoder.width * counts.context + self.out_width * counts.blocks)
         dropped = counts.prediction - counts.blocks
         # Backward costs twice the forward, less the patch embedding's gradient with respect to the pixels.
         return {
             "target encoder": embed * whole
-            + _forward(encoder, encoder.depth, whole, whole * self.num_patches, whole - counts.targets),
+            + forward(encoder, self.target_depth, whole, whole * self.num_patches, whole - counts.targets),
             "context encoder": 2 * embed * counts.context
-            + 3 * _forward(encoder, encoder.depth, counts.context, counts.context_pairs),
+            + 3 * forward(encoder, encoder.depth, counts.context, counts.context_pairs),
             "predictor": 3
-            * (_forward(predictor, predictor.depth, counts.prediction, counts.prediction_pairs, dropped) + projections),
+            * (forward(predictor, predictor.depth, counts.prediction, counts.prediction_pairs, dropped) + projections),
         }
 
     def model(self, counts: Counts) -> float:
@@ -90,22 +93,28 @@ class StepFlops:
         encoder, predictor = self.encoder, self.predictor
         last_too = self.recomputed_predictor_blocks == predictor.depth
         dropped = (counts.prediction - counts.blocks) * last_too
+        encoded, predicted = self.recomputed_encoder_blocks, self.recomputed_predictor_blocks
         return (
             self.model(counts)
-            + 2 * encoder.depth * encoder.width * counts.context_pairs
-            + 2 * predictor.depth * predictor.width * counts.prediction_pairs
-            + self._again(encoder, self.recomputed_encoder_blocks, counts.context, counts.context_pairs, 0.0)
-            + self._again(
-                predictor, self.recomputed_predictor_blocks, counts.prediction, counts.prediction_pairs, dropped
-            )
+            + scores(encoder, counts.context_pairs)
+            + scores(predictor, counts.prediction_pairs)
+            + again(encoder, encoded, counts.context, counts.context_pairs, 0.0, self.compiled)
+            + again(predictor, predicted, counts.prediction, counts.prediction_pairs, dropped, self.compiled)
         )
 
-    def _again(self, size: ViTSize, depth: int, tokens: float, pairs: float, dropped: float) -> float:
-        unneeded = 0 if self.compiled else 2 * size.width * size.mlp_width * (depth * tokens - dropped)
-        return _forward(size, depth, tokens, pairs, dropped) - unneeded
+
+def scores(size: ViTSize, pairs: float) -> float:
+    """Attention's scores, which its backward computes again."""
+    return 2 * size.depth * size.width * pairs
 
 
-def _forward(size: ViTSize, depth: int, tokens: float, pairs: float, dropped: float = 0.0) -> float:
-    """Of tokens through blocks. dropped: tokens that leave after the attention of the last one."""
+def again(size: ViTSize, depth: int, tokens: float, pairs: float, dropped: float, compiled: bool) -> float:
+    """So many blocks' forward, as far as activation checkpointing runs it again. dropped: 0 but for the last block."""
+    unneeded = 0 if compiled else 2 * size.width * size.mlp_width * (depth * tokens - dropped)
+    return forward(size, depth, tokens, pairs, dropped) - unneeded
+
+
+def forward(size: ViTSize, depth: int, tokens: float, pairs: float, dropped: float = 0.0) -> float:
+    """Tokens through so many blocks. dropped: tokens that leave after the attention of the last one."""
     after = 2 * size.width**2 + 4 * size.width * size.mlp_width
     return depth * ((6 * size.width**2 + after) * tokens + 4 * size.width * pairs) - after * dropped

@@ -87,11 +87,14 @@ class Objective(Protocol):
     def shown(self, masks: Any) -> list[Shown]:
         """The masks of each image, for a picture."""
 
-    def architecture(self) -> dict[str, int]:
-        """What fixes the shapes of the weights, for a checkpoint to be compared with."""
+    def architecture(self) -> dict[str, Any]:
+        """What fixes the weights' shapes and what they are for, in JSON's types: a checkpoint is compared with it."""
 
     def batch_facts(self) -> tuple[str, ...]:
         """Which of "micro_batch_size" and "images_in_statistics" (those of all ranks) alter what is learned."""
+
+    def advice(self) -> str:
+        """What to set where features collapse, in words; "" where nothing is known."""
 
     def check(self) -> None:
         """Raise ValueError for settings that cannot be met, such as masks that cannot be drawn."""

@@ -8,7 +8,7 @@ T tokens, D width, B bytes.
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.objectives.flops import Counts
@@ -116,16 +116,17 @@ class Work:
 def products(objective: IJepaObjective, counts: Counts) -> list[Product]:
     """Every matrix product of a step, attention's left out. counts: of the micro-batch, not of an image."""
     encoder, predictor = objective.encoder, objective.predictor
+    target = replace(encoder, depth=objective.layers[-1])
     pixels, whole = 3 * objective.patch_size**2, counts.images * objective.grid.num_patches
     every = (FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT)
     found = [
         *_layer(TARGET, "patches", (FORWARD,), whole, pixels, encoder.width),
-        *_blocks(TARGET, encoder, (FORWARD,), whole, counts.targets),
+        *_blocks(TARGET, target, (FORWARD,), whole, counts.targets),
         *_layer(CONTEXT, "patches", (FORWARD, WEIGHT_GRADIENT), counts.context, pixels, encoder.width),
         *_blocks(CONTEXT, encoder, every, counts.context, counts.context),
         *_layer(PREDICTOR, "embed", every, counts.context, encoder.width, predictor.width),
         *_blocks(PREDICTOR, predictor, every, counts.prediction, counts.blocks),
-        *_layer(PREDICTOR, "proj out", every, counts.blocks, predictor.width, encoder.width),
+        *_layer(PREDICTOR, "proj out", every, counts.blocks, predictor.width, objective.out_width),
     ]
     return [one for one in found if one.count]
 
@@ -167,7 +168,7 @@ def model_step(
     blocks = objective.draw_masks.blocks.num_target_blocks
     work = [_product_work(one, rates) for one in products(objective, counts)]
     for network, size, tokens, pairs, sequences in (
-        (TARGET, encoder, whole, whole * patches, counts.images),
+        (TARGET, replace(encoder, depth=objective.layers[-1]), whole, whole * patches, counts.images),
         (CONTEXT, encoder, counts.context, counts.context_pairs, counts.images),
         (PREDICTOR, predictor, counts.prediction, counts.prediction_pairs, counts.images * blocks),
     ):
@@ -225,11 +226,11 @@ def _ends(objective: IJepaObjective, counts: Counts) -> list[tuple[str, str, flo
     return [
         ("patches", "forward", 3 * 3 * objective.patch_size**2 * (whole + counts.context)),
         ("positions", "forward", 4 * width * (whole + counts.context)),
-        ("rows of the target", "forward", 8 * width * counts.targets),
+        ("rows of the target", "forward", (4 + 4 * len(objective.layers)) * width * counts.targets),
         ("predictor's input", "forward", 4 * narrow * counts.prediction),
         ("predictor's input", "backward", 4 * narrow * counts.prediction),
-        ("loss", "forward", 2 * width * (2 * counts.blocks + counts.targets)),
-        ("loss", "backward", 4 * width * counts.blocks),
+        ("loss", "forward", 2 * objective.out_width * (2 * counts.blocks + counts.targets)),
+        ("loss", "backward", 4 * objective.out_width * counts.blocks),
     ]
 
 

@@ -24,10 +24,6 @@ RANK_FALL = 0.7  # of the first record: 0.6 to 0.34 from a third of runs that di
 RANK_RECOVERY = 1.2  # of the lowest so far: the early dip is over
 KNN_FALL = 6.0  # percent points: two standard errors of 30% on 256 images, half of what a health check looks at
 LOSS_RISE = 1.1  # of the lowest so far
-COLLAPSE_HELP = (  # the weights of configs/tiny.yaml
-    "small runs need loss.variance=0.02 loss.covariance=0.004 (for 300 steps; longer runs, less): see "
-    "docs/small_compute.md"
-)
 
 
 def feature_std(features_ND: torch.Tensor) -> float:
@@ -67,13 +63,14 @@ def drift(target_ND: torch.Tensor, context_ND: torch.Tensor) -> float:
     return 1.0 - cosine.mean().item()
 
 
-def health_verdict(history: list[dict[str, Any]]) -> str:
+def health_verdict(history: list[dict[str, Any]], advice: str = "") -> str:
     """One line on the features' health, from a run's health records, the first taken at or near initialisation.
 
     It begins with "healthy", "watch", "likely collapse" or "collapsed", or says that it is too early to tell.
     Used are feature_std, rankme and, if recorded, knn (percent) and loss; a null is as not recorded, save in the last
-    record, where it means that the features are not finite.
+    record, where it means that the features are not finite. advice: what to do where they collapse.
     """
+    advice = f": {advice}" if advice else ""
     if not history:
         return "no health record yet"
     last = history[-1]
@@ -81,7 +78,7 @@ def health_verdict(history: list[dict[str, Any]]) -> str:
     if not (is_number(std) and is_number(rank)):
         return "collapsed: features are not finite: resume an older checkpoint with a lower optimization.lr"
     if std < CONSTANT_STD:
-        return f"collapsed: features constant over the images (std {std:.4f}): {COLLAPSE_HELP}"
+        return f"collapsed: features constant over the images (std {std:.4f}){advice}"
     stds, ranks, knns, losses = (_known(history, key) for key in ("feature_std", "rankme", "knn", "loss"))
     if len(stds) < 2 or len(ranks) < 2:
         return f"first record: feature std {std:.3f}, rank {rank:.1f}; later ones are compared with it"
@@ -94,9 +91,9 @@ def health_verdict(history: list[dict[str, Any]]) -> str:
     if rank < RANK_FALL * ranks[0]:
         if rank > RANK_RECOVERY * min(ranks):
             return f"watch: rank fell to {min(ranks):.1f} and is rising again: {said}"
-        return f"likely collapse: rank is falling: {said}: {COLLAPSE_HELP}"
+        return f"likely collapse: rank is falling: {said}{advice}"
     if std < STD_FALL * stds[0]:
-        return f"likely collapse: features grow alike: {said}: {COLLAPSE_HELP}"
+        return f"likely collapse: features grow alike: {said}{advice}"
     if len(knns) > 1 and knns[-1] < knns[0] - KNN_FALL:
         return f"watch: k-NN is below its first value: {said}"
     return f"healthy: {said}"
@@ -190,4 +187,4 @@ class HealthChecks:
         record = health_record(features, labels, step=step, loss=loss)
         self._history.append(record)
         self._log(record)
-        self._say(f"health at step {step}: {health_verdict(self._history)}")
+        self._say(f"health at step {step}: {health_verdict(self._history, run.objective.advice())}")

@@ -11,6 +11,7 @@ import sys
 VERBS = {
     "pretrain": "train on images, on one process or on many",
     "prepare": "resize a source once, to shards that load faster",
+    "compare": "which of several recipes learns more from the same images, seconds and FLOPs",
     "evaluate": "how good is an encoder: the paper's evaluations",
     "embed": "images -> features of a trained run",
     "export": "a trained network -> a folder for transformers, timm, ONNX or safetensors",

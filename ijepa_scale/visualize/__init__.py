@@ -1,1 +1,1 @@
-"""Arrays -> pictures: masks.py, curves.py (losses and scores), neighbours.py. Nothing here reads a run or a model."""
+"""Arrays -> pictures: masks, curves (losses and scores), comparison, neighbours. None reads a run or a model."""

@@ -66,8 +66,9 @@ def launches(width: int, dtype: torch.dtype) -> list[Launch]:
         copies = torch.arange(16, dtype=torch.int32)  # of four tokens, one for each of four target blocks
         rows = {"source_R": copies, "indices_R": copies, "copies_TM": copies.view(4, 4), "mask_rows_K": four[:0]}
         assemble(tokens, mask_token, pos, **rows).sum().backward()
-        for kind in ("smooth_l1", "l2"):
-            target_loss(tokens, tokens, four, kind).backward()
+        target_loss(tokens, tokens, four, "smooth_l1").backward()
+        target_loss(tokens, tokens, four, "l2", norm=False).backward()
+        target_loss(torch.cat([tokens, tokens], dim=1), [tokens, tokens], four, "l2").backward()
         vector = torch.zeros(width, dtype=dtype)
         torch.cat(norm_residual(tokens, vector, vector, vector, 1e-6)).sum().backward()
         bias_gelu(tokens, vector).sum().backward()

@@ -126,7 +126,7 @@ def test_the_whole_check_at_the_least_size(tmp_path):
     command = [sys.executable, str(ROOT / "launch" / "gpu_check.py"), "--toy", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1700)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name, part in PARTS.items():
+    for part in PARTS.values():
         for file in part.files:
             found = json.loads((tmp_path / f"{file}.json").read_text())
             assert found and "error" not in found and not found.get("faults"), file

@@ -172,7 +172,11 @@ def test_on_a_gpu(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments, words",
-    [(["loss.kind=l2"], "smooth_l1"), (["--steps", "0"], "--steps")],
+    [
+        (["loss.kind=l2"], "smooth_l1"),
+        (["loss.target_layers=[1,2]"], "the last output alone"),
+        (["--steps", "0"], "--steps"),
+    ],
 )
 def test_wrong_input(tmp_path, arguments, words):
     (end,) = run_ranks(processes.benchmark, 1, tmp_path, "--config", TINY, *arguments)

@@ -99,6 +99,7 @@ def test_a_folder_of_unlabelled_images_on_two_ranks_with_one_torn_file(config, t
         "step_seconds",
         "memory_bytes",
         "model_flops",
+        "hardware_flops",
         "flops_per_second_per_device",
     ]:
         assert all(isinstance(record[key], int | float) for record in steps), key

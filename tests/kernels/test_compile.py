@@ -47,7 +47,9 @@ def test_assemble(device):
 
 def test_target_loss(device):
     indices = torch.tensor([1, 1, 0], device=device)
-    same_compiled(lambda p, t: target_loss(p, t, indices), tokens(3, 48, device), tokens(2, 48, device, 1).detach())
+    targets = [tokens(2, 48, device, seed).detach() for seed in (1, 2)]
+    same_compiled(lambda p, t: target_loss(p, t, indices), tokens(3, 48, device), targets[0])
+    same_compiled(lambda p, *layers: target_loss(p, layers, indices), tokens(3, 96, device), *targets)
 
 
 def test_patchify(device):

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from ijepa_kernels.target_loss import target_loss, target_loss_definition
 from tests.kernels.accuracy import DTYPES, WIDTHS, assert_as_exact_as_definition
@@ -153,6 +154,77 @@ def test_the_same_bits_every_time(device):
         loss = target_loss(pred, target, indices)
         runs.append((loss.detach(), *torch.autograd.grad(loss, pred)))
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+def layers_of(pred, target, count):
+    """As many layers, of other scales and shifts, with their columns of the predictions; all other than the first."""
+    targets = [(layer + 1) * target.roll(layer, 0) + layer * pred.mean() for layer in range(count)]
+    preds = [pred * (1 + 0.5 * layer) for layer in range(count)]
+    return torch.cat(preds, dim=1), targets
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "l2"])
+@pytest.mark.parametrize("tokens, rows, width, count", [(1, 1, 1, 2), (7, 4, 19, 3), (9, 16, 32, 2), (5, 3, 16, 1)])
+def test_several_layers_match_the_formula(kind, tokens, rows, width, count, device):
+    """Each normalized apart, against its own columns; the mean is over all."""
+    pred, target, indices = (tensor.to(device) for tensor in case(tokens, rows, width))
+    pred, targets = layers_of(pred, target, count)
+    loss = target_loss(pred.requires_grad_(), targets, indices, kind)
+    loss.backward()
+    columns = pred.detach().split(width, dim=1)
+    parts = [naive(p.tolist(), t.tolist(), indices.tolist(), kind) for p, t in zip(columns, targets, strict=True)]
+    assert loss.item() == pytest.approx(sum(value for value, _ in parts) / count, rel=1e-10)
+    grad = torch.cat([torch.tensor(grad, dtype=torch.float64) / count for _, grad in parts], dim=1)
+    torch.testing.assert_close(pred.grad.cpu(), grad, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "l2"])
+@pytest.mark.parametrize("width", [37, 384])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_several_layers_are_as_exact_as_the_definition(kind, width, dtype, device):
+    pred, target, indices = case(6, 3, width)
+    pred, targets = layers_of(pred, target, 3)
+    targets, indices = [target.to(device, dtype) for target in targets], indices.to(device)
+
+    def double_where_pred_is(function):
+        return lambda p: function(p, [target.to(p.dtype) for target in targets], indices, kind)
+
+    functions = map(double_where_pred_is, (target_loss, target_loss_definition))
+    assert_as_exact_as_definition(*functions, [pred], [dtype], device, torch.tensor(1024.0))
+
+
+@pytest.mark.parametrize("kind, loss", [("smooth_l1", F.smooth_l1_loss), ("l2", F.mse_loss)])
+def test_without_norm_targets_are_taken_as_they_are(kind, loss, device):
+    pred, target, indices = (tensor.to(device) for tensor in case(9, 4, 37))
+    pred.requires_grad_()
+    ours, theirs = target_loss(pred, target, indices, kind, norm=False), loss(pred, target[indices])
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-12)
+    grads = [torch.autograd.grad(value, pred)[0] for value in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-14)
+
+
+def test_one_layer_in_a_list_is_the_same_to_the_bit(device):
+    pred, target, indices = (tensor.to(device) for tensor in case(6, 3, 40))
+    inputs = pred.float().requires_grad_(), target.float()
+    outcomes = []
+    for targets in (inputs[1], [inputs[1]]):
+        loss = target_loss(inputs[0], targets, indices)
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss, inputs[0])))
+    assert all(torch.equal(*pair) for pair in zip(*outcomes, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape, others, message",
+    [
+        ((4, 16), [(3, 8), (3, 8), (3, 8)], r"pred_TF \(T, 3 \* D\), got .* and \(4, 16\)"),
+        ((4, 16), [(3, 8), (2, 8)], r"all of as many rows"),
+        ((4, 16), [(3, 8), (3, 4)], r"targets\[1\] must be as wide as targets\[0\], 8, got 4"),
+        ((4, 16), [], r"targets holds no layer"),
+    ],
+)
+def test_layers_that_do_not_fit(shape, others, message):
+    with pytest.raises(ValueError, match=message):
+        target_loss(torch.zeros(shape), [torch.zeros(other) for other in others], torch.zeros(4, dtype=torch.int64))
 
 
 def test_unknown_kind():

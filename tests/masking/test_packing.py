@@ -182,3 +182,21 @@ def test_a_budget_of_an_image_does_not_depend_on_its_neighbours():
     assert [a.tolist() for a in together] == [b.tolist() for b in alone]
     with pytest.raises(ValueError):
         limit_context(context, "5", rngs(count=3))
+
+
+def test_several_masks_of_an_image_are_masks_of_that_image():
+    """As one image's each, but that their patches are all the image's own."""
+    context, targets = random_lists(3, 6, 1, 4, 9)
+    masks, alone = pack_masks(context, targets, 9, masks_an_image=3), pack_masks(context, targets, 9)
+    assert (masks.num_images, alone.num_images) == (2, 6)
+    for name in ("context", "target_blocks", "prediction"):
+        ours, theirs = getattr(masks, name), getattr(alone, name)
+        assert torch.equal(ours.cu_seqlens, theirs.cu_seqlens) and ours.num_pairs == theirs.num_pairs
+        assert torch.equal(ours.indices_T, theirs.indices_T // 9 // 3 * 9 + theirs.indices_T % 9)
+    for name in ("prediction_source_T", "prediction_copies_TM", "target_rows_T"):
+        assert torch.equal(getattr(masks, name), getattr(alone, name))
+    held = sorted({mask // 3 * 9 + int(patch) for mask, blocks in enumerate(targets) for patch in blocks[0]})
+    assert masks.target_patches_U.tolist() == held
+    assert torch.equal(masks.target_patches_U[masks.target_index_T], masks.target_blocks.indices_T.long())
+    with pytest.raises(ValueError, match="6 masks are not 4 of each image"):
+        pack_masks(context, targets, 9, masks_an_image=4)

@@ -106,6 +106,9 @@ class PixelObjective:
     def batch_facts(self) -> tuple[str, ...]:
         return ()
 
+    def advice(self) -> str:
+        return ""
+
     def check(self) -> None:
         """There is nothing to refuse."""
 

@@ -61,6 +61,7 @@ def images_of(config, batch):
     "name, batch, overrides",
     [
         ("tiny", 5, ["model.depth=2", "predictor.depth=1"]),
+        ("tiny", 4, ["model.depth=3", "predictor.depth=1", "loss.target_layers=[1,2]"]),
         ("tiny", 20, ["model.depth=1", "predictor.depth=3", "mask.num_target_blocks=3", "model.mlp_width=96"]),
         (
             "vith14",
@@ -182,6 +183,7 @@ def test_a_share_is_only_given_where_the_peak_is_known():
     assert device_peak(torch.device("cpu"), "bf16") is None
     assert rates(model=6e12, hardware=9e12, seconds=2.0, devices=3, peak=None) == {
         "model_flops": 6e12,
+        "hardware_flops": 9e12,
         "flops_per_second_per_device": 1e12,
     }
     known = rates(model=6e12, hardware=9e12, seconds=2.0, devices=3, peak=4e12)

@@ -15,6 +15,7 @@ from ijepa_scale.plan.step_model import ASSUMED, CONTEXT, MATRIX, PREDICTOR, TAR
 from tests.processes import ROOT
 
 IMAGES = 128
+LAYERS = ("model.depth=5", "loss.target_layers=[2,4]")
 # ViT-H/14, 128 images, one H100, eager: ms by hand, before anything was mended or measured.
 BY_HAND = {
     (TARGET, "products"): 67,
@@ -100,7 +101,12 @@ def test_vith14_is_what_was_worked_out_by_hand(typical, monkeypatch):
 
 def test_flops_are_those_that_training_counts():
     """To the last one, by network: whole numbers of tokens make whole numbers of FLOPs."""
-    for overrides in ((), ("predictor.depth=1", "predictor.heads=6"), ("model.depth=1", "model.mlp_width=1000")):
+    for overrides in (
+        (),
+        ("predictor.depth=1", "predictor.heads=6"),
+        ("model.depth=1", "model.mlp_width=1000"),
+        LAYERS,
+    ):
         objective = vith14(*overrides)
         counts = Counts.of(objective.draw_masks(3, range(8)))
         found = defaultdict(float)

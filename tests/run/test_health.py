@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ijepa_scale.config import load_config
+from ijepa_scale.objectives.ijepa import COLLAPSE_ADVICE
 from ijepa_scale.run.health import drift, feature_std, health_verdict, rankme
 from ijepa_scale.run.records import JsonlWriter, read_records
 
@@ -105,7 +106,8 @@ def test_falling_rank_is_called_likely_collapse_and_a_rising_loss_normal():
     history = [
         health(number, random_features(256, 32, rank), loss=0.1 + 0.1 * number) for number, rank in enumerate(ranks)
     ]
-    verdict = health_verdict(history)
+    assert "loss.variance" not in health_verdict(history)  # which no other objective has
+    verdict = health_verdict(history, COLLAPSE_ADVICE)
     assert verdict.startswith("likely collapse: rank is falling") and "loss rising is normal here" in verdict
     assert f"{history[0]['rankme']:.1f} -> {history[-1]['rankme']:.1f}" in verdict
     advised = load_config(Path(__file__).parents[2] / "configs" / "tiny.yaml").loss

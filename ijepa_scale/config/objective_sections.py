@@ -1,0 +1,62 @@
+"""Sections of objectives beside I-JEPA, one each."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data2VecConfig:  # defaults: of the released ViT-B of arXiv:2212.07525
+    mask_ratio: float = 0.8  # hidden patches / all
+    block_side: int = 3  # patches; of the squares that stay visible; 1: random masks
+    masks_an_image: int = 16  # which one pass of the target encoder answers
+    top_layers: int = 10  # of the target encoder's last blocks, whose mean is the target
+    loss: str = "l2"  # l2 (as 2212.07525) | smooth_l1 (as 2202.03555; here with a beta of 1)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.mask_ratio < 1.0:
+            raise ValueError(
+                "data2vec.mask_ratio must lie between 0 and 1, so that some patches are hidden and some visible, got "
+                f"{self.mask_ratio}"
+            )
+        for key in ("block_side", "masks_an_image", "top_layers"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"data2vec.{key} must be 1 or more, got {getattr(self, key)}")
+        if self.loss not in ("smooth_l1", "l2"):
+            raise ValueError(f"data2vec.loss must be smooth_l1 or l2, got {self.loss!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaeConfig:
+    mask_ratio: float = 0.75  # hidden patches / all
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+
+    def __post_init__(self) -> None:
+        _check("mae", self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaeConfig:
+    mask_ratio: float = 0.5  # hidden patches / all
+    regressor_depth: int = 4  # blocks as wide as the encoder's, likewise the next
+    decoder_depth: int = 4
+    alignment: float = 2.0  # weight of the loss against what the encoder makes of hidden patches
+
+    def __post_init__(self) -> None:
+        _check("cae", self)
+        if not self.alignment >= 0:
+            raise ValueError(f"cae.alignment must not be negative, got {self.alignment}")
+
+
+def _check(name: str, section: Any) -> None:
+    """ValueError for a mask_ratio that hides none or all, and for whole numbers below 1."""
+    if not 0.0 < section.mask_ratio < 1.0:
+        raise ValueError(
+            f"{name}.mask_ratio must lie between 0 and 1, so that some patches are hidden and some seen, "
+            f"got {section.mask_ratio}"
+        )
+    for item in fields(section):
+        value = getattr(section, item.name)
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"{name}.{item.name} must be 1 or more, got {value}")
