@@ -106,6 +106,9 @@ def _check_alike(recipes: dict[str, PretrainConfig]) -> None:
                 )
 
 
+OF_ENCODERS = ("image_size", "patch_size", "width", "depth", "heads", "mlp_width")  # every objective's architecture()
+
+
 def _check_encoders(recipes: dict[str, PretrainConfig]) -> None:
     objectives = {name: build.build_objective(config) for name, config in recipes.items()}
     (first, objective), *others = objectives.items()
@@ -113,7 +116,7 @@ def _check_encoders(recipes: dict[str, PretrainConfig]) -> None:
     for other, another in others:
         if initial_digest(another) != begun:
             ours, theirs = objective.architecture(), another.architecture()
-            differ = [f"{key} {ours[key]} and {theirs[key]}" for key in ours if ours[key] != theirs.get(key, ours[key])]
+            differ = [f"{key} {ours[key]} and {theirs[key]}" for key in OF_ENCODERS if ours[key] != theirs[key]]
             raise ValueError(
                 f"recipes {first} and {other} do not start from the same encoder: "
                 f"{', '.join(differ) or 'the names of its parameters differ'}; give both the same section model"
