@@ -121,7 +121,8 @@ def test_a_checkpoint_that_does_not_hold_the_network(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"step-00000004 cannot be loaded: the checkpoint holds 0 of the \d+ elements"):
         load(OLD / "zero1")
     manifest = {"step": 4, "config": None, "sha256": ""}
-    with pytest.raises(ValueError, match="cannot be loaded: it is of the objective pixels; known are: ijepa, data2vec, mae, cae"):
+    known = "ijepa, data2vec, mae, cae"
+    with pytest.raises(ValueError, match=f"cannot be loaded: it is of the objective pixels; known are: {known}"):
         run.read_network(run.Checkpoint(tmp_path, {**manifest, "config": {}, "objective": "pixels"}), "target")
     with pytest.raises(ValueError, match="says nothing of its config"):
         run.read_network(run.Checkpoint(tmp_path, manifest), "target")
