@@ -75,6 +75,7 @@ def test_compiled_in_bf16_with_a_trace(tmp_path):
     assert "KINETO" not in end.output and "USDT" not in end.output
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved_for_all_runs(tmp_path):
     overrides = [*SMALL, "optimization.micro_batch_size=8"]
     for most, batch in ((3, 2), (0, None)):

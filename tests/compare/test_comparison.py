@@ -23,6 +23,7 @@ from tests.end_to_end.runs import assert_same_run, checkpoints_of
 from tests.evals.small import ONE
 from tests.processes import ENVIRONMENT, ROOT, assert_all, pretrain, run_ranks
 
+pytestmark = pytest.mark.slow  # half a minute
 NAMES = [f"{probe} label" for probe in ("k-NN", "linear", "3 labels")]
 SECONDS = {"plain": 0.5, "terms": 0.25}  # of a step, as the metrics are made to say
 

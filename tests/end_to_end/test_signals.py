@@ -51,7 +51,7 @@ def assert_goes_on_exactly(runs, run, *options, more=3):
         (signal.SIGTERM, 1, pretrain),
         (signal.SIGINT, 0, pretrain),
         (signal.SIGUSR1, 1, pretrain),
-        (signal.SIGTERM, 0, worker_faults.signalled_while_saving),
+        pytest.param(signal.SIGTERM, 0, worker_faults.signalled_while_saving, marks=pytest.mark.slow),
     ],
     ids=["term-1", "int-0", "usr1-1", "more-while-saving"],
 )

@@ -94,6 +94,7 @@ def test_how_shards_are_dealt_is_said_and_must_stay(runs, whole_run, tmp_path):
     assert steps_of(run)[:8] == steps_of(whole_run)[:8]
 
 
+@pytest.mark.slow
 def test_a_network_that_fails_now_and_then_changes_nothing_and_one_that_is_gone_ends_the_run(
     runs, whole_run, tars, tmp_path
 ):
