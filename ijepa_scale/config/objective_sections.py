@@ -13,14 +13,7 @@ class Data2VecConfig:  # defaults: of the released ViT-B of arXiv:2212.07525
     loss: str = "l2"  # l2 (as 2212.07525) | smooth_l1 (as 2202.03555; here with a beta of 1)
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.mask_ratio < 1.0:
-            raise ValueError(
-                "data2vec.mask_ratio must lie between 0 and 1, so that some patches are hidden and some visible, got "
-                f"{self.mask_ratio}"
-            )
-        for key in ("block_side", "masks_an_image", "top_layers"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"data2vec.{key} must be 1 or more, got {getattr(self, key)}")
+        _check("data2vec", self)
         if self.loss not in ("smooth_l1", "l2"):
             raise ValueError(f"data2vec.loss must be smooth_l1 or l2, got {self.loss!r}")
 

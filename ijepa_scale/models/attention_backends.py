@@ -165,7 +165,7 @@ BACKENDS = {
     "fa3": Backend(_load_fa3, 9, 9, "build the folder hopper of github.com/Dao-AILab/flash-attention"),
     "fa4": Backend(_load_fa4, 9, NEWEST, "pip install --pre flash-attn-4"),  # below 9.0 it has no backward
     "torch_varlen": Backend(_load_torch_varlen, 8, NEWEST, "install torch for CUDA from pytorch.org"),
-    "triton": Backend(_load_triton, 8, NEWEST, "pip install triton"),  # not timed yet, so taken where it is asked for
+    "triton": Backend(_load_triton, 8, NEWEST, "pip install triton"),  # on 8.x not timed, so asked for
 }
 # By major compute capability, the fastest first. fa4 is never among them: its gradients were silently wrong more than
 # once (Dao-AILab/flash-attention#2482, #2553, #2698), so it is taken only where it is asked for.

@@ -280,6 +280,13 @@ def recompute(blocks: nn.ModuleList, every: int) -> None:
         block.recomputed = every > 0 and i % every == 0
 
 
+def set_compiled(network: nn.Module, compiled: bool) -> None:
+    """Whether its blocks run through torch.compile."""
+    for block in network.modules():
+        if isinstance(block, Block):
+            block.compiled = compiled
+
+
 def count_recomputed(depth: int, every: int) -> int:
     """How many of so many blocks recompute() takes."""
     return depth // every if every else 0

@@ -12,7 +12,7 @@ from torch import nn
 
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention import Attend
-from ijepa_scale.models.blocks import Block, ViTSize, bytes_kept, count_recomputed, recompute
+from ijepa_scale.models.blocks import ViTSize, bytes_kept, count_recomputed, recompute, set_compiled
 from ijepa_scale.models.regressor import LatentDecoder, Regressor
 from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.flops import again, forward, scores
@@ -90,9 +90,7 @@ class CaeObjective(HiddenPixels):
         for blocks in (regressor.blocks, decoder.blocks):
             recompute(blocks, self.recompute_every[1])
         module = Cae(encoder, regressor, decoder, alignment=self.alignment)
-        for block in module.modules():
-            if isinstance(block, Block):
-                block.compiled = self.compiled
+        set_compiled(module, self.compiled)
         return module
 
     def trained(self, module: nn.Module) -> dict[str, nn.Module]:

@@ -16,7 +16,7 @@ from ijepa_kernels.ema import ema_update
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention import Attend
-from ijepa_scale.models.blocks import Block, ViTSize, bytes_kept, count_recomputed, recompute
+from ijepa_scale.models.blocks import ViTSize, bytes_kept, count_recomputed, recompute, set_compiled
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VisionTransformer
@@ -119,9 +119,7 @@ class PairObjective(ABC):
         recompute(context_encoder.blocks, encoder_every)
         recompute(predictor.predictor_blocks, predictor_every)
         for network in (context_encoder, predictor, target_encoder):
-            for block in network.modules():
-                if isinstance(block, Block):
-                    block.compiled = self.compiled
+            set_compiled(network, self.compiled)
         return context_encoder, predictor, target_encoder
 
     def trained(self, module: nn.Module) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 T hidden patches of all images, K = 3 * p * p pixels of one.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,7 +39,7 @@ def pixel_loss(
 
 
 @dataclass(frozen=True, kw_only=True)
-class HiddenPixels:
+class HiddenPixels(ABC):
     """What MAE and CAE answer alike: one encoder, trained by gradients alone, no target encoder and no EMA.
 
     encoder: its size. image_size, patch_size: pixels. recompute_every: every which block of the encoder, and of what
@@ -74,9 +75,9 @@ class HiddenPixels:
         assert isinstance(encoder, VisionTransformer)
         return {"context": encoder}
 
+    @abstractmethod
     def flops(self, images: float) -> tuple[dict[str, float], float]:
         """Of so many images: what the method needs by network, and in all what is computed."""
-        raise NotImplementedError
 
     def done(self, masks: Masks) -> dict[str, float]:
         needed, computed = self.flops(masks.num_images)
@@ -97,8 +98,8 @@ class HiddenPixels:
     def advice(self) -> str:
         return ""
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027
         """There is nothing to refuse: some patches are hidden and some seen."""
 
-    def check_micro_step(self, images: int) -> None:
+    def check_micro_step(self, images: int) -> None:  # noqa: B027
         """Any number will do."""
