@@ -16,7 +16,7 @@ from ijepa_scale.build_objectives import build_ijepa as build_ijepa
 from ijepa_scale.build_objectives import build_objective as build_objective
 from ijepa_scale.build_objectives import predictor_size as predictor_size
 from ijepa_scale.build_objectives import vit_size as vit_size
-from ijepa_scale.config import PretrainConfig
+from ijepa_scale.config import OptimizationConfig, PretrainConfig
 from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.files import cache_path
 from ijepa_scale.data.images import ImageSet, check_images, open_file, open_images, splits_of
@@ -30,7 +30,7 @@ from ijepa_scale.data.streams.opening import open_shards, shard_locations
 from ijepa_scale.data.streams.samples import sample_images
 from ijepa_scale.engine import zero
 from ijepa_scale.engine.ema import ShardedEMA
-from ijepa_scale.engine.optim import adamw, parameter_groups
+from ijepa_scale.engine.optim import make_optimizer, parameter_groups
 from ijepa_scale.engine.schedules import Schedules
 from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.attention_backends import Choices
@@ -92,7 +92,7 @@ def build_engine(
     objective: Objective,
     settings: dict[str, Any],
     *,
-    betas: tuple[float, float],
+    optimization: OptimizationConfig,
     attend: Mapping[str, Attend | None] | None = None,
     total: Total | None = None,
     initial: Callable[[str, torch.Size], torch.Tensor] | None = None,
@@ -101,13 +101,16 @@ def build_engine(
 
     settings: DeepSpeed's, as plan.checks.settings() gives them. initial: weights by name; None: the objective's.
     """
+    muon: Any = Block if optimization.optimizer == "muon" else ()
     with zero.building_context(settings):
         module = objective.build(attend=attend, total=total)
     engine = zero.initialize(
         module,
         settings,
         initial or objective.initial_weight,
-        lambda module: adamw(parameter_groups(objective.trained(module), objective.averaged(module)), betas),
+        lambda module: make_optimizer(
+            parameter_groups(objective.trained(module), objective.averaged(module), muon), optimization.betas
+        ),
         whole=Block,
     )
     return engine, ShardedEMA(engine, objective.averaged(module))

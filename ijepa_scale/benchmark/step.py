@@ -27,7 +27,7 @@ from ijepa_scale.data.collate import Batch
 from ijepa_scale.engine.device import device_peak
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.feed import Feed
-from ijepa_scale.engine.optim import adamw, parameter_groups, set_schedules
+from ijepa_scale.engine.optim import make_optimizer, parameter_groups, set_schedules
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.blocks import Block
 from ijepa_scale.objectives.flops import Counts
@@ -215,7 +215,7 @@ def autocast(setting: Setting) -> torch.autocast:
 def baseline_step(setting: Setting, baseline: Any, images: torch.Tensor, masks: list) -> Callable[[int], None]:
     # The implementation that training uses; on a CPU torch's two others are no faster within the noise.
     groups = parameter_groups(setting.objective.trained(baseline), baseline.pairs())
-    optimizer = adamw(groups, setting.config.optimization.betas)
+    optimizer = make_optimizer(groups, setting.config.optimization.betas)
 
     def step(index: int) -> None:
         set_schedules(optimizer.param_groups, lr=LR, weight_decay=WEIGHT_DECAY)

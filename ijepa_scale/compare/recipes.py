@@ -14,11 +14,10 @@ from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.plan.dry_run import SAMPLED_IMAGES, dry_run
 
 SAMPLED_STEPS = 20  # layouts that the FLOPs of an image are the mean of
-# Which images come when, and what they are probed with. Crops are a recipe's own matter.
+# Which images come when, and what they are probed with. Crops, and how many images make a step, are a recipe's own.
 ALIKE = (
     *(f"data.{key}" for key in ("source", "split", "column", "config", "eval_split", "image_size", "streaming")),
     *(f"data.{key}" for key in ("shuffle_buffer", "num_images", "max_pixels")),
-    "optimization.global_batch_size",
 )
 
 
@@ -96,7 +95,8 @@ def _flops(read: PretrainConfig, ranks: int) -> float:
 def _check_alike(recipes: dict[str, PretrainConfig]) -> None:
     (first, config), *others = recipes.items()
     for other, another in others:
-        for key in ALIKE:
+        # A stream's shards are dealt to the images of a step: other steps, another order.
+        for key in (*ALIKE, *(["optimization.global_batch_size"] if config.data.streaming else [])):
             section, _, leaf = key.partition(".")
             ours, theirs = (to_dict(one)[section][leaf] for one in (config, another))
             if ours != theirs:

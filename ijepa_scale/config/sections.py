@@ -228,6 +228,8 @@ class OptimizationConfig:
     max_steps: int = 0  # the schedules' horizon; 0: epochs x floor(images / global_batch_size)
     stop_at_step: int = free(0)  # ends the run early without touching the schedules; 0: at the horizon
     warmup_epochs: float = 40.0  # linear warm-up, over warmup_epochs / epochs of the horizon
+    # adamw, or muon: that for the matrices of transformer blocks, AdamW for all else
+    optimizer: str = "adamw"
     start_lr: float = 2e-4  # at step 0 of the warm-up
     lr: float = 1e-3  # at the warm-up's end, then cosine
     final_lr: float = 1e-6
@@ -243,6 +245,9 @@ class OptimizationConfig:
             _require(getattr(self, key) >= 0, f"optimization.{key} must be 0 or more, got {getattr(self, key)}")
         for key in ("start_lr", "lr", "final_lr", "clip_grad_norm"):
             _require(getattr(self, key) >= 0, f"optimization.{key} must not be negative, got {getattr(self, key)}")
+        _require(
+            self.optimizer in ("adamw", "muon"), f"optimization.optimizer must be adamw or muon, got {self.optimizer!r}"
+        )
         _require(
             0 <= self.warmup_epochs <= self.epochs,
             f"optimization.warmup_epochs must lie in 0..epochs ({self.epochs}), got {self.warmup_epochs}",

@@ -24,6 +24,8 @@ from deepspeed.runtime.base_optimizer import ZeROOptimizer
 from deepspeed.runtime.config import DeepSpeedConfig
 
 from ijepa_kernels.adamw_ema import adamw_ema
+from ijepa_kernels.ema import ema_update
+from ijepa_scale.engine.muon import direction, gathered, own_updates
 
 ALIGNMENT = 2  # elements that each rank's part of a bucket is a multiple of
 
@@ -287,6 +289,9 @@ class ShardedAdamW(ZeROOptimizer):
         for bucket in self.buckets:
             group, state = bucket.group, self.optimizer.state[bucket.master]
             state["step"] += 1
+            if group.get("muon"):
+                self._update_matrices(bucket, state["exp_avg"], scale)
+                continue
             adamw_ema(
                 bucket.master,
                 _of(bucket.gradient),
@@ -304,6 +309,19 @@ class ShardedAdamW(ZeROOptimizer):
                 target=None if bucket.target_own is bucket.ema else bucket.target_own,
             )
         self._share_weights()
+
+    def _update_matrices(self, bucket: Bucket, momentum: torch.Tensor, scale: float | torch.Tensor) -> None:
+        group, master = bucket.group, bucket.master.detach()
+        whole = gathered(direction(_of(bucket.gradient), momentum, scale), self.travel_dtype)
+        shapes = [parameter.shape for parameter in bucket.parameters]
+        master.mul_(1 - group["lr"] * group["weight_decay"])
+        for place, values in own_updates(whole, shapes, self.rank * bucket.share, bucket.share):
+            master[place : place + values.numel()].sub_(values, alpha=group["lr"])
+        if bucket.master is not bucket.own:
+            bucket.own.copy_(master)
+        if bucket.ema is not None:
+            copy = None if bucket.target_own is bucket.ema else bucket.target_own
+            ema_update(bucket.ema, master, group["ema_momentum"], copy)
 
     @torch.no_grad()
     def update_lp_params(self) -> None:

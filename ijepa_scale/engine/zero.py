@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ijepa_scale.engine.distributed import quiet
+from ijepa_scale.engine.muon import MuonAndAdamW
 
 # Elements of gradients that are sent at once. DeepSpeed's 5e8 would take 2 GB for buffers, whatever the model's size.
 BUCKET = 50_000_000
@@ -72,6 +73,7 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": gradient_dtype,
         "steps_per_print": 2**31,
+        "zero_allow_untested_optimizer": True,  # engine/muon.py; AdamW's is known to it
         "timers": {"throughput": {"enabled": False}},  # it waits for the device at every forward and every step
     }
     if precision == "bf16":
@@ -145,6 +147,8 @@ def initialize(
             # A block's weights are gathered together: its forward uses them itself, and large transfers are quicker.
             set_z3_leaf_modules(model, [whole])
             engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=config)
+            if isinstance(engine.optimizer.optimizer, MuonAndAdamW):
+                engine.optimizer.optimizer.bind(masters(engine.optimizer), flat_parameters(engine.optimizer))
         else:
             from ijepa_scale.engine.sharded_adamw import sharded_engine  # which imports deepspeed
 

@@ -113,7 +113,7 @@ def set_up(
         images = go_on(images, found, notes)
 
     engine, ema = build.build_engine(
-        objective, settings, betas=config.optimization.betas, attend=attention.attend, total=ranks.total
+        objective, settings, optimization=config.optimization, attend=attention.attend, total=ranks.total
     )
     dataset = build.build_micro_batches(
         config, images, objective, micro_batch_size=micro_batch_size, rank=ranks.rank, ranks=ranks.world_size

@@ -9,7 +9,7 @@ from ijepa_scale.benchmark.step import Setting, dense_flops, sampled_masks
 from ijepa_scale.build import build_ijepa, build_model
 from ijepa_scale.config import load_config
 from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.engine.optim import adamw, set_schedules
+from ijepa_scale.engine.optim import make_optimizer, set_schedules
 from tests.engine.tiny import groups_of
 from tests.processes import ROOT
 
@@ -35,7 +35,7 @@ def test_loss_gradients_and_three_steps_are_those_of_the_model(config):
     dense = DenseJepa(ours)
     assert dense.state_dict().keys() == ours.state_dict().keys()
     start = {name: p.detach().clone() for name, p in ours.named_parameters()}
-    optimizers = [adamw(groups_of(model), (0.9, 0.999)) for model in (ours, dense)]
+    optimizers = [make_optimizer(groups_of(model), (0.9, 0.999)) for model in (ours, dense)]
     for images, masks in batches(config):
         losses = ours(images, masks)["loss"], dense(images, DenseMasks.of(masks))
         torch.testing.assert_close(*losses, rtol=1e-6, atol=0)

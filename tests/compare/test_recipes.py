@@ -76,18 +76,23 @@ def test_recipes_know_their_steps_and_flops(tmp_path):
 
 
 def test_two_recipes_see_the_same_images_in_the_same_order(tmp_path):
-    """Crops too, where a recipe has none of its own."""
-    config = toy(tmp_path)
+    """Crops too, where a recipe has none of its own; and also where a step of one is of more images."""
+    recipe = str(tmp_path / "recipe.yaml")
+    larger = {"config": recipe, "overrides": ["optimization.global_batch_size=16"]}
+    config = toy(tmp_path, recipes={"plain": {"config": recipe}, "larger": larger})
+    assert [one.steps for one in open_recipes(config, ranks=1)] == [8, 4]
     seen = []
     for file, words in config.named_recipes.values():
         read = load_config(file, [*words, "seed=3"])
         objective, images = build.build_objective(read), build.build_images(read)
-        micro = build.build_micro_batches(read, images, objective, micro_batch_size=8, rank=0, ranks=1)
-        seen.append([micro.batch(step) for step in range(6)])
-    plain, terms = seen
-    assert [batch.indices for batch in plain] == [batch.indices for batch in terms]
-    assert all(torch.equal(a.images, b.images) for a, b in zip(plain, terms, strict=True))
-    assert len({batch.indices for batch in plain}) == 6
+        batch = read.optimization.global_batch_size
+        micro = build.build_micro_batches(read, images, objective, micro_batch_size=batch, rank=0, ranks=1)
+        batches = [micro.batch(step) for step in range(48 // batch)]
+        indices = [index for one in batches for index in one.indices]
+        seen.append((indices, torch.cat([one.images for one in batches])))
+    (indices, images), (others, pixels) = seen
+    assert indices == others and torch.equal(images, pixels)
+    assert len(set(indices)) == 48
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,6 @@ def test_two_recipes_see_the_same_images_in_the_same_order(tmp_path):
             ["data.split=validation"],
             r"recipes plain and other would not see the same images .*data.split is 'train' and",
         ),
-        (["optimization.global_batch_size=16"], r"would not see .* optimization.global_batch_size is 8 and 16"),
         (["model.depth=3"], r"plain and other do not start from the same encoder: depth 2 and 3; give both"),
         (["model.init_from=runs/x"], r"recipe other: model.init_from: a comparison starts from random weights"),
         (["optimization.learning=1"], r"recipe other: unknown config key optimization.learning"),

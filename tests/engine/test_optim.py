@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from ijepa_scale.engine.optim import adamw, set_schedules
+from ijepa_scale.engine.optim import make_optimizer, set_schedules
 from ijepa_scale.models.blocks import ViTSize
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VisionTransformer
@@ -80,7 +80,7 @@ def naive_adamw(value, grads, lrs, decays, beta1, beta2, eps=1e-8):
 def test_adamw_matches_the_formula_under_changing_schedules(betas):
     model = tiny_model().double()
     groups = groups_of(model)
-    optimizer = adamw(groups, betas)
+    optimizer = make_optimizer(groups, betas)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
     lrs, decays, grads = [0.1, 0.02, 0.05], [0.04, 0.2, 0.4], {name: [] for name in before}
@@ -102,7 +102,7 @@ def test_adamw_matches_the_formula_under_changing_schedules(betas):
 
 def test_nothing_moves_before_the_first_schedule_is_set():
     model = tiny_model()
-    optimizer = adamw(groups_of(model), (0.9, 0.999))
+    optimizer = make_optimizer(groups_of(model), (0.9, 0.999))
     before = [parameter.detach().clone() for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ijepa_scale.engine import zero
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
-from ijepa_scale.engine.optim import adamw, parameter_groups
+from ijepa_scale.engine.optim import make_optimizer, parameter_groups
 from ijepa_scale.masking.packing import Masks, pack_masks
 from ijepa_scale.models.blocks import Block, ViTSize, recompute
 from ijepa_scale.models.initial import initial_weight
@@ -48,11 +48,11 @@ def first_weight(name: str, shape: torch.Size, seed: int = SEED) -> torch.Tensor
     return initial_weight(name.replace("target_encoder.", "context_encoder."), shape, seed)
 
 
-def groups_of(model: Any) -> list[dict[str, Any]]:
+def groups_of(model: Any, muon: bool = False) -> list[dict[str, Any]]:
     """As training makes them of an I-JEPA."""
     networks = {"context_encoder": model.context_encoder, "predictor": model.predictor}
     pairs = zip(model.context_encoder.parameters(), model.target_encoder.parameters(), strict=True)
-    return parameter_groups(networks, pairs)
+    return parameter_groups(networks, pairs, Block if muon else ())
 
 
 def global_batch(step: int) -> tuple[torch.Tensor, list, list]:
@@ -90,6 +90,7 @@ def start_engine(
     accumulation: int = 1,
     clip: float = 0.0,
     gradient_dtype: str = "fp32",
+    muon: bool = False,
     seed: int = SEED,
     terms: dict[str, Any] | None = None,
     before_ema: Callable[[Any], None] = lambda engine: None,
@@ -110,7 +111,7 @@ def start_engine(
         model,
         settings,
         lambda name, shape: first_weight(name, shape, seed),
-        lambda module: adamw(groups_of(module), BETAS),
+        lambda module: make_optimizer(groups_of(module, muon), BETAS),
         whole=Block,
     )
     before_ema(engine)

@@ -126,7 +126,7 @@ def name_of(stage: int, precision: str, world_size: int) -> str:
     return f"zero{stage}-{precision}-{world_size}ranks"
 
 
-def reshard(folder: str, engines: list[tuple[int, str]], sources: list[str], result: str) -> None:
+def reshard(folder: str, engines: list[tuple[int, str]], sources: list[str], result: str, muon: bool = False) -> None:
     """Save the state of every engine after a few steps, unless an earlier launch has; restore all sources into each.
 
     folder: gets a folder of checkpoints an engine, and its state as it was. sources: names of such folders.
@@ -136,7 +136,7 @@ def reshard(folder: str, engines: list[tuple[int, str]], sources: list[str], res
     kept = []
     for number, (stage, precision) in enumerate(engines):
         name = name_of(stage, precision, ranks.world_size)
-        engine, ema = tiny.start_engine(ranks, zero_stage=stage, precision=precision)
+        engine, ema = tiny.start_engine(ranks, zero_stage=stage, precision=precision, muon=muon)
         kept.append((name, engine, ema))
         if not ranks.from_first((root / name).exists()):
             for step in range(3):

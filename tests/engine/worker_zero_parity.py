@@ -24,16 +24,39 @@ def schedule(step: int) -> tuple[float, float, float]:
     return 2e-3 * (1 - 0.5 * step / STEPS), 0.05 + 0.1 * step / STEPS, 0.9 + 0.05 * step / STEPS
 
 
+class PlainMuon:
+    """The definition, of whole matrices: A = X X^T, X <- aX + (bA + cA^2) X, five times (arXiv:2502.16982)."""
+
+    def __init__(self, matrices: list[torch.nn.Parameter]):
+        self.matrices = [(matrix, torch.zeros_like(matrix, dtype=torch.float64)) for matrix in matrices]
+
+    @torch.no_grad()
+    def step(self, lr: float, weight_decay: float) -> None:
+        for matrix, momentum in self.matrices:
+            gradient = matrix.grad.double()
+            momentum.copy_(0.95 * momentum + 0.05 * gradient)
+            x = 0.05 * gradient + 0.95 * momentum
+            x = x / x.square().sum().sqrt()
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            update = 0.2 * max(matrix.shape) ** 0.5 * x
+            matrix.copy_(matrix - lr * weight_decay * matrix - lr * update)
+
+
 class Plain:
     """One process, one forward for the global batch, whole tensors: nothing of engine/ or optim.py."""
 
-    def __init__(self, clip: float, terms: dict[str, float]):
+    def __init__(self, clip: float, terms: dict[str, float], muon: bool = False):
         self.clip = clip
         self.model = tiny.build_model(**terms)
         with torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(tiny.first_weight(name, parameter.shape))
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.muon = PlainMuon([p for name, p in named if muon and "blocks." in name and p.ndim == 2])
+        apart = {matrix for matrix, _ in self.muon.matrices}
+        trained = [p for _, p in named if p not in apart]
         self.decayed = {"params": [p for p in trained if p.ndim > 1]}
         rest = {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0}
         self.optimizer = torch.optim.AdamW([self.decayed, rest], betas=tiny.BETAS, foreach=False)
@@ -49,11 +72,12 @@ class Plain:
         loss = self.model(*tiny.whole_batch(step))["loss"]
         if step == BAD_STEP:
             return math.nan, math.inf
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         loss.backward()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         norm = torch.nn.utils.clip_grad_norm_(trained, self.clip or math.inf)
         self.optimizer.step()
+        self.muon.step(lr, weight_decay)
         with torch.no_grad():
             targets = dict(self.model.target_encoder.named_parameters())
             for name, parameter in self.model.context_encoder.named_parameters():
@@ -113,13 +137,15 @@ def take_step(engine: Any, ema: Any, ranks: Ranks, step: int, accumulation: int)
     return ranks.sum([sum(losses) / accumulation])[0] / ranks.world_size, applied
 
 
-def compare(ranks: Ranks, *, zero_stage: int, precision: str, accumulation: int, clip: float) -> dict[str, Any]:
+def compare(
+    ranks: Ranks, *, zero_stage: int, precision: str, accumulation: int, clip: float, muon: bool = False
+) -> dict[str, Any]:
     """STEPS steps of the engine and of the plain loop; how far apart they are."""
     terms = TERMS if accumulation == 1 else {}
     engine, ema = tiny.start_engine(
-        ranks, zero_stage=zero_stage, precision=precision, accumulation=accumulation, clip=clip, terms=terms
+        ranks, zero_stage=zero_stage, precision=precision, accumulation=accumulation, clip=clip, muon=muon, terms=terms
     )
-    plain = Plain(clip, terms)
+    plain = Plain(clip, terms, muon)
     optimizer = engine.optimizer
     initial = tiny.gathered(engine, ranks, zero.masters(optimizer))
     expected = {name: tiny.first_weight(name, p.shape) for name, p in plain.masters().items()}
@@ -205,6 +231,18 @@ def unclipped_effect() -> float:
         with_clip.step(step)
         without.step(step)
     return tiny.largest_difference(with_clip.masters(), without.masters())
+
+
+def run_muon(result: str, cases: tuple[tuple[int, str, int, float], ...]) -> None:
+    """cases: (ZeRO stage, precision, accumulation steps, clip)."""
+    ranks = distributed.start()
+    facts = [
+        compare(ranks, zero_stage=stage, precision=precision, accumulation=accumulation, clip=clip, muon=True)
+        for stage, precision, accumulation, clip in cases
+    ]
+    if ranks.first:
+        Path(result).write_text(json.dumps(facts))
+    ranks.close()
 
 
 def run(result: str, stages: tuple[int, ...], cases: tuple[tuple[str, int, float], ...]) -> None:

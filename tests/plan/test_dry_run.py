@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from ijepa_scale import build
-from ijepa_scale.config import load_config
+from ijepa_scale.config import OptimizationConfig, load_config
 from ijepa_scale.engine import distributed, zero
 from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.plan.dry_run import dry_run, state_bytes
@@ -89,7 +89,10 @@ def bytes_after_backward() -> None:
             zero_stage=zero_stage, precision="bf16", micro_batch_size=2, accumulation_steps=1
         )
         engine, ema = build.build_engine(
-            objective, settings, betas=(0.9, 0.99), initial=lambda name, shape: 0.02 * torch.randn(shape)
+            objective,
+            settings,
+            optimization=OptimizationConfig(),
+            initial=lambda name, shape: 0.02 * torch.randn(shape),
         )
         for step in range(2):
             engine.backward(engine(images, masks)["loss"])
