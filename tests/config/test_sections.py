@@ -158,6 +158,7 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("loss: {kind: l1}", [], "loss.kind must be smooth_l1 or l2, got 'l1'"),
         ("", ["optimization.epochs=3", "optimization.warmup_epochs=4"], r"must lie in 0..epochs \(3\), got 4"),
         ("optimization: {ema: [0.9, 0.8]}", [], "optimization.ema must satisfy"),
+        ("", ["optimization.optimizer=sgd"], "optimization.optimizer must be adamw or muon, got 'sgd'"),
         ("optimization: {ema: [.nan, 1.0]}", [], "optimization.ema must satisfy"),
         ("optimization: {betas: [0.9, 1.0]}", [], "optimization.betas must lie in 0..1"),
         ("optimization: {weight_decay: [0.1, -0.1]}", [], "optimization.weight_decay must not be negative"),
