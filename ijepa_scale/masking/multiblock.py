@@ -1,6 +1,7 @@
 """Multi-block masking: M target blocks and a context block for each image (I-JEPA, arXiv:2301.08243, section 3)."""
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -103,14 +104,15 @@ def place_blocks(spec: MultiBlock, sizes: BlockSizes, rng: np.random.Generator) 
     )
 
 
-def _areas(grid: PatchGrid, scale: tuple[float, float]) -> range:
-    """The areas, in patches, that a scale drawn from [low, high) gives."""
+def _area_shares(grid: PatchGrid, scale: tuple[float, float]) -> dict[int, float]:
+    """The areas, in patches, that a scale drawn from [low, high) gives, and how often each."""
     low, high = (grid.num_patches * side for side in scale)
-    return range(int(low), max(int(low) + 1, math.ceil(high)))
+    areas = range(int(low), max(int(low) + 1, math.ceil(high)))
+    return {area: (min(area + 1, high) - max(area, low)) / (high - low) if high > low else 1.0 for area in areas}
 
 
-def _target_sizes(spec: MultiBlock, area: int) -> set[tuple[int, int]]:
-    """Every size a target block of that area can have: between two aspect ratios where a side's rounding changes."""
+def _target_sizes(spec: MultiBlock, area: int) -> dict[tuple[int, int], float]:
+    """Every size a target block of that area can have, and how often: its sides' rounding changes at some ratios."""
     low, high = (spec.grid.num_patches * side for side in spec.target_scale)
     flat, tall = spec.target_aspect_ratio
     if spec.reference_compat and high > low:  # an area comes with its own slice of aspect ratios
@@ -118,15 +120,48 @@ def _target_sizes(spec: MultiBlock, area: int) -> set[tuple[int, int]]:
         flat, tall = (flat + u * (tall - flat) for u in ends)
     halves = [(side + 0.5) ** 2 for side in range(max(spec.grid.rows, spec.grid.columns))]
     changes = [ratio for half in halves for ratio in (half / max(area, 1), area / half) if flat < ratio < tall]
-    edges = sorted([flat, *changes, tall])
-    return {_block_size(spec.grid, area, (a + b) / 2) for a, b in pairwise(edges)}
+    sizes: defaultdict[tuple[int, int], float] = defaultdict(float)
+    for a, b in pairwise(sorted([flat, *changes, tall])):
+        sizes[_block_size(spec.grid, area, (a + b) / 2)] += (b - a) / (tall - flat) if tall > flat else 1.0
+    return dict(sizes)
 
 
-def all_block_sizes(spec: MultiBlock) -> set[BlockSizes]:
-    """Every pair of sizes that block_sizes() can draw."""
-    targets = set().union(*(_target_sizes(spec, area) for area in _areas(spec.grid, spec.target_scale)))
-    contexts = {_block_size(spec.grid, area, 1.0) for area in _areas(spec.grid, spec.context_scale)}
-    return {BlockSizes(target, context) for target in targets for context in contexts}
+def size_shares(spec: MultiBlock) -> dict[BlockSizes, float]:
+    """Every pair of sizes that block_sizes() can draw, and how often it does."""
+    targets: defaultdict[tuple[int, int], float] = defaultdict(float)
+    contexts: defaultdict[tuple[int, int], float] = defaultdict(float)
+    for area, share in _area_shares(spec.grid, spec.target_scale).items():
+        for size, part in _target_sizes(spec, area).items():
+            targets[size] += share * part
+    for area, share in _area_shares(spec.grid, spec.context_scale).items():
+        contexts[_block_size(spec.grid, area, 1.0)] += share
+    return {
+        BlockSizes(target, context): targets[target] * contexts[context] for target in targets for context in contexts
+    }
+
+
+def expected_shares(spec: MultiBlock) -> tuple[np.ndarray, np.ndarray]:
+    """How often each patch is context, and how often it is in a target block, each (rows, columns): exactly.
+
+    Over all sizes and places, those included that keep fewer than min_keep patches and are drawn again.
+    """
+    context, target = np.zeros(spec.grid.shape), np.zeros(spec.grid.shape)
+    for sizes, share in size_shares(spec).items():
+        tops, lefts = _places(spec, sizes.target)
+        context_tops, context_lefts = _places(spec, sizes.context)
+        free = (1 - _covered(spec.grid, sizes.target, tops, lefts)) ** spec.num_target_blocks
+        target += share * (1 - free)
+        context += share * free * _covered(spec.grid, sizes.context, context_tops, context_lefts)
+    return context, target
+
+
+def _covered(grid: PatchGrid, size: tuple[int, int], tops: int, lefts: int) -> np.ndarray:
+    """How often each patch is in a block that begins in any of the first `tops` rows and `lefts` columns alike."""
+    shares = []
+    for length, side, places in ((grid.rows, size[0], tops), (grid.columns, size[1], lefts)):
+        lines, starts = np.arange(length)[:, None], np.arange(places)
+        shares.append(((starts <= lines) & (lines < starts + side)).mean(axis=1))
+    return np.outer(*shares)
 
 
 def check_feasible(spec: MultiBlock, *, layouts: int = 32) -> None:
@@ -136,7 +171,7 @@ def check_feasible(spec: MultiBlock, *, layouts: int = 32) -> None:
     """
     rng = np.random.Generator(np.random.Philox(key=0))
     name = f"mask.min_keep {spec.min_keep} on the {spec.grid.rows} x {spec.grid.columns} patch grid"
-    sizes = sorted(all_block_sizes(spec), key=lambda pair: (pair.target, pair.context))
+    sizes = sorted(size_shares(spec), key=lambda pair: (pair.target, pair.context))
     smallest_target = min(pair.target[0] * pair.target[1] for pair in sizes)
     free = replace(spec, min_keep=0)
     # In every size at least half of the layouts must do: then MAX_DRAWS is never reached (1 in 2**1000).

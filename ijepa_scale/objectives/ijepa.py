@@ -58,11 +58,8 @@ class IJepa(EncoderPair):
         before their weights and without gradients.
         """
         context_TD = self.context_encoder(images_BCHW, masks.context)
-        with torch.no_grad():  # second: meanwhile other ranks' parts of its weights come in (engine/ema.py)
-            targets = self.target_encoder(images_BCHW, rows_K=masks.target_patches_U, layers=self.target_layers)
-            if self.target_layers[-1] == len(self.target_encoder.blocks):
-                # Its weights are fitted to the last output: others are left to the loss, which normalizes each apart.
-                targets[-1] = self.target_encoder.norm(targets[-1])
+        # Second: meanwhile other ranks' parts of the target encoder's weights come in (engine/ema.py).
+        targets = self.targets(images_BCHW, masks.target_patches_U)
         pred_TF = self.predictor(context_TD, masks)
         prediction = target_loss(pred_TF, targets, masks.target_index_T, self.loss_kind)
         if not (self.variance or self.covariance):
@@ -72,6 +69,18 @@ class IJepa(EncoderPair):
         loss = prediction + self.variance * variance + self.covariance * covariance
         terms = {"prediction": prediction, "variance": variance, "covariance": covariance}
         return {"loss": loss} | {name: term.detach() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def targets(self, images_BCHW: torch.Tensor, rows_K: torch.Tensor) -> list[torch.Tensor]:
+        """What is predicted, of each of the target layers (K, D), before the loss normalizes each of these apart.
+
+        rows_K: (K,) integers, ascending, image * num_patches + patch.
+        """
+        targets = self.target_encoder(images_BCHW, rows_K=rows_K, layers=self.target_layers)
+        if self.target_layers[-1] == len(self.target_encoder.blocks):
+            # Its weights are fitted to the last output: others are left to the loss.
+            targets[-1] = self.target_encoder.norm(targets[-1])
+        return targets
 
 
 @dataclass(frozen=True, kw_only=True)

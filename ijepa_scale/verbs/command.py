@@ -16,6 +16,7 @@ VERBS = {
     "embed": "images -> features of a trained run",
     "export": "a trained network -> a folder for transformers, timm, ONNX or safetensors",
     "neighbours": "nearest neighbours among embeddings, as a list and a picture",
+    "visualize": "pictures of features, neighbours, predictions and masks of a trained run",
     "benchmark": "time the training step, or the input pipeline, on this machine",
     "gpu_check": "measure a GPU and the ViT-H/14 step on it in eight minutes",
 }

@@ -34,12 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
 def show_neighbours(folder: str, paths: list[str], out: str, *, count: int) -> None:
     """Print, and draw to `out`, the images of a folder of embeddings that are nearest to image files, or to its own."""
     from ijepa_scale.data.images import open_images
-    from ijepa_scale.data.sources.folders import printable
     from ijepa_scale.evals.embed import Embeddings
-    from ijepa_scale.visualize.neighbours import draw_neighbours
+    from ijepa_scale.visualize.neighbours import draw_neighbours, look_up
 
     embeddings = Embeddings.read(Path(folder))
-    facts, table = embeddings.facts, embeddings.table
+    facts = embeddings.facts
     images = open_images(
         facts["source"],
         split=facts["split"],
@@ -48,15 +47,7 @@ def show_neighbours(folder: str, paths: list[str], out: str, *, count: int) -> N
         config=facts.get("config", ""),
     )
     queries = embeddings.file_queries(paths, encoder_of(facts)) if paths else embeddings.own_queries(images)
-    shown = []
-    for query in queries:
-        nearest = embeddings.nearest(query, count)
-        print(f"{printable(query.name)}:")
-        for row, similarity in nearest:
-            print(f"  {similarity:.3f}  {table[row]['image']}")
-        pictures = [(embeddings.picture(row, images), f"{similarity:.2f}") for row, similarity in nearest]
-        shown.append((query.pixels, printable(Path(query.name).name), pictures))
-    draw_neighbours(out, shown)
+    draw_neighbours(out, look_up(embeddings, images, queries, count, print))
     print(f"picture: {out}")
 
 

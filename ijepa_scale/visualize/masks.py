@@ -1,4 +1,4 @@
-"""A picture of the masking: for some images, what the context encoder sees and what the predictor must predict."""
+"""Pictures of the masking: of some images what is seen and what is predicted, and how often each patch is either."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,6 +69,32 @@ def draw_masks(
     ]
     handles.append(Patch(color=f"{GREY / 255}", label="hidden from the encoder"))
     figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 6), fontsize=8, frameon=False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def draw_mask_shares(
+    path: str | Path, names: Sequence[str], counted: Sequence[np.ndarray], expected: Sequence[np.ndarray]
+) -> None:
+    """Write a PNG with a row for each of the names: how often each patch was it, how often it should be, and the rest.
+
+    counted, expected: (rows, columns) shares of 0 to 1.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 2.35 * len(names) + 0.3), dpi=120, facecolor="white", layout="constrained")
+    axes = figure.subplots(len(names), 3, squeeze=False)
+    largest = 100 * max(max(np.abs(one - two).max() for one, two in zip(counted, expected, strict=True)), 0.005)
+    for row, (name, one, two) in zip(axes, zip(names, counted, expected, strict=True), strict=True):
+        for axis, title, shares in zip(row, ("drawn", "expected", "difference"), (one, two, one - two), strict=True):
+            limits = {"vmin": -largest, "vmax": largest, "cmap": "RdBu_r"} if title == "difference" else {"vmin": 0}
+            image = axis.imshow(100 * shares, **({"vmax": 100 * max(one.max(), two.max())} | limits))
+            axis.set(xticks=[], yticks=[])
+            axis.set_title(f"{name}: {title}", fontsize=9)
+            if title != "drawn":  # which has the colours of the expected
+                bar = figure.colorbar(image, ax=row[:2] if title == "expected" else axis, shrink=0.9)
+                bar.set_label("% of layouts" if title == "expected" else "percent points", fontsize=8)
+                bar.ax.tick_params(labelsize=7)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format="png")
 

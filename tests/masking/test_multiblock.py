@@ -1,6 +1,7 @@
 import functools
 import itertools
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,10 +11,11 @@ from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import (
     BlockSizes,
     MultiBlock,
-    all_block_sizes,
     block_sizes,
     check_feasible,
+    expected_shares,
     place_blocks,
+    size_shares,
 )
 
 PAPER_GRID = PatchGrid(16, 16)  # 224 pixels in patches of 14
@@ -193,12 +195,48 @@ def test_sizes_follow_scale_and_aspect_ratio():
 
 @pytest.mark.parametrize("grid", [(5, 5), (8, 8), (14, 14), (28, 28), (9, 23), (2, 9), (37, 37)])
 @pytest.mark.parametrize("compat", [False, True])
-def test_all_block_sizes_is_what_can_be_drawn(grid, compat):
+def test_size_shares_are_how_often_each_is_drawn(grid, compat):
     spec = MultiBlock(grid=PatchGrid(*grid), reference_compat=compat)
-    listed, rng = all_block_sizes(spec), generator_for(7)
-    drawn = {block_sizes(spec, rng) for _ in range(8000)}
-    assert drawn <= listed
+    listed, rng = size_shares(spec), generator_for(7)
+    drawn = Counter(block_sizes(spec, rng) for _ in range(8000))
+    assert set(drawn) <= set(listed) and sum(listed.values()) == pytest.approx(1.0)
     assert len(drawn) > 0.9 * len(listed)  # the rest are slivers of the range
+    for sizes, share in listed.items():
+        assert abs(drawn[sizes] / 8000 - share) <= 5 * math.sqrt(share * (1 - share) / 8000) + 1e-3
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_expected_shares_are_those_of_all_layouts(compat):
+    """Brute force: every size, every place of two target blocks and of the context block."""
+    spec = MultiBlock(grid=PatchGrid(4, 5), num_target_blocks=2, min_keep=0, reference_compat=compat)
+    context, target = np.zeros(20), np.zeros(20)
+    for sizes, share in size_shares(spec).items():
+        cut = 1 if compat else 0
+        places = [
+            [spec.grid.block(top, left, *size) for top in range(5 - size[0] - cut) for left in range(6 - size[1] - cut)]
+            for size in (sizes.target, sizes.target, sizes.context)
+        ]
+        layouts = list(itertools.product(*places))
+        for *targets, whole in layouts:
+            hidden = np.isin(np.arange(20), targets)
+            seen = np.isin(np.arange(20), whole) & ~hidden
+            target += share / len(layouts) * hidden
+            context += share / len(layouts) * seen
+    for found, exact in zip(expected_shares(spec), (context, target), strict=True):
+        np.testing.assert_allclose(found.reshape(-1), exact, atol=1e-12)
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_expected_shares_are_those_of_drawn_layouts(compat, draws=3000):
+    spec = MultiBlock(grid=PatchGrid(9, 7), min_keep=1, reference_compat=compat)
+    counted = np.zeros((2, 63))
+    for draw in range(draws):
+        placed = place_blocks(spec, block_sizes(spec, generator_for(3, draw)), generator_for(4, draw))
+        counted[0, placed.context] += 1
+        counted[1, np.unique(placed.target_blocks)] += 1
+    for found, exact in zip(counted.reshape(2, 9, 7) / draws, expected_shares(spec), strict=True):
+        assert (np.abs(found - exact) <= 5 * np.sqrt(exact * (1 - exact) / draws) + 1e-9).all()
+        assert np.ptp(exact) > 0.1  # what the tolerance, at most 0.046, is to be compared with
 
 
 def test_same_generator_same_blocks():
@@ -228,7 +266,7 @@ def test_an_infeasible_grid_is_refused_and_the_advice_works(side, compat):
         good = MultiBlock(grid=spec.grid, min_keep=min_keep, reference_compat=compat)
         check_feasible(good)
         rng = generator_for(8, side)
-        for sizes in all_block_sizes(good):
+        for sizes in size_shares(good):
             assert sizes.target[0] * sizes.target[1] >= min_keep
             for _ in range(30):
                 assert place_blocks(good, sizes, rng).context.size >= min_keep

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from ijepa_scale.visualize import masks
-from ijepa_scale.visualize.masks import BLOCK_COLOURS, MAX_IMAGES, draw_masks
+from ijepa_scale.visualize.masks import BLOCK_COLOURS, MAX_IMAGES, draw_mask_shares, draw_masks
 
 
 def flat_images(n, height=32, width=32, colour=(250, 20, 20)):
@@ -85,3 +85,12 @@ def test_bad_input_is_refused(tmp_path, change, message):
     draw_masks(tmp_path / "good.png", **good)
     with pytest.raises(ValueError, match=message):
         draw_masks(tmp_path / "bad.png", **{**good, **change})
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (16, 16)])
+def test_shares_are_drawn_beside_what_is_expected(tmp_path, grid):
+    shares = np.linspace(0, 1, 2 * grid[0] * grid[1]).reshape(2, *grid)
+    draw_mask_shares(tmp_path / "new" / "a.png", ("context", "target"), shares, shares)
+    draw_mask_shares(tmp_path / "new" / "b.png", ("context", "target"), shares, shares[:, ::-1])
+    one, other = picture(tmp_path / "new" / "a.png"), picture(tmp_path / "new" / "b.png")
+    assert one.shape[0] > 400 and share(one, rgb("#F7F7F7"), 4) > 0.1 + share(other, rgb("#F7F7F7"), 4)  # no difference

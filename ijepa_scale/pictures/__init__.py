@@ -1,0 +1,6 @@
+"""A checkpoint -> pictures of what it has learned.
+
+subject.py opens the checkpoint and images that it was not trained on; drawing.py has a function for each picture. What
+these compute and draw is in visualize/, as functions of arrays. Beside NAME.png there is NAME.json: its title, caption
+and alternative text, by which a page shows it.
+"""

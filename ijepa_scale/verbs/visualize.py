@@ -1,0 +1,164 @@
+"""Pictures of what an encoder has learned: features, attention, neighbours, predictions, and the masks.
+
+python launch/visualize.py all --checkpoint runs/tiny
+python launch/visualize.py features --checkpoint runs/tiny --images /data/my_images --size 128 --out pictures
+python launch/visualize.py predict --checkpoint runs/tiny --box 2,3,4,3
+
+WHAT is one of these, or all, for those that the checkpoint allows:
+{pictures}
+
+Writes PNGs to --out, and beside each a NAME.json with its title, caption and alternative text. The images are those of
+the run's validation split, or of --images; as many as --among are looked at, and --count of them shown.
+docs/visualize.md says how to read them. Exit codes: 0 done, 2 wrong input.
+"""
+
+import argparse
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from ijepa_scale.verbs import parser_of
+
+if TYPE_CHECKING:
+    from ijepa_scale.masking.grid import PatchGrid
+
+PICTURES = {
+    "masks": "what the networks see, and how often each patch is seen and predicted",
+    "features": "patches in the colours of their features, similarity, attention; beside the untrained network",
+    "neighbours": "the nearest images, and the nearest patches",
+    "predict": "how near the predictor comes to the features of a box that it does not see (ijepa alone)",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    listed = "\n".join(f"  {name:12}{what}" for name, what in PICTURES.items())
+    parser = parser_of("visualize", (__doc__ or "").format(pictures=listed))
+    parser.add_argument("what", metavar="WHAT", choices=[*PICTURES, "all"], help="see above")
+    parser.add_argument(
+        "--checkpoint", required=True, metavar="RUN", help="a run, a checkpoint, or others of docs/export.md"
+    )
+    parser.add_argument("--images", default="", metavar="SOURCE", help="a folder or another source, or scenes")
+    parser.add_argument("--split", default="", help="of the source (default: validation or test, else its only one)")
+    parser.add_argument("--out", default="", metavar="DIR", help="default: pictures/ of the run")
+    parser.add_argument("--count", type=int, default=6, help="images shown (default: 6)")
+    parser.add_argument("--among", type=int, default=256, help="images looked at (default: 256)")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images and boxes (default: 0)")
+    parser.add_argument("--cache-dir", default="", help="as data.cache_dir (default: the run's)")
+    parser.add_argument(
+        "--patch", default="", metavar="ROW,COL", help="whose similarity, attention and neighbours are shown (default: "
+        "of each image the one whose pixels vary most, and the average attention)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--layers", type=int, nargs="+", default=[], metavar="N", help="of features: blocks from 0, or from the end "
+        "with -1; attention is of the last named (default: four, evenly)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--foreground", type=float, metavar="T", help="of features: colour only patches whose first component, from 0 "
+        "to 1, is above T; with -T below T (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--raw", action="store_true", help="of features: leave in what all images have at a place (default: their mean "
+        "at each place is taken away, else one sees positions above all)",
+    )  # fmt: skip
+    parser.add_argument("--size", type=int, default=0, help="of features: pixels a side (default: as trained)")
+    parser.add_argument("--query", nargs="+", default=[], metavar="IMAGE", help="of neighbours: image files to look up")
+    parser.add_argument(
+        "--box",
+        default="",
+        metavar="ROW,COL,HEIGHT,WIDTH",
+        help="of predict: in patches (default: one an image, drawn)",
+    )
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        visualize(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def visualize(options: argparse.Namespace) -> None:
+    """Open the checkpoint and the images, draw what is asked for, and say where it is."""
+    check_numbers(options)
+    from ijepa_scale.pictures.drawing import DRAWN, Asked
+    from ijepa_scale.pictures.subject import open_checkpoint, open_images_of
+
+    checkpoint = open_checkpoint(options.checkpoint)
+    chosen = list(PICTURES) if options.what == "all" else [options.what]
+    reasons = {what: reason for what in chosen if (reason := checkpoint.why_not(what))}
+    if reasons and options.what != "all":
+        raise ValueError(reasons[options.what])
+    for what, reason in reasons.items():
+        print(f"left out: {what}: {reason}")
+    asked = Asked(
+        out=checkpoint.folder(options.out),
+        count=options.count,
+        seed=options.seed,
+        size=checkpoint.size(options.size),
+        layers=checkpoint.layers(options.layers),
+        foreground=options.foreground,
+        raw=options.raw,
+        queries=options.query,
+        patch=patch_of(options.patch, checkpoint.grid(options.size)),
+        box=box_of(options.box, checkpoint.grid()),
+    )
+    images = open_images_of(
+        checkpoint, options.images, options.split, options.cache_dir, among=options.among, seed=options.seed
+    )
+    print(f"{checkpoint.loaded.path}, the {checkpoint.loaded.name} encoder, on {images.words}", flush=True)
+    for what in chosen:
+        if what not in reasons:
+            started = time.monotonic()
+            made = DRAWN[what](checkpoint, images, asked)
+            print(f"{what}: {asked.out}/{', '.join(made)} ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    for name, least in (("count", 1), ("among", 2), ("seed", 0), ("size", 0)):
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} must be {least} or more, got {getattr(options, name)}")
+    if options.count > options.among:
+        raise ValueError(f"--count {options.count} is more than --among {options.among}: those shown are among these")
+    if options.size and options.what != "features":
+        raise ValueError(f"--size is of features alone, got it with {options.what}; leave it out, or ask for features")
+
+
+def patch_of(text: str, grid: "PatchGrid") -> int | None:
+    """The index of a patch given as ROW,COL; None where none is given."""
+    if not text:
+        return None
+    row, column = _numbers("--patch", text, "ROW,COL")
+    if not (0 <= row < grid.rows and 0 <= column < grid.columns):
+        raise ValueError(
+            f"--patch {text} is outside the grid of {grid.rows} x {grid.columns} patches: rows are 0..{grid.rows - 1}, "
+            f"columns 0..{grid.columns - 1}"
+        )
+    return row * grid.columns + column
+
+
+def box_of(text: str, grid: "PatchGrid") -> tuple[int, int, int, int] | None:
+    """A box given as ROW,COL,HEIGHT,WIDTH; None where none is given."""
+    if not text:
+        return None
+    top, left, height, width = _numbers("--box", text, "ROW,COL,HEIGHT,WIDTH")
+    inside = top >= 0 <= left and height >= 1 <= width and top + height <= grid.rows and left + width <= grid.columns
+    if not inside or height * width == grid.num_patches:
+        raise ValueError(
+            f"--box {text} (row, column, height, width) must lie in the grid of {grid.rows} x {grid.columns} patches "
+            "and leave some of it; rows and columns count from 0"
+        )
+    return top, left, height, width
+
+
+def _numbers(option: str, text: str, form: str) -> list[int]:
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != form.count(",") + 1:
+        raise ValueError(f"{option} wants {form} in whole numbers with commas between, got {text!r}")
+    return numbers
