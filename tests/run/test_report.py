@@ -170,4 +170,16 @@ def test_health_of_an_objective_without_a_target(run):
     both, alone = records
     assert alone == {key: value for key, value in both.items() if key != "drift"}  # the target is its copy at the start
     assert abs(both["drift"]) < 1e-6
-    assert list(both) == ["kind", "step", "feature_std", "rankme", "drift", "loss", "knn", "knn_label"]
+    assert list(both) == ["kind", "step", "feature_std", "rankme", "drift", "loss", "knn", "knn_label", "knn_images"]
+
+
+def test_a_page_that_cannot_be_written_is_told_and_fails_no_finished_run(run, monkeypatch, capsys):
+    def full(path):
+        assert (path / "report.json").exists() and (path / "scores.png").exists()
+        raise OSError(28, "No space left on device", str(path / "report.html"))
+
+    monkeypatch.setattr(assess, "write_page", full)
+    assert len(outcome(run, image_set(label=ALTERNATING))[0]["scores"]) == 2
+    said = capsys.readouterr().err
+    assert "warning: the page of the run was not written: OSError: [Errno 28] No space left on device" in said
+    assert f"ijepa-scale report {run.folder.path}" in said
