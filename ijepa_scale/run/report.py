@@ -1,4 +1,8 @@
-"""The report at a run's end: curves, and scores of the trained encoder beside those of what it started from."""
+"""The report at a run's end: curves, scores of the trained encoder beside what it started from, and the page."""
+
+import shlex
+import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,6 +18,7 @@ from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.run.health import eval_indices, features_of
 from ijepa_scale.run.init_from import fill_initial
+from ijepa_scale.run.page import write_page
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.setup import Run
 from ijepa_scale.visualize.curves import draw_loss_curve, draw_scores
@@ -22,7 +27,28 @@ Labels = dict[str, tuple[np.ndarray, np.ndarray]]  # name -> classes of the trai
 
 
 def report(run: Run) -> None:
-    """Write the curves and the scores of the best of the objective's encoders. All ranks call it."""
+    """Write the curves, the scores of the best of the objective's encoders, and the page. All ranks call it."""
+    score(run)
+    if run.ranks.first:
+        write_page_or_say(run.folder.path)
+    run.ranks.barrier()
+
+
+def write_page_or_say(path: Path) -> None:
+    """The page of a run that is finished: whatever keeps it from being written is told, and does not fail the run."""
+    try:
+        print(f"page: {write_page(path)}")
+    except Exception as error:  # days of training have ended well, and the page can be made again at any time
+        print(
+            f"warning: the page of the run was not written: {type(error).__name__}: {error}. All else is there; "
+            f"ijepa-scale report {shlex.quote(str(path))} (or launch/report.py) writes it, or says more",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def score(run: Run) -> None:
+    """Write the curves and the scores. All ranks call it."""
     folder = run.folder
     if run.ranks.first:
         records = read_records(folder.metrics) if folder.metrics.exists() else []
@@ -57,7 +83,6 @@ def report(run: Run) -> None:
             tell(run, scores, reasons, facts, unread=len(fit) + len(held) - len(fitted) - len(scored))
         else:
             report_without_probes(run, joined(reasons))
-    run.ranks.barrier()
 
 
 def plain_encoder(objective: Objective) -> tuple[VisionTransformer, str]:

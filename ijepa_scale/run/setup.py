@@ -140,7 +140,7 @@ def set_up(
     if config.model.init_from:
         start_from(run, found)
     if ranks.first:
-        seen = {"attention": attention.name, "images": len(images), "source": images.name}
+        seen = {"attention": attention.name, "images": len(images), "source": images.name, "objective": objective.name}
         folder.describe(to_yaml(config), world_size=ranks.world_size, precision=precision, **seen)
     return run
 

@@ -98,8 +98,8 @@ def _draw_loss(axis: "Axes", records: Sequence[dict[str, Any]]) -> None:
     label = "each step" if len(at) <= MAX_POINTS else f"mean and range of {len(at) / MAX_POINTS:.0f} records"
     _draw_series(axis, at, loss, BLUE, alpha=0.35, label=label)
     if np.isfinite(loss).sum() > 10:
-        mean = _moving_average(loss, max(3, round(SMOOTHING * len(loss))))
-        axis.plot(*_thin(at, mean)[:2], color=BLUE, linewidth=1.8, label="smoothed")
+        mean = moving_average(loss, max(3, round(SMOOTHING * len(loss))))
+        axis.plot(*thin(at, mean)[:2], color=BLUE, linewidth=1.8, label="smoothed")
     part, prediction = _series(records, "loss_prediction")
     if np.isfinite(prediction).any():
         _draw_series(axis, part, prediction, GREEN, label="of it: prediction")
@@ -142,7 +142,7 @@ def _draw_series(
     if not np.isfinite(values).any():
         _draw_nothing(axis)
         return
-    x, mean, low, high = _thin(at, values)
+    x, mean, low, high = thin(at, values)
     marker = "o" if len(x) <= 30 else None  # a single point has no line, and few are better seen
     axis.plot(x, mean, color=colour, alpha=alpha, linewidth=1.2, marker=marker, markersize=3, label=label)
     if len(x) < len(at):
@@ -165,7 +165,7 @@ def _finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
 
 
-def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
+def moving_average(values: np.ndarray, width: int) -> np.ndarray:
     """Centred mean of the finite values in a window, which is cut at both ends; NaN where it holds none."""
     finite = np.isfinite(values)
     sums = np.concatenate(([0.0], np.cumsum(np.where(finite, values, 0.0))))
@@ -176,11 +176,13 @@ def _moving_average(values: np.ndarray, width: int) -> np.ndarray:
     return np.where(count > 0, (sums[high] - sums[low]) / np.maximum(count, 1), np.nan)
 
 
-def _thin(at: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Mean step, and mean, least and largest value, of at most MAX_POINTS runs of neighbouring records."""
-    if len(at) <= MAX_POINTS:
+def thin(
+    at: np.ndarray, values: np.ndarray, points: int = MAX_POINTS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Mean step, and mean, least and largest value, of at most so many runs of neighbouring records."""
+    if len(at) <= points:
         return at, values, values, values
-    starts = np.linspace(0, len(at), MAX_POINTS, endpoint=False).astype(np.int64)
+    starts = np.linspace(0, len(at), points, endpoint=False).astype(np.int64)
     finite = np.isfinite(values)
     count = np.add.reduceat(finite, starts, dtype=np.int64)
     mean = np.where(count > 0, np.add.reduceat(np.where(finite, values, 0.0), starts) / np.maximum(count, 1), np.nan)

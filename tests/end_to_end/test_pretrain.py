@@ -118,6 +118,7 @@ def test_a_folder_of_unlabelled_images_on_two_ranks_with_one_torn_file(config, t
         with Image.open(folder / name) as picture:
             assert min(picture.size) > 200 and len(picture.convert("L").getcolors(1 << 20)) > 20
     assert "no labels" in json.loads((folder / "report.json").read_text())["note"]
+    assert "finished after 4 of 4 steps" in (folder / "report.html").read_text()
     assert "width: 32" in (folder / "config.yaml").read_text()
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["world_size"] == 2 and environment["attention"] == "sdpa"

@@ -9,8 +9,9 @@ import torch
 
 from ijepa_scale.config import load_config
 from ijepa_scale.objectives.ijepa import COLLAPSE_ADVICE
-from ijepa_scale.run.health import drift, feature_std, health_verdict, rankme
+from ijepa_scale.run.health import drift, feature_std, rankme
 from ijepa_scale.run.records import JsonlWriter, read_records
+from ijepa_scale.run.verdict import health_verdict
 
 
 def random_features(n, width, rank=None, seed=0):

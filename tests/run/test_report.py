@@ -67,6 +67,7 @@ def run(small_config, tmp_path, monkeypatch):
     monkeypatch.setattr(assess, "read_weights", lambda found, encoder, objective, network: None)
     for drawing in ("draw_loss_curve", "draw_scores"):  # tested elsewhere, and most of the time that all of this takes
         monkeypatch.setattr(assess, drawing, lambda path, of: path.write_text(str(len(of))))
+    monkeypatch.setattr(assess, "write_page", lambda path: path / "report.html")
     monkeypatch.setitem(fit_logistic.__kwdefaults__, "max_iterations", 3)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": 0.5}) + "\n")
     return SimpleNamespace(
@@ -169,4 +170,16 @@ def test_health_of_an_objective_without_a_target(run):
     both, alone = records
     assert alone == {key: value for key, value in both.items() if key != "drift"}  # the target is its copy at the start
     assert abs(both["drift"]) < 1e-6
-    assert list(both) == ["kind", "step", "feature_std", "rankme", "drift", "loss", "knn", "knn_label"]
+    assert list(both) == ["kind", "step", "feature_std", "rankme", "drift", "loss", "knn", "knn_label", "knn_images"]
+
+
+def test_a_page_that_cannot_be_written_is_told_and_fails_no_finished_run(run, monkeypatch, capsys):
+    def full(path):
+        assert (path / "report.json").exists() and (path / "scores.png").exists()
+        raise OSError(28, "No space left on device", str(path / "report.html"))
+
+    monkeypatch.setattr(assess, "write_page", full)
+    assert len(outcome(run, image_set(label=ALTERNATING))[0]["scores"]) == 2
+    said = capsys.readouterr().err
+    assert "warning: the page of the run was not written: OSError: [Errno 28] No space left on device" in said
+    assert f"ijepa-scale report {run.folder.path}" in said

@@ -120,10 +120,10 @@ def test_thinning_and_smoothing_agree_with_slow_versions():
             np.nanmean(window) if np.isfinite(window).any() else np.nan
             for window in (values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values)))
         ]
-        np.testing.assert_allclose(report._moving_average(values, width), expected, atol=1e-12)
+        np.testing.assert_allclose(report.moving_average(values, width), expected, atol=1e-12)
     starts = [int(i * 2357 / report.MAX_POINTS) for i in range(report.MAX_POINTS)]
     runs = [slice(a, b) for a, b in zip(starts, [*starts[1:], 2357], strict=True)]
-    x, mean, low, high = report._thin(at, values)
+    x, mean, low, high = report.thin(at, values)
     for i in range(0, report.MAX_POINTS, 7):
         run = values[runs[i]][np.isfinite(values[runs[i]])]
         slow = (run.mean(), run.min(), run.max()) if len(run) else (np.nan,) * 3
