@@ -135,10 +135,13 @@ def row(history: History) -> list[str]:
 
 
 def differences(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
-    """Keys of the configs whose values are not the same in all, and these values."""
+    """Keys of the configs whose values are not the same in all, and these values.
+
+    A key that an older run does not have is left out: it has its default there.
+    """
     flat = [dict(_flat(history.config)) for history in histories]
-    keys = dict.fromkeys(key for one in flat for key in one if key != "run_dir")
-    rows = [(key, [str(one.get(key, "")) for one in flat]) for key in keys]
+    keys = [key for key in flat[0] if key != "run_dir" and all(key in one for one in flat)]
+    rows = [(key, [str(one[key]) for one in flat]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 

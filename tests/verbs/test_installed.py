@@ -21,6 +21,8 @@ try:
     tables.writable(None, keep=True)
 except ValueError as error:
     print(error)
+from ijepa_scale.visualize.page import render_page
+assert render_page("a", "b", []).startswith("<!doctype html>")
 from ijepa_scale.verbs.command import main
 main(["pretrain", "--config", "tiny", "--dry-run"])
 """

@@ -88,12 +88,14 @@ def test_no_secret_is_on_a_page(tmp_path, capsys):
 
 @pytest.mark.parametrize("axis", ["steps", "images", "seconds"])
 def test_several_runs_are_compared(tmp_path, capsys, axis):
-    runs = [write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", steps=9, finished=False, seed=7)]
+    data = {"source": "/data/<b>", "image_size": 64, "column": "new"}
+    runs = [write_run(tmp_path / "a" / "run"), write_run(tmp_path / "b" / "run", steps=9, finished=False, data=data)]
     out = tmp_path / "new" / "both.html"
     assert written([*runs, "--axis", axis, "--out", out], capsys) == ("page", str(out))
     text = out.read_text()
     assert all(f"</svg>{run}</li>" in text for run in runs)  # the folders' own names are the same
-    assert "9 of 20" in text and '<th scope="row">seed</th><td></td><td>7</td>' in text
+    assert "9 of 20" in text and "data.source</th>" in text and "/data/&lt;b&gt;" in text
+    assert "data.image_size" not in text and "data.column" not in text  # the same; not known of the other
     assert (f"{axis}</text>" in text) if axis != "seconds" else ("seconds in training steps</text>" in text)
 
 
