@@ -120,27 +120,25 @@ class Sides:
 
 def draw_features_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> list[str]:
     pixels, (initial, began) = images.at_size(asked.size, asked.count), checkpoint.initial
-    less = f"Features are less the mean at each place, over {len(images.indices):,} images. " * (not asked.raw)
     sides = Sides(
         pixels,
         checkpoint.grid(asked.size),
         (checkpoint.encoder, initial),
         (checkpoint.trained, "before training"),
-        f"{less}{len(pixels)} images of {images.source.name}, {asked.size} pixels a side. Before training: {began}.",
+        f"{len(pixels)} images of {images.source.name}, {asked.size} pixels a side. Before training: {began}.",
     )
-    everything, layers = images.at_size(asked.size, len(images.indices)), []
-    for encoder in sides.encoders:
-        whole = features.patch_features(encoder, pixels, asked.layers)
-        if not asked.raw:
-            means = features.place_means(encoder, everything, asked.layers)
-            whole = [one - mean for one, mean in zip(whole, means, strict=True)]
-        layers.append(whole)
+    layers, less = [features.patch_features(encoder, pixels, asked.layers) for encoder in sides.encoders], ""
+    if not asked.raw:  # else positions are nearly all that one sees
+        everything = images.at_size(asked.size, len(images.indices))
+        means = [features.place_means(encoder, everything, asked.layers) for encoder in sides.encoders]
+        layers = [[one - mean for one, mean in zip(*side, strict=True)] for side in zip(layers, means, strict=True)]
+        less = f" Features are less the mean at each place, over {len(everything):,} images."
     rows = [(f"block {block}", *pair) for block, pair in zip(asked.layers, zip(*layers, strict=True), strict=True)]
-    drawn = (draw_colours(sides, rows, checkpoint, asked), draw_similarity(sides, rows, checkpoint, asked))
+    drawn = [draw(sides, rows, less, checkpoint, asked) for draw in (draw_colours, draw_similarity)]
     return [*drawn, draw_attention(sides, checkpoint, asked)]
 
 
-def draw_colours(sides: Sides, rows: list, checkpoint: Checkpoint, asked: Asked) -> str:
+def draw_colours(sides: Sides, rows: list, less: str, checkpoint: Checkpoint, asked: Asked) -> str:
     path, threshold = asked.out / "features.png", asked.foreground
     colours = [(label, *(features.pca_colours(side, threshold) for side in pair)) for label, *pair in rows]
     features.draw_beside(path, sides.pixels, colours, sides.grid, headings=sides.headings)
@@ -150,12 +148,12 @@ def draw_colours(sides: Sides, rows: list, checkpoint: Checkpoint, asked: Asked)
         checkpoint,
         title="Patch features in colours",
         caption="The first three principal components of the patches' features as red, green and blue. One PCA is of "
-        f"all images, for each block and each network: within these like colours are like features.{grey}",
+        f"all images, for each block and each network: within these like colours are like features.{grey}{less}",
         alt="Images, and below each its patches in the colours of their features, a row for each of some blocks.",
     )
 
 
-def draw_similarity(sides: Sides, rows: list, checkpoint: Checkpoint, asked: Asked) -> str:
+def draw_similarity(sides: Sides, rows: list, less: str, checkpoint: Checkpoint, asked: Asked) -> str:
     path, count = asked.out / "similarity.png", len(sides.pixels)
     busiest = features.busiest_patches(sides.pixels, sides.grid)
     marked = busiest if asked.patch is None else np.full(count, asked.patch)
@@ -167,7 +165,7 @@ def draw_similarity(sides: Sides, rows: list, checkpoint: Checkpoint, asked: Ask
         checkpoint,
         title="Which patches are like the marked one",
         caption="Cosine between the features of the marked patch and of every patch of its image, each less the "
-        "mean of those shown.",
+        f"mean of those shown.{less}",
         alt="Images with a marked patch, and below each heat maps of the similarity to it, for some blocks.",
     )
 
