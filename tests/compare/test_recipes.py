@@ -76,7 +76,7 @@ def test_recipes_know_their_steps_and_flops(tmp_path):
 
 
 def test_two_recipes_see_the_same_images_in_the_same_order(tmp_path):
-    """Crops too, where a recipe has none of its own. Where its step is of more images, epoch by epoch and without these."""
+    """Crops too, where a recipe has none of its own. Where its step is of more images, epoch by epoch, without them."""
     recipe = str(tmp_path / "recipe.yaml")
     others = {"terms": ["loss.variance=0.02"], "larger": ["optimization.global_batch_size=16"]}
     others = {name: {"config": recipe, "overrides": words} for name, words in others.items()}
