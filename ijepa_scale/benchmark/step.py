@@ -79,7 +79,9 @@ def benchmark(config: PretrainConfig, *, steps: int, say: Say, profile: Path | N
             f"the dense baseline predicts the last output alone, got loss.target_layers={config.loss.target_layers}; "
             'give loss.target_layers=""'
         )
-    config = replace(config, loss=replace(config.loss, variance=0.0, covariance=0.0))  # the baseline has no such terms
+    # The baseline has no such terms, and no Muon: both are timed with AdamW.
+    config = replace(config, loss=replace(config.loss, variance=0.0, covariance=0.0))
+    config = replace(config, optimization=replace(config.optimization, optimizer="adamw"))
     with one_process() as ranks:
         objective = DrawnOnDevice.of(build.build_ijepa(config), ranks.device)
         precision = build.training_precision(config, ranks.device)

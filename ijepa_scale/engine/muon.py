@@ -39,7 +39,7 @@ def update(matrix_RC: torch.Tensor) -> torch.Tensor:
 
 
 def direction(gradient: torch.Tensor, momentum: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
-    """What is to be made orthogonal, Nesterov's, fp32; momentum takes the gradient in. All of one shape, fp32."""
+    """What is to be made orthogonal, Nesterov's, fp32; momentum, fp32, takes the gradient in."""
     gradient = gradient.float() * scale
     momentum.lerp_(gradient, 1 - MOMENTUM)
     return gradient.lerp_(momentum, MOMENTUM)
