@@ -25,7 +25,8 @@ def orthogonal(matrix_RC: torch.Tensor) -> torch.Tensor:
     a, b, c = COEFFICIENTS
     tall = matrix_RC.shape[0] > matrix_RC.shape[1]
     x = matrix_RC.T if tall else matrix_RC
-    x = x / torch.linalg.matrix_norm(x).clamp_(min=1e-7)  # which no singular value exceeds
+    x = x / x.abs().amax().clamp_(min=torch.finfo(x.dtype).tiny)  # so that no square of a small gradient is lost
+    x = x / torch.linalg.matrix_norm(x).clamp_(min=1)  # which no singular value exceeds
     for _ in range(ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)

@@ -12,9 +12,7 @@ from tests.processes import assert_all, run_ranks
 
 ROUNDING = 2e-6  # measured: losses within 5e-7
 NORM_ROUNDING = 3e-5  # measured: gradient norms within 5e-6 of themselves
-# Measured: weights within 1.1e-5 with torch 2.14. With torch 2.11 an MLP's of two ranks come to lie 2.0e-4 apart, which
-# the losses do not show; why is not known. They move by more than 1e-2.
-WEIGHTS_ROUNDING = 1e-3
+WEIGHTS_ROUNDING = 3e-5  # measured: 1.1e-5: the rounding of small singular values grows
 # (ZeRO stage, precision, accumulation steps, clip)
 ONE_RANK = (1, ((1, "fp32", 1, 0.0), (3, "fp32", 1, 0.0)))
 TWO_RANKS = (2, ((1, "fp32", 2, worker_zero_parity.CLIP), (3, "fp32", 1, 0.0)))
@@ -41,7 +39,7 @@ def test_an_update_has_the_singular_vectors_of_its_matrix_and_singular_values_ne
 def test_an_update_is_of_adamws_size_whatever_the_scale_of_the_gradient_and_the_shape_of_the_matrix():
     for shape in ((192, 192), (576, 192), (192, 768)):
         matrix = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-        for scale in (1e-8, 1.0, 1e6):
+        for scale in (1e-30, 1e-12, 1.0, 1e6):
             assert muon.update(matrix * scale).square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
     assert torch.equal(muon.update(torch.zeros(4, 8)), torch.zeros(4, 8))
 
