@@ -14,6 +14,7 @@ from ijepa_scale.objectives.ijepa import IJepaObjective
 from ijepa_scale.objectives.mae import MaeObjective
 from ijepa_scale.objectives.masks import BlockMasks, HiddenMasks, InverseBlockMasks
 from ijepa_scale.objectives.objective import Objective
+from ijepa_scale.objectives.sketch import SketchDraws, SketchObjective
 
 
 def vit_size(model: ModelConfig) -> ViTSize:
@@ -121,6 +122,20 @@ def build_cae(config: PretrainConfig) -> CaeObjective:
     )
 
 
+def build_sketch(config: PretrainConfig) -> SketchObjective:
+    options = config.sketch
+    size = ViTSize(width=options.width, depth=options.depth, heads=options.heads, mlp_width=4 * options.width)
+    return SketchObjective(
+        decoder=size,
+        layer=options.target_layer or vit_size(config.model).depth,
+        flow=options.kind == "flow",
+        condition=options.condition,
+        perceptual=options.perceptual,
+        draw_masks=SketchDraws(_grid(config), options.noise, options.box_scale, config.seed),
+        **_shared(config),
+    )
+
+
 def build_hidden(config: PretrainConfig, ratio: float, *, in_blocks: bool = False) -> HiddenMasks:
     """A share of the patches hidden. ValueError where these would be none or all."""
     grid = _grid(config)
@@ -155,4 +170,5 @@ OBJECTIVES: dict[str, Callable[[PretrainConfig], Objective]] = {
     "data2vec": build_data2vec,
     "mae": build_mae,
     "cae": build_cae,
+    "sketch": build_sketch,
 }

@@ -170,7 +170,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         if reason:
             say(f"stopped by {reason} after step {done}; the same command goes on from there")
             return reason
-    if config.logging.health_every_steps:
+    if health.due(horizon.stop, last=True):
         health.measure(horizon.stop, loss=records.loss)
     reason = agreed_reason(run.ranks, stop_request)
     if reason:

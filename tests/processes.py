@@ -20,7 +20,9 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
-PRETRAIN, BENCHMARK, EVALUATE = (ROOT / "launch" / f"{verb}.py" for verb in ("pretrain", "benchmark", "evaluate"))
+PRETRAIN, TRAIN_SKETCH, BENCHMARK, EVALUATE = (
+    ROOT / "launch" / f"{verb}.py" for verb in ("pretrain", "train_sketch", "benchmark", "evaluate")
+)
 
 # Ranks of tests share few cores, and run on the CPU whatever the machine has.
 ENVIRONMENT = {
@@ -112,6 +114,12 @@ def pretrain(*arguments: str) -> None:
     """launch/pretrain.py as a script."""
     sys.argv = [str(PRETRAIN), *arguments]
     runpy.run_path(str(PRETRAIN), run_name="__main__")
+
+
+def train_sketch(*arguments: str) -> None:
+    """launch/train_sketch.py as a script."""
+    sys.argv = [str(TRAIN_SKETCH), *arguments]
+    runpy.run_path(str(TRAIN_SKETCH), run_name="__main__")
 
 
 def benchmark(*arguments: str) -> None:

@@ -14,7 +14,7 @@ from ijepa_scale.config.loading import (
     to_yaml,
     valid_keys,
 )
-from ijepa_scale.config.objective_sections import CaeConfig, Data2VecConfig, MaeConfig
+from ijepa_scale.config.objective_sections import CaeConfig, Data2VecConfig, MaeConfig, SketchConfig
 from ijepa_scale.config.reading import over
 from ijepa_scale.config.sections import (
     ATTENTION,
@@ -52,6 +52,7 @@ __all__ = [
     "PredictorConfig",
     "PretrainConfig",
     "ReportConfig",
+    "SketchConfig",
     "changed_keys",
     "from_dict",
     "load_comparison",

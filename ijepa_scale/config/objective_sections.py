@@ -1,5 +1,6 @@
 """Sections of objectives beside I-JEPA, one each."""
 
+import os
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,6 +41,38 @@ class CaeConfig:
         _check("cae", self)
         if not self.alignment >= 0:
             raise ValueError(f"cae.alignment must not be negative, got {self.alignment}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SketchConfig:
+    # Whose target encoder is looked at: whatever exchange.load() reads. It is frozen, and model.* must be its sizes:
+    # launch/train_sketch.py sets them
+    checkpoint: str = ""
+    target_layer: int = 0  # the block whose features are drawn, counted from 1; 0: the last
+    kind: str = "decoder"  # decoder (features of all patches -> pixels) | flow (draws pixels that fit a box's features)
+    condition: str = "tokens"  # of a flow, of the box: tokens (of each patch) | mean (over it, as the paper's sketches)
+    width: int = 512
+    depth: int = 8
+    heads: int = 8
+    # On normalized features, whose root mean square is 1: of each image a share drawn as |normal| times this
+    # (arXiv:2510.11690, section 4.3), so that what is drawn bears the errors of predicted features
+    noise: float = 0.4
+    perceptual: float = (
+        1.0  # of a decoder: weight of the difference in the frozen encoder's own features; 0: pixels alone
+    )
+    box_scale: tuple[float, float] = (0.1, 0.5)  # of a flow: area of the box whose features are known / of the image
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "checkpoint", os.path.expanduser(self.checkpoint))
+        for key, choices in {"kind": ("decoder", "flow"), "condition": ("tokens", "mean")}.items():
+            if getattr(self, key) not in choices:
+                raise ValueError(f"sketch.{key} must be {' or '.join(choices)}, got {getattr(self, key)!r}")
+        for key, least in {"width": 1, "depth": 1, "heads": 1, "target_layer": 0, "noise": 0, "perceptual": 0}.items():
+            if not getattr(self, key) >= least:
+                raise ValueError(f"sketch.{key} must be {least} or more, got {getattr(self, key)}")
+        low, high = self.box_scale
+        if not 0.0 < low <= high <= 1.0:
+            raise ValueError(f"sketch.box_scale must satisfy 0 < low <= high <= 1, got {[low, high]}")
 
 
 def _check(name: str, section: Any) -> None:

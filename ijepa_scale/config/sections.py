@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ijepa_scale.config.objective_sections import CaeConfig, Data2VecConfig, MaeConfig
+from ijepa_scale.config.objective_sections import CaeConfig, Data2VecConfig, MaeConfig, SketchConfig
 from ijepa_scale.config.reading import FREE, NUMBERS_TOO
 
 
@@ -129,6 +129,7 @@ OBJECTIVE_SECTIONS = {
     "data2vec": ("data2vec", "predictor"),
     "mae": ("mae",),
     "cae": ("cae",),
+    "sketch": ("sketch",),
 }
 
 
@@ -358,6 +359,7 @@ class PretrainConfig:
     data2vec: Data2VecConfig = field(default_factory=Data2VecConfig)
     mae: MaeConfig = field(default_factory=MaeConfig)
     cae: CaeConfig = field(default_factory=CaeConfig)
+    sketch: SketchConfig = field(default_factory=SketchConfig)
     optimization: OptimizationConfig = field(default_factory=OptimizationConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
@@ -372,6 +374,11 @@ class PretrainConfig:
         _require(
             self.data.image_size % self.model.patch_size == 0,
             f"data.image_size {self.data.image_size} is not a multiple of model.patch_size {self.model.patch_size}",
+        )
+        _require(
+            self.objective.name != "sketch" or not self.model.init_from,
+            f"model.init_from={self.model.init_from}: a sketch's encoder is that of sketch.checkpoint, and its decoder "
+            "starts fresh; leave model.init_from out",
         )
         self._refuse_sections_of_other_objectives()
 

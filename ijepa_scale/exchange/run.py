@@ -11,7 +11,7 @@ from ijepa_scale.config import EngineConfig, PretrainConfig, from_dict
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.distributed import alone
-from ijepa_scale.exchange.networks import NETWORKS, Loaded, Networks
+from ijepa_scale.exchange.networks import ENCODERS, NETWORKS, Loaded, Networks
 from ijepa_scale.objectives.objective import Objective
 
 
@@ -40,6 +40,11 @@ def networks(path: Path) -> Networks:
     with torch.device("meta"):  # for its names alone
         module = objective.build()
     names = [name for name in NETWORKS if name in {**objective.encoders(module), **objective.trained(module)}]
+    if not names:
+        raise ValueError(
+            f"{found.path} trains no encoder: its objective is {objective.name}; give what it was trained on, "
+            f"{config.sketch.checkpoint}"
+        )
 
     def read(name: str) -> Loaded:
         return Loaded(
@@ -59,13 +64,14 @@ def networks(path: Path) -> Networks:
 def read_network(found: Checkpoint, network: str) -> tuple[nn.Module, PretrainConfig]:
     """A network of a checkpoint, on the CPU in fp32, and the config that it was trained with.
 
-    network: "target", "context" or "predictor". What an older checkpoint's config lacks means its default.
+    network: "target", "context", "predictor", or another one that its objective trains. What an older
+    checkpoint's config lacks means its default.
     Raises ValueError for a config that cannot be read, and for weights that are not there.
     """
     config, objective = _described(found)
     try:
         with torch.device("meta"):  # the checkpoint gives every weight: no memory, no random numbers before
-            module = _predictor(config) if network == "predictor" else build.build_encoder(config)
+            module = build.build_encoder(config) if network in ENCODERS else _trained(config, network)
         weights = _stored_weights(found, module, objective, network)
         module.load_state_dict(weights, strict=False, assign=True)  # the positions are the module's own
     except ValueError as error:
@@ -85,12 +91,12 @@ def _described(found: Checkpoint) -> tuple[PretrainConfig, Objective]:
         raise ValueError(f"{found.path} cannot be loaded: {error}") from error
 
 
-def _predictor(config: PretrainConfig) -> nn.Module:
+def _trained(config: PretrainConfig, network: str) -> nn.Module:
     objective = build.build_objective(replace(config, engine=EngineConfig()))  # compiles and recomputes nothing
     trained = objective.trained(objective.build())
-    if "predictor" not in trained:
-        raise ValueError(f"the objective {objective.name} has no predictor; it has {', '.join(trained)}")
-    return trained["predictor"]
+    if network not in trained:
+        raise ValueError(f"the objective {objective.name} has no {network}; it has {', '.join(trained)}")
+    return trained[network]
 
 
 def stored_names(objective: Objective, network: str) -> tuple[dict[str, str], str]:

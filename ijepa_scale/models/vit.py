@@ -212,11 +212,27 @@ class VisionTransformer(nn.Module):
     def _embed(self, images_BCHW: torch.Tensor) -> tuple[torch.Tensor, Sequences]:
         """All patches of whole images with their positions, (B * N, D), a sequence an image."""
         batch, grid = images_BCHW.shape[0], self.grid_of(images_BCHW)
-        starts = torch.arange(batch + 1, device=images_BCHW.device, dtype=torch.int32) * grid.num_patches
-        tokens_TD = self.patch_embed(images_BCHW, None, self.dtype)
+        return self._placed(self.patch_embed(images_BCHW, None, self.dtype), batch, grid)
+
+    def _placed(self, tokens_TD: torch.Tensor, images: int, grid: PatchGrid) -> tuple[torch.Tensor, Sequences]:
+        starts = torch.arange(images + 1, device=tokens_TD.device, dtype=torch.int32) * grid.num_patches
         positions_1ND = resized_pos_embed(self.pos_embed, self.grid, grid).to(self.dtype)
-        tokens_TD = (tokens_TD.view(batch, grid.num_patches, -1) + positions_1ND).flatten(0, 1)
-        return tokens_TD, Sequences(starts, grid.num_patches, batch * grid.num_patches)
+        tokens_TD = (tokens_TD.view(images, grid.num_patches, -1) + positions_1ND).flatten(0, 1)
+        return tokens_TD, Sequences(starts, grid.num_patches, images * grid.num_patches)
+
+    def of_pixels(self, pixels_BNK: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
+        """What some blocks put out, (B, N, D) of each without the final LayerNorm, of images of the model's own size.
+
+        pixels_BNK: (B, N, K) normalized pixels of all patches, as patchify() gives them and in any float dtype: unlike
+        to images, gradients flow to these. layers: blocks, counted from 1, ascending; later ones are not run.
+        """
+        images, patches, _ = pixels_BNK.shape
+        tokens_TD = self.patch_embed.proj(pixels_BNK.to(self.dtype).flatten(0, 1))
+        tokens_TD, sequences = self._placed(tokens_TD, images, self.grid)
+        rows = torch.arange(images * patches, device=pixels_BNK.device)
+        return [
+            one.unflatten(0, (images, patches)) for one in rows_after(self.blocks, tokens_TD, sequences, rows, layers)
+        ]
 
 
 def _rows_between(rows_K: torch.Tensor | None, image: int, images: int, num_patches: int) -> torch.Tensor | None:

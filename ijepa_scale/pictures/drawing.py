@@ -13,6 +13,7 @@ from ijepa_scale.evals.embed import Embeddings, Query
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import block_sizes, expected_shares, place_blocks
 from ijepa_scale.objectives.masks import BlockMasks
+from ijepa_scale.pictures.sketches import draw_sketches
 from ijepa_scale.pictures.subject import Checkpoint, Images, drawn_boxes
 from ijepa_scale.visualize import features, predictions
 from ijepa_scale.visualize.masks import MAX_IMAGES, draw_mask_shares, draw_masks
@@ -46,6 +47,8 @@ class Asked:
     queries: list[str]
     patch: int | None
     box: Box | None
+    drawers: dict[str, str]  # folders of trained sketches by kind, where they are given
+    samples: int
 
 
 def draw_masks_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> list[str]:
@@ -280,9 +283,17 @@ def draw_predictions_of(checkpoint: Checkpoint, images: Images, asked: Asked) ->
     return [path.name]
 
 
+def draw_sketches_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> list[str]:
+    count = len(images.pixels)
+    boxes = [asked.box] * count if asked.box else drawn_boxes(checkpoint, count, asked.seed)
+    options: Any = {"out": asked.out, "count": min(asked.count, count), "samples": asked.samples}
+    return draw_sketches(checkpoint, images, asked.drawers, boxes, **options)
+
+
 DRAWN: dict[str, Callable[[Checkpoint, Images, Asked], list[str]]] = {
     "masks": draw_masks_of,
     "features": draw_features_of,
     "neighbours": draw_neighbours_of,
     "predict": draw_predictions_of,
+    "sketch": draw_sketches_of,
 }

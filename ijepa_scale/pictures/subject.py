@@ -30,6 +30,7 @@ from ijepa_scale.objectives.ijepa import IJepa
 from ijepa_scale.run.init_from import fill_initial
 from ijepa_scale.visualize.sheet import Box
 
+SKETCHES = {"decoder": "sketch", "flow": "sketch-flow"}  # kinds of sketches, and their folders in an encoder's run
 CHOICE = 0x766973  # the stream of random numbers that images and boxes are drawn from
 
 
@@ -55,19 +56,33 @@ class Checkpoint:
     def trained(self) -> str:
         return "trained" if self.loaded.step is None else f"trained, step {self.loaded.step:,}"
 
-    def why_not(self, what: str) -> str:
-        """Why a picture cannot be made of it; "" where it can."""
+    def sketches(self, given: dict[str, str]) -> dict[str, Path]:
+        """Folders of what draws sketches of it, by its kind: those given, else those in the run."""
+        found = {}
+        for kind, name in SKETCHES.items():
+            if given.get(kind):
+                found[kind] = Path(given[kind])
+            elif self.run and (self.run / name / "checkpoints").is_dir():
+                found[kind] = self.run / name
+        return found
+
+    def why_not(self, what: str, drawers: dict[str, str]) -> str:
+        """Why a picture cannot be made of it; "" where it can. drawers: as of sketches()."""
         path, lacking = self.networks.path, [name for name in NETWORKS if name not in self.networks.names]
         if what == "masks" and self.config is None:
             return f"{path} does not say how images were masked; give a run or one of its checkpoints"
-        if what == "predict":
+        if what in ("predict", "sketch"):
             if self.config and self.config.objective.name != "ijepa":
-                return f"{path} is of the objective {self.config.objective.name}; predict is of ijepa alone"
+                return f"{path} is of the objective {self.config.objective.name}; {what} is of ijepa alone"
             if lacking:
                 return (
-                    f"{path} holds no {' and no '.join(lacking)}; predict needs both encoders and the predictor: give "
+                    f"{path} holds no {' and no '.join(lacking)}; {what} needs both encoders and the predictor: give "
                     "the run, or an export in the format safetensors"
                 )
+        if what == "sketch" and not self.sketches(drawers):
+            return (
+                f"nothing draws sketches of {path} yet: train a decoder by launch/train_sketch.py --checkpoint {path}"
+            )
         return ""
 
     def folder(self, out: str) -> Path:

@@ -119,12 +119,15 @@ class HealthChecks:
 
     def __init__(self, run: Run, log: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> None:
         self._run, self._log, self._say = run, log, say
+        with torch.device("meta"):  # for its names alone
+            encoders = run.objective.encoders(run.objective.build())
+        self._every = run.config.logging.health_every_steps if encoders else 0
         records = read_records(run.folder.metrics) if run.ranks.first else []
         self._history = [record for record in records if record.get("kind") == "health"]
 
-    def due(self, step: int) -> bool:
-        every = self._run.config.logging.health_every_steps
-        return every > 0 and step % every == 0
+    def due(self, step: int, *, last: bool = False) -> bool:
+        """last: the run ends here."""
+        return self._every > 0 and (last or step % self._every == 0)
 
     def measure(self, step: int, *, loss: float | None) -> None:
         """Are the features still worth something? All ranks call it, and compute a share each. loss: of the last step.

@@ -65,7 +65,7 @@ def read_part(config: PretrainConfig, part: Part) -> tuple[Loaded | None, str]:
     if part.name == "predictor":
         differing = _differing(part.own, loaded.network)
         return (None, f"that one is another: {differing[0]}") if differing else (loaded, loaded.name)
-    check_fits(config, part.own, loaded)
+    check_fits(config, part.own, loaded, f"model.init_from={config.model.init_from}")
     return loaded, loaded.name
 
 
@@ -75,22 +75,25 @@ def check(config: PretrainConfig, objective: Objective) -> None:
     read_part(config, parts[0])
 
 
-def check_fits(config: PretrainConfig, own: nn.Module, loaded: Loaded) -> None:
-    """Raise ValueError for an encoder of other sizes, naming what would fit, and for learned position embeddings."""
+def check_fits(config: PretrainConfig, own: nn.Module, loaded: Loaded, given: str) -> None:
+    """Raise ValueError for an encoder of other sizes, naming what would fit, and for learned position embeddings.
+
+    given: the key and the value that name it, in words.
+    """
     theirs: Any = loaded.network
     differing = _differing(own, theirs)
     if differing:
         listed = "; ".join(differing[:6]) + f"; and {len(differing) - 6} more" * (len(differing) > 6)
         raise ValueError(
-            f"model.init_from={config.model.init_from} does not fit this config: {listed}; to start from it give "
+            f"{given} does not fit this config: {listed}; to start from it give "
             f"{' '.join(overrides_for(config, theirs, loaded.image_size))}, or choose another source"
         )
     fixed_ND = sincos_pos_embed(theirs.size.width, theirs.grid)
     difference = (theirs.pos_embed[0] - fixed_ND).abs().max().item()
     if not difference <= POSITION_TOLERANCE:
         raise ValueError(
-            f"model.init_from={config.model.init_from} has position embeddings of its own, up to {difference:.2g} from "
-            "the fixed sine-cosine ones that are trained with here; choose another source"
+            f"{given} has position embeddings of its own, up to {difference:.2g} from the fixed sine-cosine ones that "
+            "are trained with here; choose another source"
         )
 
 

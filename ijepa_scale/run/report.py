@@ -58,7 +58,9 @@ def score(run: Run) -> None:
     labels = {name: (of_train[name].values, of_test[name].values) for name in of_test if name in of_train}
     found, _ = checkpoints.newest_good(folder.checkpoints, run.ranks)
     fit, held = report_indices(run)
-    why = why_unscored(labels, found, fit, held)
+    with torch.device("meta"):  # for its names alone
+        encoders = run.objective.encoders(run.objective.build())
+    why = why_unscored(labels, found, fit, held) if encoders else "no encoder is trained"
     if why or not found:
         report_without_probes(run, why)
         return

@@ -20,7 +20,7 @@ from ijepa_scale.engine.schedules import Schedules
 from ijepa_scale.models.attention_backends import Choices
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.plan import checks
-from ijepa_scale.run import init_from
+from ijepa_scale.run import frozen, init_from
 from ijepa_scale.run.folder import BadImages, RunFolder
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.resume import find_checkpoint, go_on
@@ -108,12 +108,21 @@ def set_up(
         dealt = images.dealing(config.data.workers)
     ranks.together(lambda: check_shared_memory(config, images, ranks))
     found, notes = find_checkpoint(objective, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
-    notes += [f"attention: {attention.name} ({attention.why})", *dealt]
+    if objective.attention_heads():
+        notes.append(f"attention: {attention.name} ({attention.why})")
+    notes += dealt
     if found and isinstance(images, Streams):
         images = go_on(images, found, notes)
 
+    initial, of_frozen = frozen.initial_weights(config, objective, ranks, found)
+    facts |= of_frozen
     engine, ema = build.build_engine(
-        objective, settings, optimization=config.optimization, attend=attention.attend, total=ranks.total
+        objective,
+        settings,
+        optimization=config.optimization,
+        attend=attention.attend,
+        total=ranks.total,
+        initial=initial,
     )
     dataset = build.build_micro_batches(
         config, images, objective, micro_batch_size=micro_batch_size, rank=ranks.rank, ranks=ranks.world_size

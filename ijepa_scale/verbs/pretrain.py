@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING, NoReturn
 from ijepa_scale.verbs import parser_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ijepa_scale.config import PretrainConfig
     from ijepa_scale.engine.signals import StopRequest
 
 # Each step has its own numbers of tokens: without growing segments the GPU's memory falls to pieces.
@@ -30,6 +33,11 @@ if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
 def parser() -> argparse.ArgumentParser:
     parser = parser_of("pretrain", __doc__)
     parser.add_argument("--config", required=True, help="a YAML file, or the name of one of configs/, such as vith14")
+    add_training_arguments(parser)
+    return parser
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides",
         nargs="*",
@@ -48,26 +56,31 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dry-run", action="store_true", help="print sizes, tokens, FLOPs and steps; train nothing")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
-    return parser
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """A process of a run, from its first moment to its exit code."""
     from ijepa_scale.engine.signals import run_process  # first of all: seconds before torch is imported
 
-    run_process(lambda stop_request: train(stop_request, arguments))
+    def load(options: argparse.Namespace) -> "PretrainConfig":
+        from ijepa_scale.config import load_config
+
+        return load_config(options.config, options.overrides)
+
+    run_process(lambda stop_request: train(stop_request, parser().parse_intermixed_args(arguments), load))
 
 
-def train(stop_request: "StopRequest", arguments: list[str] | None) -> int:
-    options = parser().parse_intermixed_args(arguments)
-    from ijepa_scale.config import load_config
+def train(
+    stop_request: "StopRequest", options: argparse.Namespace, load: "Callable[[argparse.Namespace], PretrainConfig]"
+) -> int:
+    """Train what load() makes of the options, or show it; the exit code."""
     from ijepa_scale.engine.launchers import launcher_rank
 
     log = logging.getLogger("ijepa_scale")  # not the root: to it come lines that other libraries print themselves
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
     try:
-        config = load_config(options.config, options.overrides)
+        config = load(options)
         if options.dry_run:
             from ijepa_scale.engine.launchers import place
             from ijepa_scale.plan.dry_run import dry_run

@@ -27,6 +27,7 @@ PICTURES = {
     "features": "patches in the colours of their features, similarity, attention; beside the untrained network",
     "neighbours": "the nearest images, and the nearest patches",
     "predict": "how near the predictor comes to the features of a box that it does not see (ijepa alone)",
+    "sketch": "what it imagines in the box, drawn by a decoder and a flow of launch/train_sketch.py (ijepa alone)",
 }
 
 
@@ -66,8 +67,11 @@ def parser() -> argparse.ArgumentParser:
         "--box",
         default="",
         metavar="ROW,COL,HEIGHT,WIDTH",
-        help="of predict: in patches (default: one an image, drawn)",
+        help="of predict and sketch: in patches (default: one an image, drawn)",
     )
+    parser.add_argument("--decoder", default="", metavar="RUN", help="of sketch (default: RUN/sketch)")
+    parser.add_argument("--flow", default="", metavar="RUN", help="of sketch (default: RUN/sketch-flow)")
+    parser.add_argument("--samples", type=int, default=4, help="of sketch: of a flow, for each box (default: 4)")
     return parser
 
 
@@ -89,7 +93,8 @@ def visualize(options: argparse.Namespace) -> None:
 
     checkpoint = open_checkpoint(options.checkpoint)
     chosen = list(PICTURES) if options.what == "all" else [options.what]
-    reasons = {what: reason for what in chosen if (reason := checkpoint.why_not(what))}
+    drawers = {"decoder": options.decoder, "flow": options.flow}
+    reasons = {what: reason for what in chosen if (reason := checkpoint.why_not(what, drawers))}
     if reasons and options.what != "all":
         raise ValueError(reasons[options.what])
     for what, reason in reasons.items():
@@ -105,6 +110,8 @@ def visualize(options: argparse.Namespace) -> None:
         queries=options.query,
         patch=patch_of(options.patch, checkpoint.grid(options.size)),
         box=box_of(options.box, checkpoint.grid()),
+        drawers=drawers,
+        samples=options.samples,
     )
     images = open_images_of(
         checkpoint, options.images, options.split, options.cache_dir, among=options.among, seed=options.seed
@@ -118,7 +125,7 @@ def visualize(options: argparse.Namespace) -> None:
 
 
 def check_numbers(options: argparse.Namespace) -> None:
-    for name, least in (("count", 1), ("among", 2), ("seed", 0), ("size", 0)):
+    for name, least in (("count", 1), ("among", 2), ("seed", 0), ("size", 0), ("samples", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"--{name} must be {least} or more, got {getattr(options, name)}")
     if options.count > options.among:

@@ -14,7 +14,7 @@ from ijepa_scale.masking.grid import PatchGrid
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SECTIONS = ("masks", "features", "neighbours", "predictions")
+SECTIONS = ("masks", "features", "neighbours", "predictions", "sketches")
 MARK = "#D55E00"  # Okabe and Ito's vermilion
 DIMMED = 0.35  # of an image's contrast that is left under a heat map
 APART, FONT = 0.06, 8  # inches between cells; points

@@ -1,0 +1,91 @@
+"""sketch.checkpoint: the frozen encoder whose features are drawn, read anew at every start and not saved again."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ijepa_scale.config import PretrainConfig, from_dict
+from ijepa_scale.engine.checkpoint import Checkpoint
+from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.exchange.load import load, source_of
+from ijepa_scale.exchange.networks import Loaded
+from ijepa_scale.models.vit import VIT_SIZES
+from ijepa_scale.objectives.objective import Objective
+from ijepa_scale.objectives.sketch import FROZEN
+from ijepa_scale.run.init_from import check_fits
+
+Initial = Callable[[str, torch.Size], torch.Tensor]
+OF_SOURCE = ("source", "split", "column", "config", "num_images", "cache_dir", "streaming", "eval_split")
+
+
+def read_encoder(config: PretrainConfig) -> Loaded:
+    """The target encoder of sketch.checkpoint. ValueError where there is none."""
+    if not config.sketch.checkpoint:
+        raise ValueError(
+            "sketch.checkpoint is not set: give a run, a checkpoint, or another file that holds an encoder"
+        )
+    try:
+        return load(config.sketch.checkpoint, "target")
+    except ValueError as error:
+        raise ValueError(f"sketch.checkpoint: {error}") from error
+
+
+def of_encoder(config: PretrainConfig) -> PretrainConfig:
+    """A sketch's config with what its encoder fixes: its sizes and its images', and the block that was predicted.
+
+    Where data.source is not set, the images are those that it was trained on. ValueError as of read_encoder().
+    """
+    loaded = read_encoder(config)
+    encoder: Any = loaded.network
+    sizes = {key: getattr(encoder.size, key) for key in ("width", "depth", "heads", "mlp_width")}
+    name = next((name for name, known in VIT_SIZES.items() if known == encoder.size), config.model.name)
+    model = replace(config.model, name=name, patch_size=encoder.patch_embed.patch_size, **sizes)
+    data = replace(config.data, image_size=loaded.image_size)
+    # The checkpoint itself: a run that is named may train on, and its newest one will be another.
+    sketch = replace(config.sketch, checkpoint=source_of(config.sketch.checkpoint, loaded))
+    if loaded.config:
+        theirs = from_dict(dict(loaded.config))
+        if not data.source:
+            data = replace(data, **{key: getattr(theirs.data, key) for key in OF_SOURCE})
+        layers = theirs.loss.target_layers
+        if layers and isinstance(layers, tuple) and not sketch.target_layer:
+            sketch = replace(sketch, target_layer=layers[-1])
+    return replace(config, model=model, data=data, sketch=sketch)
+
+
+def initial_weights(
+    config: PretrainConfig, objective: Objective, ranks: Ranks, found: Checkpoint | None
+) -> tuple[Initial | None, dict[str, Any]]:
+    """Weights by name with those of the frozen encoder, and what a checkpoint is to say of it; None without one.
+
+    All ranks call it. Raises ValueError, on all of them, where sketch.checkpoint is not there, does not fit, or is not
+    what a run that is resumed was trained on.
+    """
+    if config.objective.name != "sketch":
+        return None, {}
+    loaded = ranks.together(lambda: _fitting(config, objective))
+    facts = {"path": source_of(config.sketch.checkpoint, loaded), "network": loaded.name, "sha256": loaded.sha256}
+    before = found.manifest.get("frozen", facts) if found else facts
+    if before["sha256"] != facts["sha256"]:
+        raise ValueError(
+            f"sketch.checkpoint={config.sketch.checkpoint} is another encoder than the one that {found and found.path} "
+            f"was trained on, {before['path']}: give that one, or choose another run_dir"
+        )
+    weights = dict(loaded.network.named_parameters())
+
+    def initial(name: str, shape: torch.Size) -> torch.Tensor:
+        if name.startswith(FROZEN):
+            return weights[name.removeprefix(FROZEN)].detach().float()
+        return objective.initial_weight(name, shape)
+
+    return initial, {"frozen": facts}
+
+
+def _fitting(config: PretrainConfig, objective: Objective) -> Loaded:
+    loaded = read_encoder(config)
+    with torch.device("meta"):  # for its shapes alone
+        own = objective.build().get_submodule(FROZEN.rstrip("."))
+    check_fits(config, own, loaded, f"sketch.checkpoint={config.sketch.checkpoint}")
+    return loaded
