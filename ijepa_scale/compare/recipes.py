@@ -112,6 +112,9 @@ OF_ENCODERS = ("image_size", "patch_size", "width", "depth", "heads", "mlp_width
 def _check_encoders(recipes: dict[str, PretrainConfig]) -> None:
     objectives = {name: build.build_objective(config) for name, config in recipes.items()}
     (first, objective), *others = objectives.items()
+    for name, one in objectives.items():
+        if one.name == "sketch":
+            raise ValueError(f"recipe {name} trains no encoder: its objective is sketch; leave it out")
     begun = initial_digest(objective)
     for other, another in others:
         if initial_digest(another) != begun:

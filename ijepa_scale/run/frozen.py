@@ -47,6 +47,7 @@ def of_encoder(config: PretrainConfig) -> PretrainConfig:
     sketch = replace(config.sketch, checkpoint=source_of(config.sketch.checkpoint, loaded))
     if loaded.config:
         theirs = from_dict(dict(loaded.config))
+        model = replace(model, name=theirs.model.name)
         if not data.source:
             data = replace(data, **{key: getattr(theirs.data, key) for key in OF_SOURCE})
         layers = theirs.loss.target_layers

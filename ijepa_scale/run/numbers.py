@@ -10,7 +10,13 @@ from ijepa_scale.run.history import History, column, knn_errors
 from ijepa_scale.run.records import is_number
 from ijepa_scale.run.verdict import health_verdict
 
-METHODS = {"ijepa": "I-JEPA", "mae": "MAE", "data2vec": "data2vec", "cae": "CAE"}
+METHODS = {
+    "ijepa": "I-JEPA",
+    "mae": "MAE",
+    "data2vec": "data2vec",
+    "cae": "CAE",
+    "sketch": "Sketches of an encoder's features",
+}
 LAST = 0.05  # the share of the steps that a last value is the mean of
 FLOP_UNITS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (0.0, "GFLOP"))
 HEAD = ("run", "steps", "images seen", "time in steps", "loss", "k-NN, %", "rank", "verdict", "images/s", "memory, GiB")

@@ -51,9 +51,9 @@ def write_page(path: str | Path, out: str | Path | None = None, *, axis: str = "
     sections = [
         Section("Summary", [Figures(key_figures(history, scores)), Table("What was trained", [], trained_on(history))]),
         Section("Go on", [Command(commands(history))]),
-        Section("Health of the features", health_blocks(history)),
+        Section("Health of the features", health_blocks(history) if trains_encoder(history) else []),
         Section("Curves", [panel_charts(group, found) for group, found in panels_of([history], axis).items()]),
-        Section("Probes", probe_blocks(history, scores)),
+        Section("Probes", probe_blocks(history, scores) if trains_encoder(history) else []),
         *(Section(title.capitalize(), blocks) for title, blocks in pictures.items()),
         Section("Environment", environment_blocks(history) + [Words(f"Left out: {words}") for words in left_out]),
     ]
@@ -86,6 +86,10 @@ def write_comparison(paths: Sequence[str | Path], out: str | Path, *, axis: str 
     kept = [section for section in sections if section.blocks and (section.title != "What differs" or differing)]
     write_whole(out, render_page("Runs beside one another", lead, kept, names))
     return out
+
+
+def trains_encoder(history: History) -> bool:
+    return history.config.get("objective", {}).get("name") != "sketch"
 
 
 def scores_of(history: History) -> list[Score]:
@@ -144,11 +148,14 @@ def commands(history: History) -> str:
     source = history.config.get("data", {}).get("source")
     data = shlex.quote(source) if isinstance(source, str) and source else "LABELLED_IMAGES"
     again = "the run is finished: this makes its report again" if history.finished else "go on from the last checkpoint"
-    listed = {
-        again: f"{start} --config {shlex.quote(str(history.path / 'config.yaml'))}{moved}",
+    of_encoder = {
         "score the encoder": f"{verb('evaluate')} knn --checkpoint {run} --data {data}",
         "features of your images": f"{verb('embed')} {run} IMAGES --out embeddings",
         "weights for timm": f"{verb('export')} {run} --format timm --out {shlex.quote(str(history.path) + '_timm')}",
+    }
+    listed = {
+        again: f"{start} --config {shlex.quote(str(history.path / 'config.yaml'))}{moved}",
+        **(of_encoder if trains_encoder(history) else {}),
         "this page again": f"{verb('report')} {run}",
     }
     return redacted("\n\n".join(f"# {what}\n{command}" for what, command in listed.items()))
