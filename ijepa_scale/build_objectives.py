@@ -127,11 +127,13 @@ def build_sketch(config: PretrainConfig) -> SketchObjective:
     size = ViTSize(width=options.width, depth=options.depth, heads=options.heads, mlp_width=4 * options.width)
     return SketchObjective(
         decoder=size,
-        layer=options.target_layer or vit_size(config.model).depth,
-        flow=options.kind == "flow",
+        predictor=predictor_size(config) if options.kind == "flow" else None,
+        layers=target_layers(config) or (vit_size(config.model).depth,),
         condition=options.condition,
         perceptual=options.perceptual,
-        draw_masks=SketchDraws(_grid(config), options.noise, options.box_scale, config.seed),
+        draw_masks=SketchDraws(
+            _grid(config), options.noise, options.box_scale if options.kind == "flow" else None, config.seed
+        ),
         **_shared(config),
     )
 

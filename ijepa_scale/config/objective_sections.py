@@ -45,29 +45,30 @@ class CaeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SketchConfig:
-    # Whose target encoder is looked at: whatever exchange.load() reads. It is frozen, and model.* must be its sizes:
-    # launch/train_sketch.py sets them
+    # Whose networks are looked at: whatever exchange.load() reads. They are frozen, and model.*, predictor.* and
+    # loss.target_layers must be theirs: launch/train_sketch.py sets them
     checkpoint: str = ""
-    target_layer: int = 0  # the block whose features are drawn, counted from 1; 0: the last
-    kind: str = "decoder"  # decoder (features of all patches -> pixels) | flow (draws pixels that fit a box's features)
+    kind: str = (
+        "decoder"  # decoder (features of all patches -> pixels) | flow (pixels that fit features of a box alone)
+    )
     condition: str = "tokens"  # of a flow, of the box: tokens (of each patch) | mean (over it, as the paper's sketches)
     width: int = 512
     depth: int = 8
     heads: int = 8
-    # On normalized features, whose root mean square is 1: of each image a share drawn as |normal| times this
-    # (arXiv:2510.11690, section 4.3), so that what is drawn bears the errors of predicted features
+    # On true features, normalized to a root mean square of 1: of each image a share drawn as |normal| times this
+    # (arXiv:2510.11690, section 4.3), so that a decoder bears the errors of predicted ones
     noise: float = 0.4
     perceptual: float = (
         1.0  # of a decoder: weight of the difference in the frozen encoder's own features; 0: pixels alone
     )
-    box_scale: tuple[float, float] = (0.1, 0.5)  # of a flow: area of the box whose features are known / of the image
+    box_scale: tuple[float, float] = (0.15, 0.2)  # of a flow: area of the box whose features are known / of the image
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoint", os.path.expanduser(self.checkpoint))
         for key, choices in {"kind": ("decoder", "flow"), "condition": ("tokens", "mean")}.items():
             if getattr(self, key) not in choices:
                 raise ValueError(f"sketch.{key} must be {' or '.join(choices)}, got {getattr(self, key)!r}")
-        for key, least in {"width": 1, "depth": 1, "heads": 1, "target_layer": 0, "noise": 0, "perceptual": 0}.items():
+        for key, least in {"width": 1, "depth": 1, "heads": 1, "noise": 0, "perceptual": 0}.items():
             if not getattr(self, key) >= least:
                 raise ValueError(f"sketch.{key} must be {least} or more, got {getattr(self, key)}")
         low, high = self.box_scale

@@ -129,7 +129,7 @@ OBJECTIVE_SECTIONS = {
     "data2vec": ("data2vec", "predictor"),
     "mae": ("mae",),
     "cae": ("cae",),
-    "sketch": ("sketch",),
+    "sketch": ("sketch", "predictor", "loss"),
 }
 
 

@@ -51,20 +51,27 @@ class SketchFlow(SketchDecoder):
     def __init__(self, size: ViTSize, *, feature_width: int, pixels: int, grid: PatchGrid):
         super().__init__(size, feature_width=feature_width, pixels=pixels, grid=grid)
         self.unknown = nn.Parameter(torch.zeros(1, 1, size.width))  # in the place of a feature
+        self.predicted = nn.Parameter(torch.zeros(1, 1, size.width))  # added to one that is no true one
         self.noisy_embed = nn.Linear(pixels, size.width)
         self.time_fc1 = nn.Linear(size.width, size.width)
         self.time_fc2 = nn.Linear(size.width, size.width)
 
     def forward(  # type: ignore[override]
-        self, features_BND: torch.Tensor, known_BN: torch.Tensor, noisy_BNK: torch.Tensor, time_B: torch.Tensor
+        self,
+        features_BND: torch.Tensor,
+        known_BN: torch.Tensor,
+        predicted_B: torch.Tensor,
+        noisy_BNK: torch.Tensor,
+        time_B: torch.Tensor,
     ) -> torch.Tensor:
         """features_BND: (B, N, D), of which those count where known_BN, (B, N) bool, is true. noisy_BNK: (B, N, K).
 
-        time_B: (B,), from 0 to 1. Returns (B, N, K), the pixels expected at time 1.
+        predicted_B: (B,) bool, whether an image's are predictions: a sharp one and a vague one of the same values mean
+        different things. time_B: (B,), from 0 to 1. Returns (B, N, K), the pixels expected at time 1.
         """
         dtype = self.embed.weight.dtype
-        known_BN1 = known_BN[..., None]
-        tokens_BNP = torch.where(known_BN1, self.embed(features_BND.to(dtype)), self.unknown.to(dtype))
+        told_BNP = self.embed(features_BND.to(dtype)) + self.predicted.to(dtype) * predicted_B[:, None, None].to(dtype)
+        tokens_BNP = torch.where(known_BN[..., None], told_BNP, self.unknown.to(dtype))
         time_B1P = self.time_fc2(nn.functional.silu(self.time_fc1(self._of_time(time_B).to(dtype))))[:, None]
         return self._pixels(tokens_BNP + self.noisy_embed(noisy_BNK.to(dtype)) + time_B1P)
 
@@ -77,17 +84,21 @@ class SketchFlow(SketchDecoder):
 
     @torch.no_grad()
     def sample(
-        self, features_BND: torch.Tensor, known_BN: torch.Tensor, noise_BNK: torch.Tensor, *, steps: int
+        self,
+        features_BND: torch.Tensor,
+        known_BN: torch.Tensor,
+        predicted_B: torch.Tensor,
+        noise_BNK: torch.Tensor,
+        *,
+        steps: int,
     ) -> torch.Tensor:
         """Pixels that fit the known features, (B, N, K) fp32: noise, moved along the flow in equal steps (Euler's).
 
-        features_BND, known_BN: as of forward(). noise_BNK: standard normal; another one gives another image.
+        features_BND, known_BN, predicted_B: as of forward(). noise_BNK: standard normal; another gives another image.
         """
         pixels_BNK = noise_BNK.float()
         for step in range(steps):
             time_B = torch.full((len(pixels_BNK),), step / steps, device=pixels_BNK.device)
-            expected_BNK = self(features_BND, known_BN, pixels_BNK, time_B).float()
-            pixels_BNK = pixels_BNK + (expected_BNK - pixels_BNK) / (
-                steps - step
-            )  # the last step ends at what is expected
+            expected_BNK = self(features_BND, known_BN, predicted_B, pixels_BNK, time_B).float()
+            pixels_BNK = pixels_BNK + (expected_BNK - pixels_BNK) / (steps - step)  # the last ends at the image
         return pixels_BNK

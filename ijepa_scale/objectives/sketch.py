@@ -13,20 +13,23 @@ import torch.nn.functional as F
 from torch import nn
 
 from ijepa_kernels.patchify import patchify
-from ijepa_scale.data.order import BLOCKS, generator_for
+from ijepa_scale.data.order import BLOCKS, SIZES, generator_for
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes
+from ijepa_scale.masking.packing import Masks, pack_masks
 from ijepa_scale.models.attention import Attend
 from ijepa_scale.models.blocks import ViTSize, bytes_kept, count_recomputed, recompute, set_compiled
 from ijepa_scale.models.initial import initial_weight
+from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.sketch import SketchDecoder, SketchFlow
 from ijepa_scale.models.vit import VisionTransformer
-from ijepa_scale.objectives.flops import again, forward, scores
+from ijepa_scale.objectives.flops import Counts, again, forward, scores
 from ijepa_scale.objectives.objective import Expected, Shown, Total
 
-FROZEN = "encoder."  # how names of its parameters begin
+FROZEN = {"encoder": "target", "context_encoder": "context", "predictor": "predictor"}  # and what load() calls them
 PERCEIVED = 3  # depths of the encoder, evenly, at which a decoder's image is compared with the true one
 TIME_MEAN, TIME_STD = -0.8, 0.8  # of the logit of a flow's time (arXiv:2511.13720, section 4)
+PREDICTED = 0.5  # the share of images whose box a flow is told predictions of, in the place of the truth
 LEAST_NOISE = 0.05  # a flow's error is divided by the share of noise that is left, or by this
 
 
@@ -34,14 +37,16 @@ LEAST_NOISE = 0.05  # a flow's error is divided by the share of noise that is le
 class SketchDraw:
     """What is drawn at random for the images of a micro-batch.
 
-    noise_B: (B,) fp32, how strong the noise on an image's features is. time_B: (B,) fp32, of a flow. box_BN: (B, N)
-    bool, the patches of its box. seeds: of an image's noise, one each: numbers on the host, that device draws them.
+    noise_B: (B,) fp32, how strong the noise on an image's features is. seeds: of that noise, one an image: numbers on
+    the host, which the device draws from. Of a flow alone: masks, a box of each image and all around it; time_B: (B,)
+    fp32; predicted_B: (B,) bool, whether it is told what is predicted of the box, or the truth.
     """
 
     noise_B: torch.Tensor
-    time_B: torch.Tensor
-    box_BN: torch.Tensor
     seeds: tuple[int, ...]
+    masks: Masks | None = None
+    time_B: torch.Tensor | None = None
+    predicted_B: torch.Tensor | None = None
 
     @property
     def num_images(self) -> int:
@@ -50,85 +55,120 @@ class SketchDraw:
 
 @dataclass(frozen=True)
 class SketchDraws:
-    """Draws for any images of a run: a value that loader processes hold. noise, box_scale: as in the config."""
+    """Draws for any images of a run: a value that loader processes hold.
+
+    noise: as in the config. box_scale: of a flow, as in the config; None: of a decoder.
+    """
 
     grid: PatchGrid
     noise: float
-    box_scale: tuple[float, float]
+    box_scale: tuple[float, float] | None = None
     seed: int = 0
 
     def __call__(self, step: int, positions: range) -> SketchDraw:
-        noise, times, seeds = [], [], []
-        boxes = np.zeros((len(positions), self.grid.num_patches), dtype=bool)
+        rngs = [generator_for(self.seed, BLOCKS, step, at) for at in positions]
+        noise_B = torch.tensor([abs(rng.standard_normal()) * self.noise for rng in rngs], dtype=torch.float32)
+        seeds = tuple(int(rng.integers(0, 2**62)) for rng in rngs)
+        if not self.box_scale:
+            return SketchDraw(noise_B, seeds)
         spec = MultiBlock(grid=self.grid, target_scale=self.box_scale)
-        for image, at in enumerate(positions):
-            rng = generator_for(self.seed, BLOCKS, step, at)
-            height, width = block_sizes(spec, rng).target
-            top, left = rng.integers(0, self.grid.rows - height + 1), rng.integers(0, self.grid.columns - width + 1)
-            boxes[image, self.grid.block(int(top), int(left), height, width)] = True
-            noise.append(abs(rng.standard_normal()) * self.noise)
-            times.append(1 / (1 + np.exp(-(TIME_MEAN + TIME_STD * rng.standard_normal()))))
-            seeds.append(int(rng.integers(0, 2**62)))
-        noise_B, time_B = (torch.tensor(values, dtype=torch.float32) for values in (noise, times))
-        return SketchDraw(noise_B, time_B, torch.from_numpy(boxes), tuple(seeds))
+        size = block_sizes(spec, generator_for(self.seed, SIZES, step)).target  # the predictor takes boxes of one size
+        tops, lefts = (of - side + 1 for of, side in zip(self.grid.shape, size, strict=True))
+        boxes = [self.grid.block(int(rng.integers(0, tops)), int(rng.integers(0, lefts)), *size) for rng in rngs]
+        everything = np.arange(self.grid.num_patches)
+        masks = pack_masks([np.delete(everything, box) for box in boxes], [[box] for box in boxes], len(everything))
+        logits = torch.tensor([TIME_MEAN + TIME_STD * rng.standard_normal() for rng in rngs], dtype=torch.float32)
+        predicted_B = torch.tensor([rng.random() < PREDICTED for rng in rngs])
+        return SketchDraw(noise_B, seeds, masks, logits.sigmoid(), predicted_B)
 
 
 class Sketch(nn.Module):
-    """A frozen encoder, and what draws images by its features."""
+    """A frozen encoder, and a decoder that draws images by its features."""
 
-    def __init__(
-        self, encoder: VisionTransformer, decoder: SketchDecoder, *, layer: int, condition: str, perceptual: float
-    ):
-        """layer: the block whose features are drawn, from 1. condition, perceptual: as in the config."""
+    def __init__(self, encoder: VisionTransformer, decoder: SketchDecoder, *, layer: int, perceptual: float):
+        """layer: the block whose features are drawn, from 1. perceptual: as in the config."""
         super().__init__()
         self.encoder = encoder.requires_grad_(False)
         self.decoder = decoder
-        self.layer, self.condition, self.perceptual = layer, condition, perceptual
+        self.layer, self.perceptual = layer, perceptual
         depth = len(encoder.blocks)
         self.perceived = tuple(np.unique(np.linspace(0, depth, PERCEIVED + 1)[1:].round().astype(int)).tolist())
 
     def forward(self, images_BCHW: torch.Tensor, draw: SketchDraw) -> dict[str, torch.Tensor]:
-        """images_BCHW: (B, 3, H, W) uint8. Returns "loss", and of a decoder its parts "pixels" and "features".
+        """images_BCHW: (B, 3, H, W) uint8. Returns "loss", and with a perceptual term "pixels" and "features".
 
         pixels: the mean absolute error of normalized pixels. features: the mean squared error of the frozen encoder's
-        normalized features, over some of its blocks. Of a flow: the mean squared error of its velocity.
+        normalized features, over some of its blocks.
         """
         pixels_BNK = self.pixels(images_BCHW)
-        flow = isinstance(self.decoder, SketchFlow)
+        wanted = tuple(sorted({self.layer, *self.perceived})) if self.perceptual else (self.layer,)
         with torch.no_grad():
-            wanted = (self.layer,) if flow or not self.perceptual else tuple(sorted({self.layer, *self.perceived}))
             true = dict(zip(wanted, features_of(self.encoder, pixels_BNK, wanted), strict=True))
-            features_BND = true[self.layer]
-            noise_BND = standard_normal(draw.seeds, features_BND)
-            features_BND = features_BND + draw.noise_B[:, None, None] * noise_BND
-        if isinstance(self.decoder, SketchFlow):
-            return {"loss": self._velocity_loss(pixels_BNK, features_BND, draw)}
-        drawn_BNK = self.decoder(features_BND).float()
+        drawn_BNK = self.decoder(noisy(true[self.layer], draw)).float()
         pixels = F.l1_loss(drawn_BNK, pixels_BNK)
         if not self.perceptual:
             return {"loss": pixels}
         seen = features_of(self.encoder, drawn_BNK, self.perceived)
         errors = [F.mse_loss(one, true[layer]) for layer, one in zip(self.perceived, seen, strict=True)]
         features = torch.stack(errors).mean()
-        return {
-            "loss": pixels + self.perceptual * features,
-            "pixels": pixels.detach(),
-            "features": features.detach(),
-        }
-
-    def _velocity_loss(self, pixels_BNK: torch.Tensor, features_BND: torch.Tensor, draw: SketchDraw) -> torch.Tensor:
-        time_B11 = draw.time_B[:, None, None]
-        noise_BNK = standard_normal([seed + 1 for seed in draw.seeds], pixels_BNK)
-        noisy_BNK = time_B11 * pixels_BNK + (1 - time_B11) * noise_BNK
-        known_BND = conditioned(features_BND, draw.box_BN, self.condition)
-        drawn_BNK = self.decoder(known_BND, draw.box_BN, noisy_BNK, draw.time_B).float()
-        return ((drawn_BNK - pixels_BNK) / (1 - time_B11).clamp(min=LEAST_NOISE)).square().mean()
+        terms = {"pixels": pixels.detach(), "features": features.detach()}
+        return {"loss": pixels + self.perceptual * features, **terms}
 
     def pixels(self, images_BCHW: torch.Tensor) -> torch.Tensor:
         """Normalized pixels by patches, (B, N, K) fp32, channels first (fp64 where the encoder is)."""
         dtype = torch.promote_types(self.encoder.dtype, torch.float32)
         patch_size = self.encoder.patch_embed.patch_size
         return patchify(images_BCHW, patch_size, dtype=dtype).unflatten(0, (len(images_BCHW), -1))
+
+
+class FlowSketch(Sketch):
+    """Frozen networks of I-JEPA, and a flow that draws images by the features of a box: true ones, or predictions."""
+
+    decoder: SketchFlow
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        context_encoder: VisionTransformer,
+        predictor: Predictor,
+        decoder: SketchFlow,
+        *,
+        layer: int,
+        condition: str,
+    ):
+        """layer: the last that the predictor predicts, from 1. condition: as in the config."""
+        super().__init__(encoder, decoder, layer=layer, perceptual=0.0)
+        self.context_encoder = context_encoder.requires_grad_(False)
+        self.predictor = predictor.requires_grad_(False)
+        self.condition = condition
+
+    def forward(self, images_BCHW: torch.Tensor, draw: SketchDraw) -> dict[str, torch.Tensor]:
+        """images_BCHW: (B, 3, H, W) uint8. Returns "loss", the mean squared error of the flow's velocity."""
+        assert draw.masks is not None and draw.time_B is not None and draw.predicted_B is not None
+        pixels_BNK, time_B11 = self.pixels(images_BCHW), draw.time_B[:, None, None]
+        with torch.no_grad():
+            (true_BND,) = features_of(self.encoder, pixels_BNK, (self.layer,))
+            told_BND, box_BN = self.told(images_BCHW, noisy(true_BND, draw), draw.masks, draw.predicted_B)
+            noise_BNK = standard_normal([seed + 1 for seed in draw.seeds], pixels_BNK)
+        noisy_BNK = time_B11 * pixels_BNK + (1 - time_B11) * noise_BNK
+        drawn_BNK = self.decoder(told_BND, box_BN, draw.predicted_B, noisy_BNK, draw.time_B).float()
+        return {"loss": ((drawn_BNK - pixels_BNK) / (1 - time_B11).clamp(min=LEAST_NOISE)).square().mean()}
+
+    def told(
+        self, images_BCHW: torch.Tensor, true_BND: torch.Tensor, masks: Masks, predicted_B: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the flow is told, (B, N, D), and of which patches, (B, N) bool."""
+        rows_T, width = masks.target_blocks.indices_T.long(), true_BND.shape[-1]
+        pred_TD = self.predictor(self.context_encoder(images_BCHW, masks.context), masks)[:, -width:]
+        filled_TD = true_BND.flatten(0, 1).index_copy(0, rows_T, pred_TD.to(true_BND.dtype))
+        told_BND = torch.where(predicted_B[:, None, None], filled_TD.view_as(true_BND), true_BND)
+        box_T = torch.zeros(len(filled_TD), dtype=torch.bool, device=rows_T.device).index_fill(0, rows_T, True)
+        box_BN = box_T.view(true_BND.shape[:2])
+        return conditioned(told_BND, box_BN, self.condition), box_BN
+
+
+def noisy(features_BND: torch.Tensor, draw: SketchDraw) -> torch.Tensor:
+    return features_BND + draw.noise_B[:, None, None] * standard_normal(draw.seeds, features_BND)
 
 
 def features_of(encoder: VisionTransformer, pixels_BNK: torch.Tensor, layers: Sequence[int]) -> list[torch.Tensor]:
@@ -164,16 +204,17 @@ def standard_normal(seeds: Sequence[int], like: torch.Tensor) -> torch.Tensor:
 class SketchObjective:
     """Sketches as one of the objectives; objective.py says what each answer is.
 
-    encoder, decoder: sizes. layer: the block whose features are drawn, from 1. flow: whether a flow is trained.
-    condition, perceptual: as in the config. Weights of the frozen encoder are not drawn: run/frozen.py reads them.
+    encoder, decoder, predictor: sizes; the last of a flow, None: a decoder. layers: blocks that the predictor predicts,
+    from 1; the last one's features are drawn. condition, perceptual: as in the config. Weights of frozen networks are
+    not drawn: run/frozen.py reads them.
     """
 
     encoder: ViTSize
     decoder: ViTSize
+    predictor: ViTSize | None
     image_size: int
     patch_size: int
-    layer: int
-    flow: bool
+    layers: tuple[int, ...]
     condition: str
     perceptual: float
     draw_masks: SketchDraws
@@ -189,16 +230,39 @@ class SketchObjective:
     def name(self) -> str:
         return "sketch"
 
+    @property
+    def pixels(self) -> int:
+        """Of a patch."""
+        return 3 * self.patch_size**2
+
     def attention_heads(self) -> dict[str, tuple[int, int]]:
-        return {}  # all its sequences are whole images
+        if not self.predictor:
+            return {}  # all its sequences are whole images
+        sizes = {"encoder": self.encoder, "predictor": self.predictor}
+        return {network: (size.heads, size.width // size.heads) for network, size in sizes.items()}
 
     def build(self, *, attend: Mapping[str, Attend | None] | None = None, total: Total | None = None) -> Sketch:
-        encoder = VisionTransformer(self.encoder, image_size=self.image_size, patch_size=self.patch_size)
-        kind = SketchFlow if self.flow else SketchDecoder
-        decoder = kind(self.decoder, feature_width=self.encoder.width, pixels=3 * self.patch_size**2, grid=self.grid)
+        of_encoder, of_predictor = ((attend or {}).get(network) for network in ("encoder", "predictor"))
+        encoder, context = (
+            VisionTransformer(self.encoder, image_size=self.image_size, patch_size=self.patch_size, attend=kernel)
+            for kernel in (None, of_encoder)
+        )
+        kind, width = SketchFlow if self.predictor else SketchDecoder, self.encoder.width
+        decoder = kind(self.decoder, feature_width=width, pixels=self.pixels, grid=self.grid)
+        module: Sketch
+        if isinstance(decoder, SketchFlow) and self.predictor:
+            predictor = Predictor(
+                self.predictor,
+                encoder_width=width,
+                grid=self.grid,
+                out_width=len(self.layers) * width,
+                attend=of_predictor,
+            )
+            module = FlowSketch(encoder, context, predictor, decoder, layer=self.layers[-1], condition=self.condition)
+        else:
+            module = Sketch(encoder, decoder, layer=self.layers[-1], perceptual=self.perceptual)
         recompute(encoder.blocks, self.recompute_every[0])
         recompute(decoder.blocks, self.recompute_every[1])
-        module = Sketch(encoder, decoder, layer=self.layer, condition=self.condition, perceptual=self.perceptual)
         set_compiled(module, self.compiled)
         return module
 
@@ -214,62 +278,85 @@ class SketchObjective:
     def encoders(self, module: nn.Module) -> dict[str, VisionTransformer]:
         return {}  # none is trained
 
-    def flops(self, images: float) -> tuple[dict[str, float], float]:
-        """Of so many images: what the method needs by network, and in all what is computed."""
+    def flops(self, draws: Sequence[SketchDraw]) -> tuple[dict[str, float], float]:
+        """Of the images of some micro-batches: what the method needs by network, and in all what is computed."""
         encoder, decoder, patches = self.encoder, self.decoder, self.grid.num_patches
-        embed = 2 * 3 * self.patch_size**2 * encoder.width * patches
-        looked = not self.flow and self.perceptual > 0
-        deep = encoder.depth if looked else self.layer
+        images, every, flow = sum(draw.num_images for draw in draws), self.recompute_every, self.predictor is not None
+        embed = 2 * self.pixels * encoder.width
+        whole = embed * patches + forward(encoder, encoder.depth, patches, patches**2)
+        deep = embed * patches + forward(encoder, self.layers[-1], patches, patches**2)
+        looked = not flow and self.perceptual > 0
         # Its weights are frozen: of their products the backward costs once the forward, of attention's twice.
-        seen = 2 * (embed + forward(encoder, encoder.depth, patches, patches**2)) + 2 * scores(encoder, patches**2)
-        into = 2 * decoder.width * (encoder.width + 3 * self.patch_size**2 * self.flow) * patches
-        out = 2 * decoder.width * 3 * self.patch_size**2 * patches
-        of_time = 2 * 2 * decoder.width**2 * self.flow
+        seen = 2 * whole + 2 * scores(encoder, patches**2)
+        into = 2 * decoder.width * (encoder.width + self.pixels * flow) * patches
+        out = 2 * decoder.width * self.pixels * patches
+        of_time = 2 * 2 * decoder.width**2 * flow
+        blocks = forward(decoder, decoder.depth, patches, patches**2)
         parts = {
-            "encoder": embed + forward(encoder, deep, patches, patches**2) + seen * looked,
+            "encoder": images * (whole + seen if looked else deep),
             # What goes into it awaits no gradient.
-            "decoder": 3 * (forward(decoder, decoder.depth, patches, patches**2) + out + of_time)
-            + 2 * into
-            - of_time / 2,
+            "decoder": images * (3 * (blocks + out + of_time) + 2 * into - of_time / 2),
         }
-        every = self.recompute_every
-        viewed, drawn = count_recomputed(encoder.depth, every[0]) * looked, count_recomputed(decoder.depth, every[1])
-        computed = (
-            sum(parts.values())
-            + scores(encoder, patches**2) * looked
+        if self.predictor:
+            parts["prediction"] = sum(self._prediction_flops(Counts.of(draw.masks)) for draw in draws if draw.masks)
+        encoded, decoded = map(count_recomputed, (encoder.depth, decoder.depth), every)
+        repeated = (
+            scores(encoder, patches**2) * looked
             + scores(decoder, patches**2)
-            + again(encoder, viewed, patches, patches**2, 0.0, self.compiled)
-            + again(decoder, drawn, patches, patches**2, 0.0, self.compiled)
+            + again(encoder, encoded * looked, patches, patches**2, 0.0, self.compiled)
+            + again(decoder, decoded, patches, patches**2, 0.0, self.compiled)
         )
-        return {name: images * part for name, part in parts.items()}, images * computed
+        return parts, sum(parts.values()) + images * repeated
+
+    def _prediction_flops(self, counts: Counts) -> float:
+        """Of the context encoder's and the predictor's forward."""
+        encoder, predictor = self.encoder, self.predictor
+        assert predictor is not None
+        ends = encoder.width * counts.context + len(self.layers) * encoder.width * counts.blocks
+        dropped = counts.prediction - counts.blocks
+        return (
+            2 * self.pixels * encoder.width * counts.context
+            + forward(encoder, encoder.depth, counts.context, counts.context_pairs)
+            + forward(predictor, predictor.depth, counts.prediction, counts.prediction_pairs, dropped)
+            + 2 * predictor.width * ends
+        )
 
     def done(self, masks: SketchDraw) -> dict[str, float]:
-        needed, computed = self.flops(masks.num_images)
+        needed, computed = self.flops([masks])
         return {"model_flops": sum(needed.values()), "hardware_flops": computed}
 
     def expected(self, masks: Sequence[SketchDraw]) -> Expected:
         patches, every = self.grid.num_patches, self.recompute_every
-        known = np.mean([masked.box_BN.sum(dim=1).float().mean().item() for masked in masks])
-        words = f", of which {known:.1f} have known features" if self.flow else ""
+        images = sum(draw.num_images for draw in masks)
+        boxes = sum(draw.masks.target_blocks.num_tokens for draw in masks if draw.masks) / images
         kept: dict[str, float] = {"decoder": patches * bytes_kept(self.decoder, every[1], itemsize=2)}
-        if self.perceptual and not self.flow:
+        if self.perceptual and not self.predictor:
             kept["encoder"] = patches * bytes_kept(self.encoder, every[0], itemsize=2)
-        return Expected(tokens=f"encoder {patches}, decoder {patches}{words}", flops=self.flops(1)[0], kept_bytes=kept)
+        return Expected(
+            tokens=f"encoder {patches}, decoder {patches}" + f", features of {boxes:.1f} known" * bool(boxes),
+            flops={name: part / images for name, part in self.flops(masks)[0].items()},
+            kept_bytes=kept,
+        )
 
     def shown(self, masks: SketchDraw) -> list[Shown]:
-        """Of a flow: what it draws without features, and the box of known ones. A decoder is given all of them."""
-        everything = np.arange(self.grid.num_patches)
-        boxes = [np.flatnonzero(box) for box in masks.box_BN.numpy()] if self.flow else [everything] * masks.num_images
-        return [Shown(box, []) for box in boxes]
+        """Of a flow what the predictor sees and predicts. A decoder is told of all patches."""
+        if not masks.masks:
+            return [Shown(np.arange(self.grid.num_patches), [])] * masks.num_images
+        seen, boxes = (
+            packed.patches(self.grid.num_patches) for packed in (masks.masks.context, masks.masks.target_blocks)
+        )
+        return [Shown(part, [box]) for part, box in zip(seen, boxes, strict=True)]
 
     def architecture(self) -> dict[str, Any]:
         sizes = {"": self.encoder, "decoder_": self.decoder}
+        if self.predictor:
+            sizes["predictor_"] = self.predictor
         found = {
             f"{network}{key}": getattr(size, key)
             for network, size in sizes.items()
             for key in ("width", "depth", "heads", "mlp_width")
         }
-        return {"image_size": self.image_size, "patch_size": self.patch_size, "flow": self.flow, **found}
+        return {"image_size": self.image_size, "patch_size": self.patch_size, "layers": list(self.layers), **found}
 
     def batch_facts(self) -> tuple[str, ...]:
         return ()
@@ -278,10 +365,10 @@ class SketchObjective:
         return ""
 
     def check(self) -> None:
-        if not 1 <= self.layer <= self.encoder.depth:
+        if self.layers[-1] > self.encoder.depth:
             raise ValueError(
-                f"sketch.target_layer names block {self.layer}, and the encoder has {self.encoder.depth}; use a number "
-                f"from 1 to {self.encoder.depth}, or 0 for the last"
+                f"loss.target_layers names block {self.layers[-1]}, and the encoder has {self.encoder.depth}; use "
+                f"numbers from 1 to {self.encoder.depth}"
             )
 
     def check_micro_step(self, images: int) -> None:

@@ -104,7 +104,7 @@ def read_drawer(path: Path, kind: str, checkpoint: Checkpoint) -> Drawer:
             "with another run_dir"
         )
     network.to(alone().device).eval()
-    return Drawer(network, found.path, build_sketch(config).layer, config.sketch)
+    return Drawer(network, found.path, build_sketch(config).layers[-1], config.sketch)
 
 
 def hide(model: IJepa, images: Images, boxes: list[Box], layer: int) -> Hidden:
@@ -226,6 +226,7 @@ def draw_samples(
                 hidden.blocks[:count],
                 grid,
                 condition=condition,
+                predicted=name != "truth",
                 seeds=[1000 * image + sample for image in range(count)],
             )
             for image, pixels in enumerate(hidden.pasted(drawn)):
@@ -265,6 +266,7 @@ def told_apart(drawer: Drawer, hidden: Hidden, name: str) -> tuple[float, float]
         hidden.blocks[:count],
         hidden.grid,
         condition=drawer.options.condition,
+        predicted=name != "truth",
         seeds=range(count),
     )
     hits = []

@@ -63,7 +63,7 @@ def read_part(config: PretrainConfig, part: Part) -> tuple[Loaded | None, str]:
             return None, str(error)
         raise ValueError(f"model.init_from: {error}") from error
     if part.name == "predictor":
-        differing = _differing(part.own, loaded.network)
+        differing = differing_sizes(part.own, loaded.network)
         return (None, f"that one is another: {differing[0]}") if differing else (loaded, loaded.name)
     check_fits(config, part.own, loaded, f"model.init_from={config.model.init_from}")
     return loaded, loaded.name
@@ -81,7 +81,7 @@ def check_fits(config: PretrainConfig, own: nn.Module, loaded: Loaded, given: st
     given: the key and the value that name it, in words.
     """
     theirs: Any = loaded.network
-    differing = _differing(own, theirs)
+    differing = differing_sizes(own, theirs)
     if differing:
         listed = "; ".join(differing[:6]) + f"; and {len(differing) - 6} more" * (len(differing) > 6)
         raise ValueError(
@@ -97,7 +97,7 @@ def check_fits(config: PretrainConfig, own: nn.Module, loaded: Loaded, given: st
         )
 
 
-def _differing(own: Any, theirs: Any) -> list[str]:
+def differing_sizes(own: Any, theirs: Any) -> list[str]:
     """In words, what keeps one network's weights from being the other's: sizes, then names and shapes."""
     sizes = [
         f"{key} {getattr(theirs.size, key)} there, {getattr(own.size, key)} here"

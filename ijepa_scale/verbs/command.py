@@ -18,13 +18,14 @@ VERBS = {
     "export": "a trained network -> a folder for transformers, timm, ONNX or safetensors",
     "neighbours": "nearest neighbours among embeddings, as a list and a picture",
     "visualize": "pictures of features, neighbours, predictions and masks of a trained run",
+    "train_sketch": "a decoder or a flow that draws features of a trained run, for visualize sketch",
     "benchmark": "time the training step, or the input pipeline, on this machine",
     "gpu_check": "measure a GPU and the ViT-H/14 step on it in eight minutes",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    listed = "\n".join(f"  {verb:12}{what}" for verb, what in VERBS.items())
+    listed = "\n".join(f"  {verb:14}{what}" for verb, what in VERBS.items())
     parser = argparse.ArgumentParser(
         prog="ijepa-scale",
         usage="ijepa-scale VERB ...",

@@ -98,11 +98,12 @@ def samples(
     grid: PatchGrid,
     *,
     condition: str,
+    predicted: bool,
     seeds: Sequence[int],
 ) -> np.ndarray:
     """A flow's images by the features of a block alone, one each, (B, 3, H, W) uint8. seeds: of each image's noise.
 
-    condition: tokens or mean, as the flow was trained.
+    condition: tokens or mean, as the flow was trained. predicted: whether the features are predictions, or true ones.
     """
     device, width = flow.proj.weight.device, flow.proj.out_features
     features = np.zeros((len(blocks_BK), grid.num_patches, features_BKD.shape[2]), dtype=np.float32)
@@ -114,7 +115,8 @@ def samples(
         told = torch.from_numpy(features[start : start + AT_ONCE]).to(device)
         box = torch.from_numpy(known[start : start + AT_ONCE]).to(device)
         noise = standard_normal(seeds[start : start + AT_ONCE], told.new_empty(len(told), grid.num_patches, width))
-        pixels = flow.sample(conditioned(told, box, condition), box, noise, steps=FLOW_STEPS)
+        whether = torch.full((len(told),), predicted, device=device)
+        pixels = flow.sample(conditioned(told, box, condition), box, whether, noise, steps=FLOW_STEPS)
         drawn.append(images_of(pixels.cpu(), grid))
     return np.concatenate(drawn)
 

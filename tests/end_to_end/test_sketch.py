@@ -72,7 +72,7 @@ def test_a_flow_stands_beside_the_decoder_and_draws_several(encoder):
 
 def test_what_does_not_fit_is_said_before_training(encoder, tmp_path):
     assert "sketch.checkpoint: there is no" in start(encoder.parent / "none", code=2)
-    assert "use a number from 1 to 2" in start(encoder, "sketch.target_layer=3", code=2)
+    assert "its width a multiple of its heads" in start(encoder, "sketch.width=30", "sketch.heads=4", code=2)
     assert "is of objective.name=ijepa; give one of sketch" in start(encoder, "--config", "tiny", code=2)
     assert "model.init_from" in start(encoder, f"model.init_from={encoder}", code=2)
     start(encoder, "optimization.stop_at_step=4")

@@ -39,13 +39,15 @@ def test_a_decoder_is_blocks_over_placed_features():
 def test_a_flow_heeds_known_features_alone_and_the_time():
     network, time = flow(), torch.tensor([0.2, 0.7], dtype=torch.float64)
     features, noisy = torch.randn(2, 6, 8, dtype=torch.float64), torch.randn(2, 6, 12, dtype=torch.float64)
-    known = torch.tensor([[True, False] * 3, [False] * 6])
-    out = network(features, known, noisy, time)
+    known, predicted = torch.tensor([[True, False] * 3, [False] * 6]), torch.tensor([False, False])
+    out = network(features, known, predicted, noisy, time)
     other = torch.where(known[..., None], features, torch.randn(2, 6, 8, dtype=torch.float64))
-    assert torch.equal(out, network(other, known, noisy, time))
-    assert not torch.allclose(out[0], network(features + known[..., None], known, noisy, time)[0])
-    assert not torch.allclose(out, network(features, known, noisy, time / 2))
-    assert not torch.allclose(out, network(features, known, noisy + 1, time))
+    assert torch.equal(out, network(other, known, predicted, noisy, time))
+    changed = network(features, known, ~predicted, noisy, time)
+    assert not torch.allclose(out[0], changed[0]) and torch.equal(out[1], changed[1])  # of what is known alone
+    assert not torch.allclose(out[0], network(features + known[..., None], known, predicted, noisy, time)[0])
+    assert not torch.allclose(out, network(features, known, predicted, noisy, time / 2))
+    assert not torch.allclose(out, network(features, known, predicted, noisy + 1, time))
 
 
 class OfNormals(SketchFlow):
@@ -53,7 +55,7 @@ class OfNormals(SketchFlow):
 
     mean, std = 1.5, 0.5
 
-    def forward(self, features, known, noisy, time):
+    def forward(self, features, known, predicted, noisy, time):
         t = time[:, None, None]
         gain = t * self.std**2 / (t**2 * self.std**2 + (1 - t) ** 2)  # the regression of a pixel on its noisy value
         return self.mean + gain * (noisy - t * self.mean)
@@ -62,7 +64,7 @@ class OfNormals(SketchFlow):
 def test_samples_of_an_exact_flow_have_its_distribution():
     network = OfNormals(SIZE, feature_width=8, pixels=12, grid=GRID)
     noise = torch.randn(2000, 6, 12, generator=torch.Generator().manual_seed(0))
-    nothing = torch.zeros(2000, 6, 8), torch.zeros(2000, 6, dtype=torch.bool)
+    nothing = torch.zeros(2000, 6, 8), torch.zeros(2000, 6, dtype=torch.bool), torch.zeros(2000, dtype=torch.bool)
     drawn = network.sample(*nothing, noise, steps=200)
     errors = 5 / math.sqrt(drawn.numel())
     assert drawn.mean().item() == pytest.approx(network.mean, abs=network.std * errors)
