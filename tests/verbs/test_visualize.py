@@ -121,7 +121,7 @@ def test_another_objective_has_masks_but_no_predictions(run, tmp_path):
     assert checkpoint.config is not None
     sections = {"mask": MaskConfig(), "loss": LossConfig(), "predictor": PredictorConfig()}  # which are not MAE's
     other = replace(checkpoint, config=replace(checkpoint.config, objective=ObjectiveConfig(name="mae"), **sections))
-    assert "of the objective mae; predict is of ijepa alone" in other.why_not("predict")
+    assert "of the objective mae; predict is of ijepa alone" in other.why_not("predict", {})
     assert not checkpoint.why_not("predict") and not other.why_not("masks")
     images = open_images_of(checkpoint, IMAGES, "", "", among=4, seed=0)
     nothing = {"layers": [0], "foreground": None, "raw": False, "queries": [], "patch": None, "box": None}
