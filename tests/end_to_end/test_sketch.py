@@ -37,7 +37,7 @@ def encoder(tmp_path):
 
 def start(encoder, *words, ranks=1, code=0):
     words = ("--checkpoint", str(encoder), "--config", str(encoder.parent / "sketch.yaml"), *words)
-    ends = run_ranks(train_sketch, ranks, encoder.parent / "output", *words)
+    ends = run_ranks(train_sketch, ranks, encoder.parent / "output", *words, timeout=400)
     assert_all(ends, code)
     return ends[0].output
 
@@ -88,7 +88,7 @@ SCENES = """\
 data: {source: scenes, num_images: 2000, image_size: 16, workers: 0, cache_dir: %s, crop_scale: [0.9, 1.0]}
 model: {name: vit_tiny, patch_size: 4, width: 64, depth: 3, heads: 2}
 predictor: {width: 48, depth: 2}
-mask: {min_keep: 2}
+mask: {min_keep: 1, target_scale: [0.2, 0.3], num_target_blocks: 3}
 loss: {variance: 0.02, covariance: 0.004}
 optimization: {optimizer: muon, global_batch_size: 64, max_steps: 200, epochs: 4, warmup_epochs: 1, lr: 2e-3}
 checkpoint: {every_steps: 200}
@@ -102,7 +102,8 @@ def test_sketches_hold_what_features_and_predictions_say(tmp_path):
     """At toy size what docs/visualize.md shows: of held-out scenes."""
     (tmp_path / "scenes.yaml").write_text(SCENES % (tmp_path / "cache"))
     run = tmp_path / "run"
-    assert_all(run_ranks(pretrain, 1, tmp_path / "output", "--config", str(tmp_path / "scenes.yaml"), f"run_dir={run}"))
+    words = ("--config", str(tmp_path / "scenes.yaml"), f"run_dir={run}")
+    assert_all(run_ranks(pretrain, 1, tmp_path / "output", *words, timeout=400))
     (tmp_path / "sketch.yaml").write_text(SKETCH % "")
     words = ("optimization.max_steps=300", "optimization.global_batch_size=64", "sketch.width=64", "sketch.noise=0.2")
     start(run, *words)
