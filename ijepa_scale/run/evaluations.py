@@ -52,7 +52,11 @@ def _row(name: str, task: dict[str, Any], results: dict[str, Any], command: str)
     label = f", {results['label']}" if results.get("label") else ""
     protocol = [best["name"], *(["features computed once"] if settings.get("features") else [])]
     protocol += [f"{results['network']} encoder"] if results["network"] != "target" else []
-    fitted = [results["data"] + label, *([f"{task['train_images']:,} images"] if "train_images" in task else [])]
+    fitted = [f"{results['data']}{label}"]
+    if "train_images" in task:
+        fitted.append(f"{task['train_images']:,} images")
+    elif results.get("train_images"):  # that were asked for
+        fitted.append(f"up to {results['train_images']:,} images")
     cells = [
         name,
         f"{step:,}",
