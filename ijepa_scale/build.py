@@ -43,6 +43,7 @@ Opener = Callable[..., ImageSet]  # as open_images
 SCENES_SEED = 0  # the rendered scenes are one fixed data set, whatever the run's seed
 DEFAULT_SCENES, VALIDATION_SCENES = 20_000, 4000
 START_RETRY_SECONDS = 30.0
+PICTURED = 64  # images that are looked at for pictures while training goes on
 
 
 def training_precision(config: PretrainConfig, device: torch.device) -> str:
@@ -241,8 +242,9 @@ def _eval_images(config: PretrainConfig, source: str, open_images: Opener) -> Ev
         report, logging = config.report, config.logging
         fit = max(1, report.train_images, logging.health_images if logging.health_every_steps else 0)
         score = report.test_images if report.train_images else 0
-        train = _sampled_images(config, source, data.split, fit if named else fit + score)
-        test = _sampled_images(config, source, named[0], max(1, score)) if named else train
+        shown = PICTURED if logging.pictures_every_steps else 1
+        train = _sampled_images(config, source, data.split, fit if named else max(fit + score, shown))
+        test = _sampled_images(config, source, named[0], max(shown, score)) if named else train
     else:
         opened = functools.partial(open_images, source, max_pixels=data.max_pixels, **reading(config))
         train = opened(split=data.split)

@@ -29,7 +29,10 @@ LEAST_CLASSES = 3  # from which on a picture of confusions tells more than the a
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked for: the arguments of the verb, which says what each means (verbs/evaluate.py)."""
+    """What is asked for: the arguments of the verb, which says what each means (verbs/evaluate.py).
+
+    arguments: the same as they were typed, where they were, for results.json to say.
+    """
 
     task: str
     overrides: list[str] = field(default_factory=list)
@@ -51,6 +54,7 @@ class Request:
     cache_dir: str = ""
     column: str = ""
     config: str = ""
+    arguments: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if min(self.train_images, self.test_images) < 0:
@@ -98,10 +102,14 @@ def evaluate_tasks(ranks: Ranks, request: Request) -> None:
         outcome = asked.run(asked.evaluation, asked.settings)
         seconds = time.perf_counter() - started
         if ranks.first:
+            if request.arguments:
+                outcome = replace(outcome, facts={**outcome.facts, "arguments": request.arguments})
             write_results(folder, facts, asked.name, asked.settings, outcome, seconds)
             _show(folder, asked, outcome, seconds)
             log_evaluation(loaded.path, asked.name, {measure.name: measure.value for measure in outcome.measures})
     say(f"results: {folder / RESULTS}")
+    if folder.parent.name == "evaluations" and ((run := folder.parents[1]) / "checkpoints").is_dir():
+        say(f"on the page of the run: python launch/report.py {run} (or ijepa-scale report)")
 
 
 def _image_size(request: Request, loaded: Loaded) -> int:

@@ -37,6 +37,7 @@ from ijepa_scale.run.records import JsonlWriter, WandbWriter
 from ijepa_scale.run.report import report
 from ijepa_scale.run.saving import Saver
 from ijepa_scale.run.setup import InputError, Run, check, set_up
+from ijepa_scale.run.step_pictures import StepPictures, cut_back
 
 RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/lab/speed.md
 NOT_COUNTS = ("model_flops", "hardware_flops", "data_wait_seconds", "stop", "noted")  # of what ranks agree on
@@ -142,7 +143,8 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
     say: Say = progress.message if progress else lambda text: None
     feed = Feed(batches, run.ranks.device)
     records = LateRecords(run, log, progress, say)
-    health, skips, saver = HealthChecks(run, log, say), Skips(run, log, say), Saver(run, say)
+    health, pictures = HealthChecks(run, log, say), StepPictures(run, log, say)
+    skips, saver = Skips(run, log, say), Saver(run, say)
     introduce(run, say)
     for step in range(run.start_step, horizon.stop):
         if config.engine.hang_seconds:  # a rank that hangs leaves the others waiting in a collective, for ever
@@ -150,6 +152,9 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         if health.due(step):
             records.settle()
             health.measure(step, loss=records.loss)
+        if pictures.due(step):
+            records.settle()
+            pictures.draw(step)
         if progress and progress.lost:
             stop_request.ask(progress.lost)
         outcome = train_step(run, step, feed, stop=bool(stop_request.pending()), meanwhile=records.settle)
@@ -172,6 +177,8 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             return reason
     if health.due(horizon.stop, last=True):
         health.measure(horizon.stop, loss=records.loss)
+    if config.logging.pictures_every_steps:
+        pictures.draw(horizon.stop)
     reason = agreed_reason(run.ranks, stop_request)
     if reason:
         say(f"stopped by {reason} after the last step; the same command makes the report")
@@ -299,8 +306,9 @@ def unlogged(record: dict[str, Any]) -> None:
 
 
 def open_logs(run: Run, stack: contextlib.ExitStack) -> Log:
-    """metrics.jsonl, cut back to the restored step, and wandb."""
-    config = run.config
+    """metrics.jsonl, cut back to the restored step as pictures are, and wandb."""
+    config, folder = run.config, run.folder.path / "pictures"
+    cut_back(run.folder.path, run.start_step)
     writer = stack.enter_context(JsonlWriter(run.folder.metrics, run.start_step or None))
     wandb = WandbWriter(
         config.logging.wandb,
@@ -322,5 +330,7 @@ def open_logs(run: Run, stack: contextlib.ExitStack) -> Log:
             ) from error
         if record["kind"] in ("step", "health"):
             wandb.log(record, record["step"])
+        if record["kind"] == "pictures":
+            wandb.log_pictures({title: folder / name for title, name in record["pictures"].items()}, record["step"])
 
     return log

@@ -339,6 +339,8 @@ def test_no_more_of_a_stream_is_copied_than_is_looked_at(tmp_path):
     )
     assert len(build.build_eval_images(config).train) == 8
     assert len(build.build_eval_images(unseen).train) == 1
+    logging = LoggingConfig(health_every_steps=0, pictures_every_steps=10)
+    assert len(build.build_eval_images(dataclasses.replace(unseen, logging=logging)).test) == 8
 
 
 @pytest.mark.parametrize("ending, call", [("parquet", build.build_images), ("tar", build.build_eval_images)])

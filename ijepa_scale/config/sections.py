@@ -326,6 +326,7 @@ class LoggingConfig:
     wandb_project: str = "ijepa-scale"
     health_every_steps: int = 500  # feature std, RankMe, drift, k-NN; 0: off
     health_images: int = 512
+    pictures_every_steps: int = 0  # the same few images in the colours of their features, to RUN/pictures; 0: off
 
     def __post_init__(self) -> None:
         _require(
@@ -334,6 +335,10 @@ class LoggingConfig:
         )
         _require(
             self.health_every_steps >= 0, f"logging.health_every_steps must be 0 or more, got {self.health_every_steps}"
+        )
+        _require(
+            self.pictures_every_steps >= 0,
+            f"logging.pictures_every_steps must be 0 (off) or more, got {self.pictures_every_steps}",
         )
         _require(self.health_images >= 32, f"logging.health_images must be 32 or more, got {self.health_images}")
 

@@ -1,7 +1,7 @@
 """The pictures, one function each: computed and drawn by visualize/, with the words that go beside them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,33 @@ PREDICTED = (  # over the columns
 )
 
 
+@dataclass
+class Series:
+    """The checkpoint before in a series of them, newest first: its step, and the scores of its colours by block."""
+
+    step: int = 0
+    scores: list[np.ndarray] = field(default_factory=list)
+
+    def turn(self, step: int, scores: list[np.ndarray]) -> tuple[list[np.ndarray], str]:
+        """A checkpoint's scores turned to those of the one before, and how, in words; the next one's turn to these."""
+        said = " Colours of earlier checkpoints are turned to these."
+        if self.scores:
+            pairs = [features.turned(own, others) for own, others in zip(scores, self.scores, strict=True)]
+            scores, near = [own for own, _ in pairs], ", ".join(f"{correlation:.2f}" for _, correlation in pairs)
+            said = (
+                " Those of the trained network are turned, all of a block as one, to be like those of step "
+                f"{self.step:,}: the correlation with these is {near}, from the first row on."
+            )
+        self.step, self.scores = step, scores
+        return scores, said
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """The options of the verb, which says what each means (verbs/visualize.py). layers, patch: as indices."""
+    """The options of the verb, which says what each means (verbs/visualize.py). layers, patch: as indices.
+
+    series: where pictures are of one checkpoint after another.
+    """
 
     out: Path
     count: int
@@ -49,6 +73,16 @@ class Asked:
     box: Box | None
     drawers: dict[str, str]  # folders of trained sketches by kind, where they are given
     samples: int
+    series: Series | None = None
+
+    def path(self, name: str, checkpoint: Checkpoint) -> Path:
+        return self.out / (f"{name}-checkpoint-{checkpoint.step:08d}.png" if self.series else f"{name}.png")
+
+    def describe(self, path: Path, checkpoint: Checkpoint, *, title: str, caption: str, alt: str, section: str) -> str:
+        """The words beside a picture; its name."""
+        title += ", over checkpoints" if self.series else ""
+        describe(path, title=title, caption=caption, alt=alt, section=section, step=checkpoint.loaded.step)
+        return path.name
 
 
 def draw_masks_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> list[str]:
@@ -56,15 +90,15 @@ def draw_masks_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> list[
     objective = build.build_objective(checkpoint.config)
     count = min(MAX_IMAGES, asked.count, len(images.pixels))
     shown = objective.shown(objective.draw_masks(0, range(count)))
-    path, grid = asked.out / "masks.png", objective.grid
+    path, grid = asked.path("masks", checkpoint), objective.grid
     draw_masks(path, images.pixels[:count], *grid.shape, [one.seen for one in shown], [one.hidden for one in shown])
-    describe(
+    asked.describe(
         path,
+        checkpoint,
         title="What the networks see",
         caption=f"Masks of {objective.name}, drawn as in training, on {images.source.name}.",
         alt=f"{count} images, each with the patches that the encoder sees and those that are predicted.",
         section="masks",
-        step=checkpoint.loaded.step,
     )
     if not isinstance(objective.draw_masks, BlockMasks):
         return [path.name]
@@ -72,7 +106,7 @@ def draw_masks_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> list[
 
 
 def draw_shares(checkpoint: Checkpoint, draw: BlockMasks, asked: Asked) -> str:
-    blocks, grid, path = draw.blocks, draw.blocks.grid, asked.out / "mask_shares.png"
+    blocks, grid, path = draw.blocks, draw.blocks.grid, asked.path("mask_shares", checkpoint)
     counted, free, again = np.zeros((2, grid.num_patches)), replace(blocks, min_keep=0), 0
     for step in range(LAYOUTS):  # one image of each: all of a step have blocks of the same sizes
         sizes = block_sizes(blocks, generator_for(asked.seed, SIZES, step))
@@ -93,14 +127,14 @@ def draw_shares(checkpoint: Checkpoint, draw: BlockMasks, asked: Asked) -> str:
         )
     if draw.context != "all":
         said += f" Context is counted before mask.context={draw.context} takes some of it away."
-    describe(
+    asked.describe(
         path,
+        checkpoint,
         title="How often each patch is seen and predicted",
         caption=f"Drawn: {LAYOUTS:,} layouts. Expected: exactly, over all sizes and places of blocks. {said}",
         alt=f"Heat maps on a grid of {grid.rows} x {grid.columns} patches: shares of layouts in which a patch is "
         "context, and in which it is in a target block, as drawn, as expected, and the difference.",
         section="masks",
-        step=checkpoint.loaded.step,
     )
     return path.name
 
@@ -115,10 +149,9 @@ class Sides:
     headings: tuple[str, str]
     words: str
 
-    def describe(self, path: Path, checkpoint: Checkpoint, *, title: str, caption: str, alt: str) -> str:
+    def describe(self, path: Path, checkpoint: Checkpoint, asked: Asked, *, title: str, caption: str, alt: str) -> str:
         caption, alt = f"{caption} {self.words}", f"{alt} To the left the trained network, to the right the untrained."
-        describe(path, title=title, caption=caption, alt=alt, section="features", step=checkpoint.loaded.step)
-        return path.name
+        return asked.describe(path, checkpoint, title=title, caption=caption, alt=alt, section="features")
 
 
 def draw_features_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> list[str]:
@@ -142,30 +175,34 @@ def draw_features_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> li
 
 
 def draw_colours(sides: Sides, rows: list, less: str, checkpoint: Checkpoint, asked: Asked) -> str:
-    path, threshold = asked.out / "features.png", asked.foreground
-    colours = [(label, *(features.pca_colours(side, threshold) for side in pair)) for label, *pair in rows]
-    features.draw_beside(path, sides.pixels, colours, sides.grid, headings=sides.headings)
+    path, threshold = asked.path("features", checkpoint), asked.foreground
+    trained, before = ([features.pca_scores(row[side], threshold) for row in rows] for side in (1, 2))
+    trained, said = asked.series.turn(checkpoint.step, trained) if asked.series else (trained, "")
+    shown = [(row[0], *map(features.colours, pair)) for row, *pair in zip(rows, trained, before, strict=True)]
+    features.draw_beside(path, sides.pixels, shown, sides.grid, headings=sides.headings)
     grey = "" if threshold is None else f" Grey: not beyond {threshold:g} along the first component of all patches."
     return sides.describe(
         path,
         checkpoint,
+        asked,
         title="Patch features in colours",
         caption="The first three principal components of the patches' features as red, green and blue. One PCA is of "
-        f"all images, for each block and each network: within these like colours are like features.{grey}{less}",
+        f"all images, for each block and each network: within these like colours are like features.{said}{grey}{less}",
         alt="Images, and below each its patches in the colours of their features, a row for each of some blocks.",
     )
 
 
 def draw_similarity(sides: Sides, rows: list, less: str, checkpoint: Checkpoint, asked: Asked) -> str:
-    path, count = asked.out / "similarity.png", len(sides.pixels)
+    path, count = asked.path("similarity", checkpoint), len(sides.pixels)
     busiest = features.busiest_patches(sides.pixels, sides.grid)
     marked = busiest if asked.patch is None else np.full(count, asked.patch)
     maps = [(label, *(features.similarity(side, marked) for side in pair)) for label, *pair in rows]
-    bar = Bar("cosine with the marked patch", -1, 1, "RdBu_r")
-    features.draw_beside(path, sides.pixels, maps, sides.grid, headings=sides.headings, marked=marked, bar=bar)
+    headings, bar = sides.headings, features.SIMILARITY
+    features.draw_beside(path, sides.pixels, maps, sides.grid, headings=headings, marked=marked, bar=bar)
     return sides.describe(
         path,
         checkpoint,
+        asked,
         title="Which patches are like the marked one",
         caption="Cosine between the features of the marked patch and of every patch of its image, each less the "
         f"mean of those shown.{less}",
@@ -174,7 +211,7 @@ def draw_similarity(sides: Sides, rows: list, less: str, checkpoint: Checkpoint,
 
 
 def draw_attention(sides: Sides, checkpoint: Checkpoint, asked: Asked) -> str:
-    path, block, patch = asked.out / "attention.png", asked.layers[-1], asked.patch
+    path, block, patch = asked.path("attention", checkpoint), asked.layers[-1], asked.patch
     weights = [features.attention_weights(encoder, sides.pixels, block) for encoder in sides.encoders]
     maps = [features.attention_maps(side, patch).swapaxes(0, 1) for side in weights]
     rows = [(f"head {head}", *pair) for head, pair in enumerate(zip(*maps, strict=True))]
@@ -185,6 +222,7 @@ def draw_attention(sides: Sides, checkpoint: Checkpoint, asked: Asked) -> str:
     return sides.describe(
         path,
         checkpoint,
+        asked,
         title=f"What the heads of block {block} attend to",
         caption=f"Attention from {whose} to each patch. 1 is what each would get of an even one. "
         "There is no class token.",
@@ -194,21 +232,21 @@ def draw_attention(sides: Sides, checkpoint: Checkpoint, asked: Asked) -> str:
 
 def draw_neighbours_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> list[str]:
     """Of images by the same code as the verb neighbours, which looks in a folder of embeddings; and of patches."""
-    path = asked.out / "neighbours.png"
+    path = asked.path("neighbours", checkpoint)
     (of_patches,) = features.patch_features(checkpoint.encoder, images.pixels, [-1])
     names = [{"index": str(index), "image": images.source.sample_id(index)} for index in images.indices]
     embeddings = Embeddings(of_patches.mean(axis=1), names, {"image_size": checkpoint.loaded.image_size})
     given = embeddings.file_queries(asked.queries, checkpoint.encoder)
     queries = list(given if asked.queries else embeddings.own_queries(images.source))
     draw_neighbours(path, look_up(embeddings, images.source, queries, NEAREST))
-    describe(
+    asked.describe(
         path,
+        checkpoint,
         title="The nearest images",
         caption="Beside each framed image those whose mean features are nearest, with the cosine (of features less the "
         f"mean of all). Looked for among {images.words}.",
         alt=f"{len(queries)} rows: an image, and the {NEAREST} nearest to it.",
         section="neighbours",
-        step=checkpoint.loaded.step,
     )
     return [path.name, draw_patch_neighbours(checkpoint, images, queries, of_patches, asked)]
 
@@ -216,7 +254,11 @@ def draw_neighbours_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> 
 def draw_patch_neighbours(
     checkpoint: Checkpoint, images: Images, queries: list[Query], features_BND: np.ndarray, asked: Asked
 ) -> str:
-    pixels, grid, path = np.stack([query.pixels for query in queries]), checkpoint.grid(), asked.out / "patches.png"
+    pixels, grid, path = (
+        np.stack([query.pixels for query in queries]),
+        checkpoint.grid(),
+        asked.path("patches", checkpoint),
+    )
     busiest = features.busiest_patches(pixels, grid)
     patches = busiest if asked.patch is None else np.full(len(queries), asked.patch)
     (asking,) = features.patch_features(checkpoint.encoder, pixels, [-1])
@@ -230,20 +272,25 @@ def draw_patch_neighbours(
             near.append(Cell(shown[source], box=features.patch_box(there, grid), text=f"{cosine:.2f}"))
         cells.append(near)
     draw_sheet(path, cells, grid, headings={0: "patch", 1: "nearest patches of other images"}, gap_before=1)
-    describe(
+    asked.describe(
         path,
+        checkpoint,
         title="The nearest patches",
         caption="Beside each marked patch those of other images whose features are nearest, with the cosine (of "
         f"features less the mean of all). Looked for among {images.words}.",
         alt=f"{len(queries)} rows: an image with a marked patch, and {NEAREST} images with the patches nearest to it.",
         section="neighbours",
-        step=checkpoint.loaded.step,
     )
     return path.name
 
 
 def draw_predictions_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> list[str]:
-    pixels, grid, model, path = images.pixels, checkpoint.grid(), checkpoint.model(), asked.out / "predictions.png"
+    pixels, grid, model, path = (
+        images.pixels,
+        checkpoint.grid(),
+        checkpoint.model(),
+        asked.path("predictions", checkpoint),
+    )
     boxes = [asked.box] * len(pixels) if asked.box else drawn_boxes(checkpoint, len(pixels), asked.seed)
     blocks = np.stack([grid.block(*box) for box in boxes])
     targets = predictions.target_features(model, pixels)
@@ -270,15 +317,15 @@ def draw_predictions_of(checkpoint: Checkpoint, images: Images, asked: Asked) ->
     lowest = float(np.percentile([values[:count] for values in cosines.values()], 2))
     bar = Bar("cosine with the true target features", min(lowest, 0.9), 1.0)
     draw_sheet(path, cells, grid, headings=dict(enumerate(PREDICTED)), gap_before=4, bar=bar, side=1.05)
-    describe(
+    asked.describe(
         path,
+        checkpoint,
         title="What the predictor says of a box that it does not see",
         caption=f"Mean cosine with the target encoder's features over {len(pixels):,} images of {images.source.name}, "
         f"with standard errors: {figures}. To the right the box is filled with real patches of other images, "
         "those that are nearest to each feature: nearest to the truth is the best that this can do.",
         alt=f"{count} images with a box: heat maps of three cosines in it, then the box filled with patches of others.",
         section="predictions",
-        step=checkpoint.loaded.step,
     )
     return [path.name]
 

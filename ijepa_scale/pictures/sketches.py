@@ -23,6 +23,7 @@ DECODED = (  # over the columns
     "from the mean\nof others",
     "predicted from\nother image",
 )
+FOLDERS = {"decoder": "sketch", "flow": "sketch-flow"}  # of kinds of sketches, in an encoder's run
 RETRIEVED = 64  # images among which a sample is to be nearest to the one that it was drawn for
 
 
@@ -63,28 +64,28 @@ class Hidden:
         return upright(np.where(pixels[:count], drawn_BCHW, self.pixels[:count]))
 
 
-def draw_sketches(
-    checkpoint: Checkpoint,
-    images: Images,
-    given: dict[str, str],
-    boxes: list[Box],
-    *,
-    out: Path,
-    count: int,
-    samples: int,
-) -> list[str]:
-    """A sheet of what each trained sketch draws. given: as of Checkpoint.sketches(). samples: of a flow, a box."""
-    found = checkpoint.sketches(given)
-    drawers = {kind: read_drawer(path, kind, checkpoint) for kind, path in found.items()}
-    model, hidden, step, drawn = checkpoint.model(), dict[int, Hidden](), checkpoint.loaded.step, []
-    for kind, drawer in drawers.items():
-        if drawer.layer not in hidden:
-            hidden[drawer.layer] = hide(model, images, boxes, drawer.layer)
-        about = (hidden[drawer.layer], images, step, out, count)
-        drawn.append(
-            draw_decoded(drawer, model, *about) if kind == "decoder" else draw_samples(drawer, *about, samples)
-        )
-    return drawn
+def found_sketches(checkpoint: Checkpoint, given: dict[str, str]) -> dict[str, Path]:
+    """Folders of what draws sketches of a checkpoint, by its kind: those given, else those in its run."""
+    found = {}
+    for kind, name in FOLDERS.items():
+        if given.get(kind):
+            found[kind] = Path(given[kind])
+        elif checkpoint.run and (checkpoint.run / name / "checkpoints").is_dir():
+            found[kind] = checkpoint.run / name
+    return found
+
+
+def why_not(checkpoint: Checkpoint, given: dict[str, str]) -> str:
+    """Why nothing draws sketches of it; "" where something does. given: as of found_sketches()."""
+    if not (found := found_sketches(checkpoint, given)):
+        path = checkpoint.networks.path
+        return f"nothing draws sketches of {path} yet: train a decoder by launch/train_sketch.py --checkpoint {path}"
+    try:
+        for kind, path in found.items():
+            read_drawer(path, kind, checkpoint)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def read_drawer(path: Path, kind: str, checkpoint: Checkpoint) -> Drawer:
@@ -105,6 +106,30 @@ def read_drawer(path: Path, kind: str, checkpoint: Checkpoint) -> Drawer:
         )
     network.to(alone().device).eval()
     return Drawer(network, found.path, build_sketch(config).layers[-1], config.sketch)
+
+
+def draw_sketches(
+    checkpoint: Checkpoint,
+    images: Images,
+    given: dict[str, str],
+    boxes: list[Box],
+    *,
+    out: Path,
+    count: int,
+    samples: int,
+) -> list[str]:
+    """A sheet of what each trained sketch draws. given: as of found_sketches(). samples: of a flow, a box."""
+    found = found_sketches(checkpoint, given)
+    drawers = {kind: read_drawer(path, kind, checkpoint) for kind, path in found.items()}
+    model, hidden, step, drawn = checkpoint.model(), dict[int, Hidden](), checkpoint.loaded.step, []
+    for kind, drawer in drawers.items():
+        if drawer.layer not in hidden:
+            hidden[drawer.layer] = hide(model, images, boxes, drawer.layer)
+        about = (hidden[drawer.layer], images, step, out, count)
+        drawn.append(
+            draw_decoded(drawer, model, *about) if kind == "decoder" else draw_samples(drawer, *about, samples)
+        )
+    return drawn
 
 
 def hide(model: IJepa, images: Images, boxes: list[Box], layer: int) -> Hidden:

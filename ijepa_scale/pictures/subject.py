@@ -17,7 +17,7 @@ from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import ImageSet, open_images, splits_of
 from ijepa_scale.data.order import BLOCKS, SIZES, generator_for, permuted_index
 from ijepa_scale.data.transforms import center_crop
-from ijepa_scale.engine.checkpoint import MANIFEST
+from ijepa_scale.engine.checkpoint import MANIFEST, candidates
 from ijepa_scale.engine.distributed import alone
 from ijepa_scale.evals.embed import check_layers
 from ijepa_scale.evals.labels import TEST_SPLITS
@@ -28,10 +28,8 @@ from ijepa_scale.masking.multiblock import MultiBlock, block_sizes
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.objectives.ijepa import IJepa
 from ijepa_scale.run.init_from import fill_initial
+from ijepa_scale.run.step_pictures import CHOICE
 from ijepa_scale.visualize.sheet import Box
-
-SKETCHES = {"decoder": "sketch", "flow": "sketch-flow"}  # kinds of sketches, and their folders in an encoder's run
-CHOICE = 0x766973  # the stream of random numbers that images and boxes are drawn from
 
 
 @dataclass(frozen=True)
@@ -53,21 +51,17 @@ class Checkpoint:
         return path.parents[1] if path.is_dir() and path.parent.name == "checkpoints" else None
 
     @property
+    def step(self) -> int:
+        """Of the run; where there is none it is not known."""
+        assert self.loaded.step is not None
+        return self.loaded.step
+
+    @property
     def trained(self) -> str:
         return "trained" if self.loaded.step is None else f"trained, step {self.loaded.step:,}"
 
-    def sketches(self, given: dict[str, str]) -> dict[str, Path]:
-        """Folders of what draws sketches of it, by its kind: those given, else those in the run."""
-        found = {}
-        for kind, name in SKETCHES.items():
-            if given.get(kind):
-                found[kind] = Path(given[kind])
-            elif self.run and (self.run / name / "checkpoints").is_dir():
-                found[kind] = self.run / name
-        return found
-
-    def why_not(self, what: str, drawers: dict[str, str]) -> str:
-        """Why a picture cannot be made of it; "" where it can. drawers: as of sketches()."""
+    def why_not(self, what: str) -> str:
+        """Why a picture cannot be made of it; "" where it can."""
         path, lacking = self.networks.path, [name for name in NETWORKS if name not in self.networks.names]
         if what == "masks" and self.config is None:
             return f"{path} does not say how images were masked; give a run or one of its checkpoints"
@@ -79,10 +73,6 @@ class Checkpoint:
                     f"{path} holds no {' and no '.join(lacking)}; {what} needs both encoders and the predictor: give "
                     "the run, or an export in the format safetensors"
                 )
-        if what == "sketch" and not self.sketches(drawers):
-            return (
-                f"nothing draws sketches of {path} yet: train a decoder by launch/train_sketch.py --checkpoint {path}"
-            )
         return ""
 
     def folder(self, out: str) -> Path:
@@ -141,6 +131,24 @@ class Images:
         if size == self.pixels.shape[-1]:
             return self.pixels[:count]
         return np.stack([center_crop(self.source.read(index), size) for index in self.indices[:count]])
+
+
+def checkpoints_at(run: str, steps: list[str]) -> list[str]:
+    """The checkpoints that a run has kept of some steps, or of ["all"], the newest first.
+
+    Raises ValueError where it has none, or none of one of the steps.
+    """
+    kept = {int(path.name[-8:]): str(path) for path in candidates(Path(run) / "checkpoints")}
+    if not kept:
+        raise ValueError(f"--steps is of a run, and there is no checkpoint in {Path(run) / 'checkpoints'}")
+    if steps == ["all"]:
+        return list(kept.values())
+    if lacking := [step for step in steps if not step.isdecimal() or int(step) not in kept]:
+        raise ValueError(
+            f"--steps {lacking[0]}: {run} has kept checkpoints of the steps {', '.join(map(str, sorted(kept)))}; give "
+            "some of these, or all (checkpoint.keep_every=N keeps every Nth)"
+        )
+    return [path for step, path in kept.items() if step in map(int, steps)]
 
 
 def open_checkpoint(what: str) -> Checkpoint:

@@ -15,6 +15,7 @@ import yaml
 from ijepa_scale.data.files import write_whole
 from ijepa_scale.evals.scores import Score
 from ijepa_scale.run import numbers
+from ijepa_scale.run.evaluations import evaluation_blocks
 from ijepa_scale.run.history import History, panels_of, read_history, read_json
 from ijepa_scale.run.redaction import redacted
 from ijepa_scale.run.verdict import health_verdict
@@ -48,12 +49,14 @@ def write_page(path: str | Path, out: str | Path | None = None, *, axis: str = "
     name = history.path.resolve().name
     scores = scores_of(history)
     pictures, left_out = pictures_of(history.path)
+    evaluated, unread = evaluation_blocks(history.path, verb("evaluate"))
+    left_out += unread
     sections = [
         Section("Summary", [Figures(key_figures(history, scores)), Table("What was trained", [], trained_on(history))]),
         Section("Go on", [Command(commands(history))]),
         Section("Health of the features", health_blocks(history) if trains_encoder(history) else []),
         Section("Curves", [panel_charts(group, found) for group, found in panels_of([history], axis).items()]),
-        Section("Probes", probe_blocks(history, scores) if trains_encoder(history) else []),
+        Section("Probes", probe_blocks(history, scores) + evaluated if trains_encoder(history) else []),
         *(Section(title.capitalize(), blocks) for title, blocks in pictures.items()),
         Section("Environment", environment_blocks(history) + [Words(f"Left out: {words}") for words in left_out]),
     ]
@@ -131,18 +134,23 @@ def trained_on(history: History) -> list[list[str]]:
     return [row for row in rows if row[1]]
 
 
+def in_checkout() -> bool:
+    """Whether this process was called from one; else it is installed."""
+    return Path(sys.argv[0]).parent.name == "launch"
+
+
+def verb(name: str) -> str:
+    """The words by which a verb is called, as this process was."""
+    return f"python launch/{name}.py" if in_checkout() else f"ijepa-scale {name}"
+
+
 def commands(history: History) -> str:
-    """What to type next, in the form in which this process was called: from a checkout, or installed."""
-    checkout = Path(sys.argv[0]).parent.name == "launch"
+    """What to type next."""
     run = shlex.quote(str(history.path))
-
-    def verb(name: str) -> str:
-        return f"python launch/{name}.py" if checkout else f"ijepa-scale {name}"
-
     ranks = history.environment.get("world_size", 1)
     start = verb("pretrain")
     if ranks != 1:
-        launched = "launch/pretrain.py" if checkout else "--module ijepa_scale.verbs.command pretrain"
+        launched = "launch/pretrain.py" if in_checkout() else "--module ijepa_scale.verbs.command pretrain"
         start = f"torchrun --nproc-per-node {ranks} {launched}"
     moved = "" if history.config.get("run_dir") == str(history.path) else f" run_dir={run}"
     source = history.config.get("data", {}).get("source")

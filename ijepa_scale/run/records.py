@@ -3,7 +3,8 @@
 A step record has kind "step" and the keys step, epoch, loss, lr, weight_decay, ema_momentum, grad_norm, context_tokens,
 target_tokens, images_per_second, data_wait_seconds, step_seconds, memory_bytes, model_flops, hardware_flops,
 flops_per_second_per_device and, where the device's peak is known, mfu and hfu; a health record has kind "health" and
-step, feature_std, rankme, drift and, where there are labels, knn.
+step, feature_std, rankme, drift and, where there are labels, knn; one of kind "pictures" their files in RUN/pictures by
+title, and the seconds that all of it took.
 """
 
 import json
@@ -129,6 +130,14 @@ class WandbWriter:
         """Log a record's values against the step."""
         if self._run is not None:
             self._run.log({**record, "step": step})
+
+    def log_pictures(self, pictures: dict[str, Path], step: int) -> None:
+        """Log PNGs, by their titles, against the step."""
+        if self._run is not None:
+            import wandb
+
+            images = {title: wandb.Image(str(path), caption=f"step {step:,}") for title, path in pictures.items()}
+            self._run.log({**images, "step": step})
 
     def finish(self) -> None:
         """Write out what is buffered and end the run."""

@@ -12,6 +12,7 @@ TASK.key=value); docs/evaluation.md lists them. Exit codes: 0 done, 1 failed, 2 
 """
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, NoReturn
 
 from ijepa_scale.verbs import parser_of
@@ -70,13 +71,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 def evaluate(stop: "StopRequest", arguments: list[str] | None) -> int:
     stop.doing = "the evaluation"
-    options = parser().parse_intermixed_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_intermixed_args(given)
     from ijepa_scale.engine.distributed import start
     from ijepa_scale.evaluate import Request, evaluate_tasks
 
     ranks = None
     try:
-        request = Request(**{key: value for key, value in vars(options).items() if key != "local_rank"})
+        asked = {key: value for key, value in vars(options).items() if key != "local_rank"}
+        typed = [word for word in given if not word.startswith("--local_rank")]  # the launcher's, not the user's
+        request = Request(**asked, arguments=typed)
         ranks = start()
         evaluate_tasks(ranks, request)
     except (ValueError, OSError) as error:

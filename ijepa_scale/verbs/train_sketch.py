@@ -82,6 +82,7 @@ def run_of(config: "PretrainConfig") -> "Path | None":
 def sketch_config(options: argparse.Namespace) -> "PretrainConfig":
     """The config with what the encoder fixes. Raises ValueError as load_config() and of_encoder() do."""
     from ijepa_scale.config import load_config
+    from ijepa_scale.pictures.sketches import FOLDERS
     from ijepa_scale.run.frozen import of_encoder
 
     config = load_config(options.config, options.overrides)
@@ -90,5 +91,5 @@ def sketch_config(options: argparse.Namespace) -> "PretrainConfig":
     usual = config.run_dir == f"runs/{Path(options.config).stem}"
     config = of_encoder(replace(config, sketch=replace(config.sketch, checkpoint=options.checkpoint)))
     if usual and (run := run_of(config)):
-        config = replace(config, run_dir=str(run / ("sketch-flow" if config.sketch.kind == "flow" else "sketch")))
+        config = replace(config, run_dir=str(run / FOLDERS[config.sketch.kind]))
     return config

@@ -3,6 +3,7 @@
 python launch/visualize.py all --checkpoint runs/tiny
 python launch/visualize.py features --checkpoint runs/tiny --images /data/my_images --size 128 --out pictures
 python launch/visualize.py predict --checkpoint runs/tiny --box 2,3,4,3
+python launch/visualize.py features --checkpoint runs/tiny --steps all       of every checkpoint that the run has kept
 
 WHAT is one of these, or all, for those that the checkpoint allows:
 {pictures}
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 from ijepa_scale.verbs import parser_of
 
 if TYPE_CHECKING:
-    from ijepa_scale.masking.grid import PatchGrid
+    from ijepa_scale.pictures.subject import Checkpoint
 
 PICTURES = {
     "masks": "what the networks see, and how often each patch is seen and predicted",
@@ -38,6 +39,10 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", required=True, metavar="RUN", help="a run, a checkpoint, or others of docs/export.md"
     )
+    parser.add_argument(
+        "--steps", nargs="+", default=[], metavar="STEP", help="all, or some: a picture of each checkpoint that the "
+        "run has kept, for a slider on its page (default: the newest alone)",
+    )  # fmt: skip
     parser.add_argument("--images", default="", metavar="SOURCE", help="a folder or another source, or scenes")
     parser.add_argument("--split", default="", help="of the source (default: validation or test, else its only one)")
     parser.add_argument("--out", default="", metavar="DIR", help="default: pictures/ of the run")
@@ -86,42 +91,59 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def visualize(options: argparse.Namespace) -> None:
-    """Open the checkpoint and the images, draw what is asked for, and say where it is."""
+    """Open the checkpoints and the images, draw what is asked for, and say where it is."""
     check_numbers(options)
-    from ijepa_scale.pictures.drawing import DRAWN, Asked
-    from ijepa_scale.pictures.subject import open_checkpoint, open_images_of
+    from ijepa_scale.pictures.choices import box_of, patch_of
+    from ijepa_scale.pictures.drawing import DRAWN, Asked, Series
+    from ijepa_scale.pictures.subject import checkpoints_at, open_checkpoint, open_images_of
 
-    checkpoint = open_checkpoint(options.checkpoint)
-    chosen = list(PICTURES) if options.what == "all" else [options.what]
     drawers = {"decoder": options.decoder, "flow": options.flow}
-    reasons = {what: reason for what in chosen if (reason := checkpoint.why_not(what, drawers))}
-    if reasons and options.what != "all":
-        raise ValueError(reasons[options.what])
-    for what, reason in reasons.items():
-        print(f"left out: {what}: {reason}")
-    asked = Asked(
-        out=checkpoint.folder(options.out),
-        count=options.count,
-        seed=options.seed,
-        size=checkpoint.size(options.size),
-        layers=checkpoint.layers(options.layers),
-        foreground=options.foreground,
-        raw=options.raw,
-        queries=options.query,
-        patch=patch_of(options.patch, checkpoint.grid(options.size)),
-        box=box_of(options.box, checkpoint.grid()),
-        drawers=drawers,
-        samples=options.samples,
-    )
-    images = open_images_of(
-        checkpoint, options.images, options.split, options.cache_dir, among=options.among, seed=options.seed
-    )
-    print(f"{checkpoint.loaded.path}, the {checkpoint.loaded.name} encoder, on {images.words}", flush=True)
-    for what in chosen:
-        if what not in reasons:
-            started = time.monotonic()
-            made = DRAWN[what](checkpoint, images, asked)
-            print(f"{what}: {asked.out}/{', '.join(made)} ({time.monotonic() - started:.0f} s)", flush=True)
+    paths = checkpoints_at(options.checkpoint, options.steps) if options.steps else [options.checkpoint]
+    images, series = None, Series() if options.steps else None
+    for path in paths:
+        checkpoint = open_checkpoint(path)
+        chosen = list(PICTURES) if options.what == "all" else [options.what]
+        reasons = {what: reason for what in chosen if (reason := why_not(what, checkpoint, options.steps, drawers))}
+        if reasons and options.what != "all":
+            raise ValueError(reasons[options.what])
+        asked = Asked(
+            out=checkpoint.folder(options.out),
+            count=options.count,
+            seed=options.seed,
+            size=checkpoint.size(options.size),
+            layers=checkpoint.layers(options.layers),
+            foreground=options.foreground,
+            raw=options.raw,
+            queries=options.query,
+            patch=patch_of(options.patch, checkpoint.grid(options.size)),
+            box=box_of(options.box, checkpoint.grid()),
+            drawers=drawers,
+            samples=options.samples,
+            series=series,
+        )
+        if images is None:  # those of a run's checkpoints are the same
+            for what, reason in reasons.items():
+                print(f"left out: {what}: {reason}")
+            images = open_images_of(
+                checkpoint, options.images, options.split, options.cache_dir, among=options.among, seed=options.seed
+            )
+        print(f"{checkpoint.loaded.path}, the {checkpoint.loaded.name} encoder, on {images.words}", flush=True)
+        for what in chosen:
+            if what not in reasons:
+                started = time.monotonic()
+                made = DRAWN[what](checkpoint, images, asked)
+                print(f"{what}: {asked.out}/{', '.join(made)} ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def why_not(what: str, checkpoint: "Checkpoint", steps: list[str], drawers: dict[str, str]) -> str:
+    """Why there is no such picture; "" where there is."""
+    from ijepa_scale.pictures import sketches
+
+    if what == "masks" and steps:
+        return "masks are the same at every step; leave --steps out"
+    if what == "sketch" and steps:
+        return "what draws sketches is trained on one checkpoint; leave --steps out"
+    return checkpoint.why_not(what) or (sketches.why_not(checkpoint, drawers) if what == "sketch" else "")
 
 
 def check_numbers(options: argparse.Namespace) -> None:
@@ -132,40 +154,3 @@ def check_numbers(options: argparse.Namespace) -> None:
         raise ValueError(f"--count {options.count} is more than --among {options.among}: those shown are among these")
     if options.size and options.what != "features":
         raise ValueError(f"--size is of features alone, got it with {options.what}; leave it out, or ask for features")
-
-
-def patch_of(text: str, grid: "PatchGrid") -> int | None:
-    """The index of a patch given as ROW,COL; None where none is given."""
-    if not text:
-        return None
-    row, column = _numbers("--patch", text, "ROW,COL")
-    if not (0 <= row < grid.rows and 0 <= column < grid.columns):
-        raise ValueError(
-            f"--patch {text} is outside the grid of {grid.rows} x {grid.columns} patches: rows are 0..{grid.rows - 1}, "
-            f"columns 0..{grid.columns - 1}"
-        )
-    return row * grid.columns + column
-
-
-def box_of(text: str, grid: "PatchGrid") -> tuple[int, int, int, int] | None:
-    """A box given as ROW,COL,HEIGHT,WIDTH; None where none is given."""
-    if not text:
-        return None
-    top, left, height, width = _numbers("--box", text, "ROW,COL,HEIGHT,WIDTH")
-    inside = top >= 0 <= left and height >= 1 <= width and top + height <= grid.rows and left + width <= grid.columns
-    if not inside or height * width == grid.num_patches:
-        raise ValueError(
-            f"--box {text} (row, column, height, width) must lie in the grid of {grid.rows} x {grid.columns} patches "
-            "and leave some of it; rows and columns count from 0"
-        )
-    return top, left, height, width
-
-
-def _numbers(option: str, text: str, form: str) -> list[int]:
-    try:
-        numbers = [int(word) for word in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != form.count(",") + 1:
-        raise ValueError(f"{option} wants {form} in whole numbers with commas between, got {text!r}")
-    return numbers

@@ -15,6 +15,7 @@ from ijepa_scale.visualize.sheet import Bar, Box, Cell, draw_sheet, upright
 
 AT_ONCE = 64  # images
 BACKGROUND = 0.9  # of a patch that is not foreground, of 1
+SIMILARITY = Bar("cosine with the marked patch", -1, 1, "RdBu_r")
 
 
 @torch.no_grad()
@@ -65,17 +66,36 @@ def foreground(features_BND: np.ndarray, threshold: float) -> np.ndarray:
     return kept.reshape(features_BND.shape[:2])
 
 
-def pca_colours(features_BND: np.ndarray, threshold: float | None = None) -> np.ndarray:
-    """One PCA of all patches of all images: its first three components as red, green and blue, (B, N, 3) of 0 to 1.
+def pca_scores(features_BND: np.ndarray, threshold: float | None = None) -> np.ndarray:
+    """One PCA of all patches of all images: scores on its first three axes, (B, N, 3), each of standard deviation 1.
 
-    threshold: of foreground(); the PCA is then of the foreground alone, and the rest is grey.
+    threshold: of foreground(); the PCA is then of the foreground alone, and the rest is NaN.
     """
     kept = np.ones(features_BND.shape[:2], bool) if threshold is None else foreground(features_BND, threshold)
-    scores = principal_components(features_BND[kept], 3)
-    low, high = np.percentile(scores, [1, 99], axis=0)
-    colours = np.full((*kept.shape, 3), BACKGROUND)
-    colours[kept] = np.clip((scores - low) / np.maximum(high - low, 1e-12), 0, 1)
-    return colours
+    found = principal_components(features_BND[kept], 3)
+    scores = np.full((*kept.shape, 3), np.nan)
+    scores[kept] = found / np.maximum(found.std(axis=0), 1e-12)
+    return scores
+
+
+def turned(scores_BN3: np.ndarray, others_BN3: np.ndarray) -> tuple[np.ndarray, float]:
+    """Scores turned, or mirrored, as one to come as near as they can to others of the same patches; and how near.
+
+    By the orthogonal transformation of least squared distance (Procrustes; Schönemann, 1966): which patches are alike
+    stays as it was. How near: the correlation of all turned scores with the others', 1 where they are the same. Patches
+    that are NaN on either side do not count.
+    """
+    both = np.isfinite(scores_BN3) & np.isfinite(others_BN3)
+    own, other = (np.where(both, scores, 0.0).reshape(-1, 3) for scores in (scores_BN3, others_BN3))
+    left, sizes, right = np.linalg.svd(own.T @ other)
+    return scores_BN3 @ (left @ right), float(sizes.sum() / max(np.linalg.norm(own) * np.linalg.norm(other), 1e-12))
+
+
+def colours(scores_BN3: np.ndarray) -> np.ndarray:
+    """Three scores of each patch as red, green and blue, (B, N, 3) of 0 to 1; those that are NaN grey."""
+    low, high = np.nanpercentile(scores_BN3, [1, 99], axis=(0, 1))
+    shown = np.clip((scores_BN3 - low) / np.maximum(high - low, 1e-12), 0, 1)
+    return np.where(np.isfinite(shown), shown, BACKGROUND)
 
 
 def similarity(features_BND: np.ndarray, patches_B: np.ndarray) -> np.ndarray:
@@ -118,6 +138,26 @@ def unit(features: np.ndarray) -> np.ndarray:
 
 def patch_box(patch: int, grid: PatchGrid) -> Box:
     return (*divmod(int(patch), grid.columns), 1, 1)
+
+
+def draw_step(
+    path: Path,
+    images_BCHW: np.ndarray,
+    colours_BN3: np.ndarray,
+    similarity_BN: np.ndarray,
+    grid: PatchGrid,
+    *,
+    heading: str,
+    marked: np.ndarray,
+) -> None:
+    """Write a PNG of three rows: the images with a marked patch each, the colours of their patches, and similarity."""
+    count, pixels = len(images_BCHW), upright(images_BCHW)
+    rows = [
+        [Cell(pixels[i], box=patch_box(marked[i], grid)) for i in range(count)],
+        [Cell(one.reshape(*grid.shape, 3)) for one in colours_BN3],
+        [Cell(heat=one.reshape(grid.shape)) for one in similarity_BN],
+    ]
+    draw_sheet(path, rows, grid, headings={0: heading}, labels=("image", "colours", "similarity"), bar=SIMILARITY)
 
 
 def draw_beside(

@@ -176,6 +176,7 @@ def test_the_run_folder_is_named_after_the_file(load):
         ("checkpoint: {keep_every: -1}", [], "checkpoint.keep_every must be 0 or more"),
         ("logging: {wandb: 'on'}", [], "logging.wandb must be disabled, offline or online"),
         ("logging: {health_images: 8}", [], "logging.health_images must be 32 or more"),
+        ("logging: {pictures_every_steps: -1}", [], "logging.pictures_every_steps must be 0 .* or more, got -1"),
         ("logging: {health_every_steps: -1}", [], "logging.health_every_steps must be 0 or more"),
         ("report: {train_images: -1}", [], "report.train_images must be 0 or more"),
         ("seed: -1", [], "seed must be 0 or more .*, got -1"),
@@ -296,8 +297,8 @@ FREE = {
     "optimization.micro_batch_size", "optimization.stop_at_step", "engine.zero_stage", "engine.hang_seconds",
     "engine.activation_checkpointing", "engine.compile",
     "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every", "logging.wandb",
-    "logging.wandb_project", "logging.health_every_steps", "logging.health_images", "report.train_images",
-    "report.test_images",
+    "logging.wandb_project", "logging.health_every_steps", "logging.health_images", "logging.pictures_every_steps",
+    "report.train_images", "report.test_images",
 }  # fmt: skip
 
 

@@ -75,6 +75,7 @@ def test_a_task_and_then_all_that_the_columns_allow(all_tasks):
         assert {measure["count"] for measure in task["measures"]} == {24} and 0.0 <= task["result"] <= 100.0
         assert f"{name}: 40 images to fit on, 24 to judge by" in second
     knn = results["tasks"]["knn"]
+    assert knn["arguments"][:2] == ["all", ALL[0]] and str(RUN) in knn["arguments"]
     assert (
         knn["settings"] == {"k": [1, 5], "temperature": 0.07} and len(knn["measures"]) == 2
     )  # of all, no more of k=[3]

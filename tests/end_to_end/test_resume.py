@@ -4,11 +4,15 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from ijepa_scale.engine import checkpoint
+from ijepa_scale.pictures.subject import open_checkpoint, open_images_of
 from ijepa_scale.run.folder import RunFolder
 from ijepa_scale.run.records import read_records
+from ijepa_scale.run.step_pictures import SHOWN
+from ijepa_scale.visualize.features import patch_features, pca_scores, turned
 from tests.end_to_end import worker_faults
 from tests.end_to_end.runs import (
     Runs,
@@ -62,13 +66,28 @@ STAGES = [3, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2))]
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stopping_and_resuming_changes_nothing(runs, whole_runs, stopped_runs, tmp_path, stage):
-    """Also with loader processes, which the stopped part did not have."""
+    """Also with loader processes, and with pictures, which the stopped part and the whole run did not have."""
     run = stopped_runs(stage, tmp_path / "run")
     assert checkpoints_of(run) == [4, STOP]
-    ends = runs(run, f"engine.zero_stage={stage}", "data.workers=1")
+    ends = runs(run, f"engine.zero_stage={stage}", "data.workers=1", "logging.pictures_every_steps=4")
     assert f"resumed from {run / 'checkpoints' / 'step-00000006'}, step {STOP}" in ends[0].output
     assert_same_run(run, whole_runs(stage), STEPS)
     assert len(steps_of(run)) == STEPS
+    assert_pictured(run)
+
+
+def assert_pictured(run):
+    """At multiples of 4 and the end, what the target encoder made of the images: as of the checkpoint, read whole."""
+    assert sorted(path.name for path in (run / "pictures").glob("*.png")) == [
+        f"features-step-{step:08d}.png" for step in (8, STEPS)
+    ]
+    checkpoint = open_checkpoint(str(run))
+    images = open_images_of(checkpoint, "", "", "", among=64, seed=0)
+    (features,) = patch_features(checkpoint.encoder, images.pixels, [-1])
+    expected = pca_scores(features[:SHOWN] - features.mean(axis=0, dtype=np.float64))
+    with np.load(run / "pictures" / f"features-step-{STEPS:08d}.npz") as found:
+        _, near = turned(found["scores"], expected)
+    assert checkpoint.step == STEPS and near == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])

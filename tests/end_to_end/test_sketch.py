@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ijepa_scale.exchange.load import load
-from ijepa_scale.pictures.sketches import decode, hide, read_drawer, told_apart
+from ijepa_scale.pictures.sketches import decode, found_sketches, hide, read_drawer, told_apart
 from ijepa_scale.pictures.subject import drawn_boxes, open_checkpoint, open_images_of
 from ijepa_scale.run.records import read_records
 from ijepa_scale.verbs.visualize import main as visualize
@@ -112,7 +112,7 @@ def test_sketches_hold_what_features_and_predictions_say(tmp_path):
     images = open_images_of(checkpoint, "", "", "", among=256, seed=0)
     assert "never trained on" in images.words
     model = checkpoint.model()
-    drawers = {kind: read_drawer(path, kind, checkpoint) for kind, path in checkpoint.sketches({}).items()}
+    drawers = {kind: read_drawer(path, kind, checkpoint) for kind, path in found_sketches(checkpoint, {}).items()}
     hidden = hide(model, images, drawn_boxes(checkpoint, 256, 0), drawers["decoder"].layer)
     found = decode(drawers["decoder"], model, hidden)
     assert found.own >= 90

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from ijepa_scale.engine.device import memory_bytes
 from ijepa_scale.run import records
@@ -114,6 +115,7 @@ socket.getaddrinfo = no_network
 from ijepa_scale.run.records import WandbWriter
 writer = WandbWriter("offline", project="p", name="n", run_dir=sys.argv[1], config={"a": {"b": 1}}, run_id=None)
 writer.log({"kind": "step", "loss": 0.5, "skipped": None, "grad_norm": float("nan")}, 4)
+writer.log_pictures({"Colours": sys.argv[1] + "/colours.png"}, 4)
 writer.finish()
 again = WandbWriter("offline", project="p", name="n", run_dir=sys.argv[1], config={}, run_id=writer.run_id)
 again.log({"loss": 0.25}, 2)
@@ -127,6 +129,7 @@ print(writer.run_id, len(reached), reached)
 
 def test_wandb_offline_writes_to_the_run_folder_asks_nothing_and_keeps_its_id(tmp_path):
     pytest.importorskip("wandb")
+    Image.new("RGB", (9, 7), "red").save(tmp_path / "colours.png")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
     done = subprocess.run(
         [sys.executable, "-c", OFFLINE_RUN, str(tmp_path)],
@@ -142,13 +145,16 @@ def test_wandb_offline_writes_to_the_run_folder_asks_nothing_and_keeps_its_id(tm
     assert done.stderr == "" and done.stdout.count("\n") == 1  # nothing that would tear the progress line
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == [f"run-{run_id}.wandb"] * 2
-    assert b"loss" in files[0].read_bytes()
+    assert b"loss" in files[0].read_bytes() and b"Colours" in files[0].read_bytes()
+    (picture,) = (tmp_path / "wandb").glob("offline-run-*/files/media/images/*.png")
+    assert Image.open(picture).size == (9, 7)
 
 
 def test_wandb_disabled_is_silent_and_is_never_imported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # importing it would raise
     writer = WandbWriter("disabled", project="p", name=None, run_dir=tmp_path, config={}, run_id="kept")
     writer.log({"loss": 1.0}, 0)
+    writer.log_pictures({"Colours": tmp_path / "none.png"}, 0)
     writer.finish()
     assert writer.run_id == "kept" and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="disabled, offline or online, got 'on'"):

@@ -1,11 +1,16 @@
 """The verb report, on folders of toy runs."""
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from ijepa_scale.evals.evaluation import Measure, Outcome
+from ijepa_scale.evals.results import write_results
 from ijepa_scale.run import page
 from ijepa_scale.verbs import report
 from tests.run.toy_run import write_picture, write_run
@@ -68,6 +73,48 @@ def test_pictures_stand_in_their_sections_and_what_is_wrong_with_others_is_said(
     assert text.count('type="range"') == 1 and text.count("<img ") == 4
     for name in ("elsewhere", "empty", "torn", "alone"):
         assert f"Left out: {name}.png" in text
+
+
+@dataclass(frozen=True)
+class Settings:
+    features: bool = True
+    epochs: int = 28
+
+
+def write_evaluation(run, name, *, step=20, task="linear", arguments=(), **facts):
+    """As evaluate does, of two measures."""
+    accuracies = [Measure(name=words, value=value, error=0.51, count=5000, chance=1.0) for words, value in MEASURES]
+    outcome = Outcome.best_of(
+        accuracies, [np.array([0])] * 2, np.array([0]), train_images=400, arguments=[task, *arguments]
+    )
+    facts = {"step": step, "network": "target", "data": "a:train", "test_data": "a:validation", "label": "", **facts}
+    write_results(run / "evaluations" / name, facts, task, Settings(), outcome, 1.0)
+
+
+MEASURES = [("output, <b>", 17.84), ("last 4 blocks", 19.06)]
+
+
+def test_what_evaluate_found_is_among_the_probes(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    write_evaluation(run, "new", arguments=["--checkpoint", "my run", f"--data=https://me:{SECRET}@host/x"])
+    write_evaluation(run, "old", step=10, task="knn", network="context", label="colour")
+    write_evaluation(tmp_path, "of-another-run", step=7)
+    for name, text in (("torn", "{"), ("foreign", '{"tasks": {"knn": {}}}')):
+        (run / "evaluations" / name).mkdir()
+        (run / "evaluations" / name / "results.json").write_text(text)
+    written([run], capsys)
+    text = (run / "report.html").read_text()
+    probes = text[text.index(">Probes</h2>") : text.index(">Environment</h2>")]
+    rows = [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in re.findall(r"<tr>(.*?)</tr>", probes)]
+    kinds = ["a:train, 400 images", "a:validation, 5,000 images"]
+    assert ["linear", "20", "19.1 ± 0.5%", "1.0%", "last 4 blocks, features computed once", *kinds] in rows
+    kinds[0] = "a:train, colour, 400 images"
+    words = "last 4 blocks, features computed once, context encoder"
+    assert ["knn", "10", "19.1 ± 0.5%", "1.0%", words, *kinds] in rows
+    assert "evaluate linear --checkpoint &#39;my run&#39; &#39;--data=https://[hidden]@host/x&#39;" in probes
+    assert "settings: features=True epochs=28" in probes and SECRET not in text
+    for name in ("torn", "foreign"):
+        assert f"Left out: evaluations/{name}/results.json: no results as evaluate writes them" in text
 
 
 def test_no_secret_is_on_a_page(tmp_path, capsys):

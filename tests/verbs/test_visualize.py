@@ -1,5 +1,6 @@
 """The verb visualize, on a run of 4 x 4 patches of images of 16 pixels, and 16 pictures."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -8,12 +9,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ijepa_scale.config import LossConfig, MaskConfig, ObjectiveConfig, PredictorConfig
+from ijepa_scale.engine.checkpoint import MANIFEST, _digest, read_manifest
 from ijepa_scale.exchange.export import export
 from ijepa_scale.pictures import drawing
 from ijepa_scale.pictures.subject import open_checkpoint, open_images_of
+from ijepa_scale.run.page import pictures_of
 from ijepa_scale.verbs.visualize import main
 from ijepa_scale.visualize.sheet import SECTIONS
 from tests.processes import ROOT
@@ -121,7 +126,7 @@ def test_another_objective_has_masks_but_no_predictions(run, tmp_path):
     assert checkpoint.config is not None
     sections = {"mask": MaskConfig(), "loss": LossConfig(), "predictor": PredictorConfig()}  # which are not MAE's
     other = replace(checkpoint, config=replace(checkpoint.config, objective=ObjectiveConfig(name="mae"), **sections))
-    assert "of the objective mae; predict is of ijepa alone" in other.why_not("predict", {})
+    assert "of the objective mae; predict is of ijepa alone" in other.why_not("predict")
     assert not checkpoint.why_not("predict") and not other.why_not("masks")
     images = open_images_of(checkpoint, IMAGES, "", "", among=4, seed=0)
     nothing = {"layers": [0], "foreground": None, "raw": False, "queries": [], "patch": None, "box": None}
@@ -143,6 +148,56 @@ def test_images_are_those_that_were_not_trained_on(run, image_folder, tmp_path):
     assert chosen[image_folder].words.endswith(":train, which has no other split: it was trained on")
     assert chosen[tmp_path].words.endswith(":validation, never trained on") and len(chosen[tmp_path].indices) == 16
     assert sorted(chosen[image_folder].indices) == list(range(64)) != chosen[image_folder].indices
+
+
+@pytest.fixture
+def two_checkpoints(run, tmp_path):
+    """A run with another checkpoint, of step 2, and of other weights."""
+    shutil.copytree(run / "checkpoints", tmp_path / "two" / "checkpoints")
+    earlier = tmp_path / "two" / "checkpoints" / "step-00000002"
+    shutil.copytree(earlier.with_name("step-00000004"), earlier)
+    manifest = read_manifest(earlier)
+    generator = torch.Generator().manual_seed(0)
+    for entry in manifest["files"]:
+        file = earlier / entry["name"]
+        weights = {
+            key: value + 0.02 * torch.randn(value.shape, generator=generator) for key, value in load_file(file).items()
+        }
+        save_file(weights, file)
+        entry |= {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    manifest["step"] = 2
+    (earlier / MANIFEST).write_text(json.dumps({**manifest, "sha256": _digest(manifest)}))
+    return tmp_path / "two"
+
+
+def test_a_picture_of_each_checkpoint_is_a_slider_of_its_own(two_checkpoints, capsys):
+    run, folder = two_checkpoints, two_checkpoints / "pictures"
+    assert main(["features", "--checkpoint", str(run), *SMALL]) == 0
+    alone = (folder / "features.png").read_bytes()
+    assert main(["features", "--checkpoint", str(run), *SMALL, "--steps", "all"]) == 0
+    drawn = ("attention", "features", "similarity")
+    of_steps = {f"{name}-checkpoint-{step:08d}.png" for name in drawn for step in (2, 4)}
+    assert {path.name for path in folder.glob("*.png")} == {*of_steps, *(f"{name}.png" for name in drawn)}
+    assert (folder / "features.png").read_bytes() == alone == (folder / "features-checkpoint-00000004.png").read_bytes()
+    steps = {block.title: [frame.step for frame in block.frames] for block in pictures_of(run)[0]["features"]}
+    assert steps["Patch features in colours"] == [4]
+    assert steps["Patch features in colours, over checkpoints"] == [2, 4]
+    newest, earlier = (words_of(folder, f"features-checkpoint-{step:08d}")["caption"] for step in (4, 2))
+    assert "Colours of earlier checkpoints are turned to these." in newest
+    assert "to be like those of step 4: the correlation with these is 0." in earlier
+    assert capsys.readouterr().out.count("12 images of images:train") == 3
+
+
+def test_some_of_the_steps_that_a_run_has_kept(two_checkpoints, tmp_path, capsys):
+    usual = ["--checkpoint", str(two_checkpoints), *SMALL, "--out", str(tmp_path / "out")]
+    assert main(["predict", *usual, "--steps", "2"]) == 0
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["predictions-checkpoint-00000002.png"]
+    assert main(["predict", *usual, "--steps", "2", "3"]) == 2
+    assert "--steps 3: " in (said := capsys.readouterr().err) and "has kept checkpoints of the steps 2, 4; " in said
+    assert main(["masks", *usual, "--steps", "all"]) == 2
+    assert "masks are the same at every step" in capsys.readouterr().err
+    assert main(["predict", "--checkpoint", str(tmp_path), *SMALL, "--steps", "all"]) == 2
+    assert "--steps is of a run, and there is no checkpoint in" in capsys.readouterr().err
 
 
 def test_help_imports_nothing_that_takes_time():

@@ -29,16 +29,21 @@ def test_principal_components_are_numpys_singular_vectors():
     np.testing.assert_allclose(features.principal_components(values.astype(np.float32), 3), expected, atol=1e-4)
 
 
+def colours_of(values, threshold=None):
+    return features.colours(features.pca_scores(values, threshold))
+
+
 def test_colours_are_of_one_pca_of_all_images():
     """An image has the same colours wherever it stands, and others than alone."""
     values = random_features(6, 16, 8)
-    colours = features.pca_colours(values)
-    np.testing.assert_allclose(features.pca_colours(values[::-1])[::-1], colours, atol=1e-9)
-    assert np.abs(features.pca_colours(values[:1]) - colours[:1]).max() > 0.1
+    colours = colours_of(values)
+    np.testing.assert_allclose(colours_of(values[::-1])[::-1], colours, atol=1e-9)
+    assert np.abs(colours_of(values[:1]) - colours[:1]).max() > 0.1
     assert colours.shape == (6, 16, 3) and colours.min() == 0.0 and colours.max() == 1.0
     scores = features.principal_components(values.reshape(-1, 8), 3)
     order = np.argsort(scores[:, 0])
     assert (np.diff(colours.reshape(-1, 3)[order, 0]) >= 0).all()
+    np.testing.assert_allclose(features.pca_scores(values).reshape(-1, 3), scores / scores.std(axis=0), atol=1e-9)
 
 
 def test_foreground_is_one_side_of_the_first_component():
@@ -46,11 +51,43 @@ def test_foreground_is_one_side_of_the_first_component():
     first = features.principal_components(values.reshape(-1, 8), 1)[:, 0]
     middle = (first > (first.min() + first.max()) / 2).reshape(4, 16)
     assert (features.foreground(values, 0.5) == middle).all() and (features.foreground(values, -0.5) == ~middle).all()
-    colours = features.pca_colours(values, 0.5)
+    colours = colours_of(values, 0.5)
     assert (colours[~middle] == features.BACKGROUND).all()
-    np.testing.assert_allclose(colours[middle], features.pca_colours(values[middle][None])[0])
+    np.testing.assert_allclose(colours[middle], colours_of(values[middle][None])[0])
     with pytest.raises(ValueError, match=r"--foreground 1 keeps 0 of 64 patches"):
         features.foreground(values, 1.0)
+
+
+def test_scores_turn_back_to_those_that_they_were_turned_from():
+    scores = features.pca_scores(random_features(4, 16, 8))
+    rng = np.random.default_rng(1)
+    for change in (np.diag([1.0, -1.0, 1.0]), np.eye(3)[[2, 0, 1]], np.linalg.qr(rng.normal(size=(3, 3)))[0]):
+        found, near = features.turned(scores @ change, scores)
+        np.testing.assert_allclose(found, scores, atol=1e-9)
+        assert near == pytest.approx(1.0)
+
+
+def test_no_other_turn_brings_scores_nearer_and_who_is_alike_stays():
+    own, others = (features.pca_scores(random_features(4, 16, 8, seed=seed)) for seed in (0, 1))
+    found, near = features.turned(own, others)
+    least = np.square(found - others).sum()
+    assert near == pytest.approx(np.corrcoef(found.ravel(), others.ravel())[0, 1]) and 0.0 < near < 0.9
+    rng = np.random.default_rng(2)
+    for _ in range(200):
+        turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+        assert np.square(own @ turn - others).sum() > least
+    apart = [np.linalg.norm(one.reshape(-1, 1, 3) - one.reshape(1, -1, 3), axis=2) for one in (own, found)]
+    np.testing.assert_allclose(*apart, atol=1e-9)
+
+
+def test_patches_without_scores_do_not_count_for_the_turn():
+    scores, rng = features.pca_scores(random_features(4, 16, 8)), np.random.default_rng(3)
+    turn = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    own, others = scores @ turn, scores.copy()
+    own[0], others[:, 0] = np.nan, np.nan
+    found, near = features.turned(own, others)
+    np.testing.assert_allclose(found[1:], scores[1:], atol=1e-9)
+    assert np.isnan(found[0]).all() and near == pytest.approx(1.0)
 
 
 def test_similarity_is_the_cosine_of_centred_features():
