@@ -129,8 +129,8 @@ def test_another_objective_has_masks_but_no_predictions(run, tmp_path):
     assert "of the objective mae; predict is of ijepa alone" in other.why_not("predict")
     assert not checkpoint.why_not("predict") and not other.why_not("masks")
     images = open_images_of(checkpoint, IMAGES, "", "", among=4, seed=0)
-    nothing = {"layers": [0], "foreground": None, "raw": False, "queries": [], "patch": None, "box": None}
-    asked = drawing.Asked(out=tmp_path, count=3, seed=0, size=16, **nothing)
+    nothing = {"layers": [0], "foreground": None, "raw": False, "queries": [], "patch": None, "box": None, "samples": 1}
+    asked = drawing.Asked(out=tmp_path, count=3, seed=0, size=16, drawers={}, **nothing)
     assert drawing.draw_masks_of(other, images, asked) == ["masks.png"]
     assert words_of(tmp_path, "masks")["caption"].startswith("Masks of mae, ")
 
