@@ -104,8 +104,8 @@ def test_sketches_hold_what_features_and_predictions_say(tmp_path):
     run = tmp_path / "run"
     words = ("--config", str(tmp_path / "scenes.yaml"), f"run_dir={run}")
     assert_all(run_ranks(pretrain, 1, tmp_path / "output", *words, timeout=400))
-    (tmp_path / "sketch.yaml").write_text(SKETCH % "")
-    words = ("optimization.max_steps=300", "optimization.global_batch_size=64", "sketch.width=64", "sketch.noise=0.2")
+    (tmp_path / "sketch.yaml").write_text(SKETCH % '""')
+    words = ("optimization.max_steps=250", "optimization.global_batch_size=64", "sketch.width=64", "sketch.noise=0.2")
     start(run, *words)
     start(run, *words, "sketch.kind=flow")
     checkpoint = open_checkpoint(str(run))
