@@ -1,14 +1,11 @@
 """What ranks send one another in a step, collective by collective, in bytes: a test counts them at the collectives."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
-from torch import nn
-
-from ijepa_scale.plan.memory import BF16, FP32, Model, Sharding, buckets, piece
-from ijepa_scale.plan.partitioned import gathers, kept_whole
+from ijepa_scale.plan.memory import BF16, FP32, Model, Sharding, buckets, piece, small_numels
+from ijepa_scale.plan.partitioned import gathers
 
 FP64 = 8
 REDUCE_SCATTER, ALL_GATHER, ALL_REDUCE = "reduce-scatter", "all-gather", "all-reduce"
@@ -68,30 +65,24 @@ def _partitioned(model: Model, sharding: Sharding) -> list[Collective]:
     def whole(numel: int) -> int:
         return ranks * piece(numel, ranks)
 
-    def of(parameters: Iterable[nn.Parameter]) -> list[int]:
-        return [BF16 * whole(parameter.numel()) for parameter in parameters]
+    gathered = gathers(model.module, sharding)
 
-    calls = gathers(model.module, sharding).calls(times)
-    gathered = list(chain.from_iterable(calls))
-    of_averages = sum(not one[0].requires_grad for one in calls)
+    def of(trained: bool) -> tuple[list[int], int]:
+        """(sizes, calls) of a step's gathers of weights that are trained, or of the others."""
+        sizes, calls = [], 0
+        for micro_step, count in ((gathered.first, 1), (gathered.later, times - 1)):
+            own = [BF16 * whole(numel) for call in micro_step for numel, is_trained in call if is_trained == trained]
+            sizes += own * count
+            calls += count * sum(call[0][1] == trained for call in micro_step)  # a call of both is its first's
+        return sizes, calls
+
     trained = [whole(numel) for group in model.groups for numel in group.numels]
+    buckets_sent = math.ceil(sum(trained) / sharding.bucket)
     return [
-        _made(
-            REDUCE_SCATTER,
-            "gradients",
-            [sharding.sent * numel for numel in trained] * times,
-            times * math.ceil(sum(trained) / sharding.bucket),
-        ),
+        _made(REDUCE_SCATTER, "gradients", [sharding.sent * numel for numel in trained] * times, times * buckets_sent),
         _made(ALL_GATHER, "updates", [FP32 * sum(map(whole, group.numels)) for group in model.groups if group.muon]),
-        _made(
-            ALL_GATHER,
-            "weights",
-            of(p for p in gathered if p.requires_grad),
-            len(calls) - of_averages,
-        ),
-        _made(ALL_GATHER, "averages", of(p for p in gathered if not p.requires_grad), of_averages),
-        _made(
-            ALL_GATHER, "small weights", of(p for p in model.module.parameters() if kept_whole(p, sharding.persistence))
-        ),
+        _made(ALL_GATHER, "weights", *of(True)),
+        _made(ALL_GATHER, "averages", *of(False)),
+        _made(ALL_GATHER, "small weights", [BF16 * whole(n) for n in small_numels(model, sharding)]),
         _made(ALL_REDUCE, "norm", [FP64] * len(model.groups)),
     ]

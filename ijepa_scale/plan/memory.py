@@ -3,6 +3,7 @@
 A test holds the state to what lies there under ZeRO-1, -2 and -3, to the byte.
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,11 +26,11 @@ class Group:
     averaged: bool
     muon: bool
 
-    @property
+    @functools.cached_property
     def numels(self) -> list[int]:
         return [shape.numel() for shape in self.shapes]
 
-    @property
+    @functools.cached_property
     def numel(self) -> int:
         return sum(self.numels)
 
@@ -143,6 +144,11 @@ def piece(numel: int, ranks: int) -> int:
     return -(-numel // ranks)
 
 
+def small_numels(model: Model, sharding: Sharding) -> list[int]:
+    """Elements of the parameters that every rank has whole at ZeRO-3, too: small ones that are trained."""
+    return [numel for group in model.groups for numel in group.numels if numel <= sharding.persistence]
+
+
 def _sharded(model: Model, sharding: Sharding) -> Memory:
     whole = sum(sum(buckets(group, sharding)) for group in model.groups)
     averaged = sum(sum(buckets(group, sharding)) for group in model.groups if group.averaged)
@@ -166,9 +172,8 @@ def _partitioned(model: Model, sharding: Sharding) -> Memory:
     ranks = sharding.ranks
     pieces = sum(piece(numel, ranks) for group in model.groups for numel in group.numels)
     averaged = sum(piece(numel, ranks) for group in model.groups if group.averaged for numel in group.numels)
-    small = sum(n for group in model.groups for n in group.numels if n <= sharding.persistence)
     return Memory(
-        weights=BF16 * (pieces + small) + model.constants,
+        weights=BF16 * (pieces + sum(small_numels(model, sharding))) + model.constants,
         gradients=FP32 * pieces,
         optimizer=3 * FP32 * pieces,
         ema=(FP32 + BF16) * averaged,

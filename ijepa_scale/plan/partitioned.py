@@ -22,16 +22,12 @@ Call = tuple[str, nn.Module]  # "fetch" before a module, or "release" after it
 class Gathers:
     """What each all-gather brings: of a step's first micro-step, and of each later one, which finds some there.
 
-    most: elements that are there at once beside small ones.
+    A weight is its elements, and whether it is trained. most: elements that are there at once beside small ones.
     """
 
-    first: list[list[nn.Parameter]]
-    later: list[list[nn.Parameter]]
+    first: list[list[tuple[int, bool]]]
+    later: list[list[tuple[int, bool]]]
     most: int
-
-    def calls(self, micro_steps: int) -> list[list[nn.Parameter]]:
-        """Of a step."""
-        return self.first + self.later * (micro_steps - 1)
 
 
 def kept_whole(parameter: nn.Parameter, persistence: int) -> bool:
@@ -52,7 +48,11 @@ def gathers(module: nn.Module, sharding: Sharding) -> Gathers:
 def _gathers(module: nn.Module, persistence: int, prefetch: int, reuse: int) -> Gathers:
     trace = list(_forward(module)) + list(_backward(module))
     coordinator = _Coordinator(trace, persistence, prefetch, reuse)
-    return Gathers(first=coordinator.run(), later=coordinator.run(), most=coordinator.most)
+    first, later = (
+        [[(parameter.numel(), parameter.requires_grad) for parameter in call] for call in coordinator.run()]
+        for _ in range(2)
+    )
+    return Gathers(first=first, later=later, most=coordinator.most)
 
 
 def _networks(module: nn.Module) -> list[nn.Module]:
@@ -89,8 +89,14 @@ def _backward(module: nn.Module, parts: list[nn.Module] | None = None) -> Iterat
     yield "release", module
 
 
+@functools.lru_cache(maxsize=1000)
 def _used(module: nn.Module, recurse: bool) -> list[nn.Parameter]:
     return list(module.parameters(recurse=recurse))
+
+
+@functools.lru_cache(maxsize=1000)
+def _elements(module: nn.Module, recurse: bool) -> int:
+    return sum(parameter.numel() for parameter in _used(module, recurse))
 
 
 @dataclass
@@ -152,8 +158,7 @@ class _Coordinator:
         for other in following:
             if passed >= self.reuse or not given_up:
                 break
-            for parameter in other.parameters(recurse=whole):
-                given_up.discard(parameter)
-                passed += parameter.numel()
+            given_up.difference_update(_used(other, whole))
+            passed += _elements(other, whole)
         self.decided[module, step] = given_up
         return given_up

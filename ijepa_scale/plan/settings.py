@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,12 +66,15 @@ class Planned:
 
     @property
     def fastest(self) -> Setting | None:
-        """Of those that fit; of some that are as fast the simplest, which comes first. None: nothing fits."""
-        fitting = [one for one in self.settings if one.fits]
-        if not fitting:
-            return None
-        least = min(one.step.seconds for one in fitting)
-        return next(one for one in fitting if one.step.seconds <= (1 + ALIKE) * least)
+        """None: nothing fits."""
+        return fastest_of(self.settings)
+
+
+def fastest_of(settings: Sequence[Setting]) -> Setting | None:
+    """Of those that fit; of some that are as fast the simplest, which comes first. None: nothing fits."""
+    fitting = [one for one in settings if one.fits]
+    least = min((one.step.seconds for one in fitting), default=0.0)
+    return next((one for one in fitting if one.step.seconds <= (1 + ALIKE) * least), None)
 
 
 def plan(

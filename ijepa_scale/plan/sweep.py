@@ -60,7 +60,7 @@ def sweep(
     return "\n\n".join(
         [
             f"{name} on {clusters[0].gpu}: each number of GPUs at its fastest setting that fits.\n"
-            "Strong: the recipe's global batch. Weak: the global batch grows with the GPUs, which is another recipe.",
+            "Strong: the recipe's global batch. Weak: it grows with the GPUs, which is another recipe.",
             rendered(*rows_of(points)),
             *sorted({f"{point.kind}, {point.cluster.gpus} GPUs: {point.why}" for point in points if point.why}),
             listed("Assumed", assumptions(ran[-1].planned, assumed)),

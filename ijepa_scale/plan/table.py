@@ -1,6 +1,7 @@
 """A plan in words: first what to run, then what else there is, then what was assumed. At most 100 columns."""
 
 import io
+import itertools
 import math
 import shlex
 import textwrap
@@ -8,7 +9,7 @@ from collections.abc import Sequence
 
 from ijepa_scale.plan.clusters import USABLE
 from ijepa_scale.plan.sampling import is_fixed
-from ijepa_scale.plan.settings import Planned, Setting
+from ijepa_scale.plan.settings import Planned, Setting, fastest_of
 from ijepa_scale.plan.times import Assumed, sends_in_words
 
 WIDTH, GIB = 100, 2**30
@@ -65,8 +66,8 @@ def in_words(
             f"{fastest.memory.total / GIB:,.1f} of {fastest.usable / GIB:,.1f} GiB a GPU.{_hostfile(planned)}"
         )
     parts += [
-        "Time: by arithmetic, not measured. > is the one above. Micro: images a GPU runs at once x micro-steps.\n"
-        "GFLOP: of an image. Scatter and gather: what a GPU sends in a step; wait: what of it is not hidden.\n\n"
+        "Time: by arithmetic, not measured. > is the one above. Micro: images at once x micro-steps.\n"
+        "GFLOP: of an image. Scatter and gather: what a GPU sends in a step; wait: what is not hidden.\n\n"
         + rendered(*time_rows(planned, shown, price)),
         "Memory of a GPU, GiB. ! does not fit. Recompute: engine.activation_checkpointing.\n\n"
         + rendered(*memory_rows(planned, shown)),
@@ -92,13 +93,10 @@ def _hostfile(planned: Planned) -> str:
 
 
 def _best_of_each(settings: Sequence[Setting]) -> list[Setting]:
-    found: dict[tuple[int, str], Setting] = {}
-    for one in settings:
-        key = (one.zero_stage, one.checkpointing)
-        better = key not in found or (not one.fits, one.step.seconds) < (not found[key].fits, found[key].step.seconds)
-        if better and (one.fits or key not in found or one.memory.total < found[key].memory.total):
-            found[key] = one
-    return list(found.values())
+    """Of each stage and checkpointing the fastest that fits, or what takes the least memory."""
+    groups = itertools.groupby(settings, key=lambda one: (one.zero_stage, one.checkpointing))
+    found = [list(group) for _, group in groups]
+    return [fastest_of(group) or min(group, key=lambda one: one.memory.total) for group in found]
 
 
 def _named(planned: Planned, one: Setting) -> list[str]:
