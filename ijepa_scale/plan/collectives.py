@@ -1,5 +1,6 @@
 """What ranks send one another in a step, collective by collective, in bytes: a test counts them at the collectives."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Collective:
     sizes: tuple[int, ...]
     calls: int
 
-    @property
+    @functools.cached_property
     def bytes(self) -> int:
         return sum(self.sizes)
 

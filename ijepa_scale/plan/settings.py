@@ -1,6 +1,5 @@
 """A recipe on a cluster: what each ZeRO stage, activation checkpointing and micro-batch takes of memory and of time."""
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -94,11 +93,12 @@ def plan(
     model = memory.model_of(objective, config.optimization.optimizer)
     sizes = micro_batches(config, objective, cluster.gpus)
     sampled = sampled or sample(objective, sizes[0])  # of several sizes masks are alike
+    spent = {name: costs(build.build_objective(_with(config, 1, name, sizes[0])), sampled) for name in CHECKPOINTING}
     around: dict[str, Any] = {
         "cluster": cluster, "assumed": assumed, "usable": usable or USABLE * cluster.kind.memory
     }  # fmt: skip
     settings = [
-        _setting(_with(config, stage, checkpointing, size), model, sampled, **around)
+        _setting(_with(config, stage, checkpointing, size), model, sampled, spent[checkpointing], **around)
         for stage, checkpointing, size in itertools.product(STAGES, CHECKPOINTING, sizes)
     ]
     return Planned(config=config, cluster=cluster, steps=steps_of(config), settings=settings)
@@ -159,12 +159,20 @@ def _with(config: PretrainConfig, stage: int, checkpointing: str, micro_batch: i
 
 
 def _setting(
-    config: PretrainConfig, model: Model, sampled: Sampled, *, cluster: Cluster, assumed: Assumed, usable: float
+    config: PretrainConfig,
+    model: Model,
+    sampled: Sampled,
+    spent: tuple[Flops, float],
+    *,
+    cluster: Cluster,
+    assumed: Assumed,
+    usable: float,
 ) -> Setting:
+    """spent: as costs() gives it."""
     objective = build.build_objective(config)
     images, _, settings = checks.settings(config, objective, ranks=cluster.gpus, device=torch.device("cuda"))
     sharding = memory.sharding_of(settings, ranks=cluster.gpus)
-    flops, kept = costs(objective, sampled)
+    flops, kept = spent
     sent = collectives(model, sharding)
     made = times.compute(
         objective,
@@ -193,7 +201,6 @@ def _setting(
     )
 
 
-@functools.lru_cache(maxsize=len(CHECKPOINTING))
 def costs(objective: Objective, sampled: Sampled) -> tuple[Flops, float]:
     """(FLOPs of an image, bytes that the backward keeps of one at the step with the most tokens)."""
     images = sum(one.num_images for one in sampled.masks)

@@ -147,7 +147,7 @@ def step_of(
     calls = {one.what: one.calls for one in sent}
     micro_steps = sharding.micro_steps
     behind_forward, behind_backward = assumed.overlap * made.forward, assumed.overlap * made.backward
-    waits = {what: took[what] for what in ("updates", "norm", "small weights") if what in took}
+    waits: dict[str, float] = {what: took[what] for what in ("updates", "norm", "small weights") if what in took}
     if sharding.zero_stage == 3:
         each = ("weights", "averages", "gradients")
         both = sum(took.get(what, 0.0) for what in each) / micro_steps

@@ -21,7 +21,7 @@ def few_layouts(monkeypatch):
 def test_it_says_first_what_to_run_then_the_tables_then_what_is_assumed(capsys):
     assert main([*ON_64, "data.source=/data/imagenet", "--price", "2.5"]) == 0
     text = capsys.readouterr().out
-    order = [text.index(words) for words in ("64 x a100-80g", "Run this", "Time.", "Memory of a GPU", "Assumed:")]
+    order = [text.index(words) for words in ("64 x a100-80g", "Run this", "Time:", "Memory of a GPU", "Assumed:")]
     assert order == sorted(order)
     tables = text.splitlines()
     assert max(map(len, tables)) <= 100
