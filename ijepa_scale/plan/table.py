@@ -180,7 +180,7 @@ def assumptions(planned: Planned, assumed: Assumed) -> list[str]:
         lines += [
             f"within a node {kind.link / 1e9:,.0f} GB/s a GPU each way, by the data sheet{joined}",
             f"collectives reach {100 * assumed.link_efficiency:g}% of that (--link-efficiency), over rings, "
-            f"{1e6 * assumed.hop_seconds:g} us a hop",
+            f"{1e6 * assumed.hop_seconds:g} us a hop (--hop-us)",
             f"they hide behind {100 * assumed.overlap:g}% of the forward's and the backward's time (--overlap), and "
             "slow neither",
         ]

@@ -39,6 +39,8 @@ class Assumed:
                 raise ValueError(f"{option} {share} is a share: it must be above 0 and at most 1")
         if not 0 <= self.overlap <= 1:
             raise ValueError(f"--overlap {self.overlap} is a share: it must be from 0 to 1")
+        if not 0 <= self.hop_seconds < 1:
+            raise ValueError(f"--hop-us {1e6 * self.hop_seconds:g} must be from 0 to 1,000,000 microseconds")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--overlap", type=float, default=0.8, metavar="SHARE", help="of computing that hides sending (default: 0.8)"
     )
+    parser.add_argument("--hop-us", type=float, default=2.0, metavar="US", help="of a ring of GPUs (default: 2)")
     parser.add_argument("--memory", type=float, default=0.0, metavar="GB", help="of a GPU that training may take")
     parser.add_argument("--recommend", action="store_true", help="print the command of the fastest that fits, alone")
     parser.add_argument("--all", action="store_true", help="every micro-batch, not the best of each row alone")
@@ -63,7 +64,12 @@ def answer(options: argparse.Namespace) -> str:
     if options.price < 0 or options.memory < 0:
         raise ValueError(f"--price and --memory must not be negative, got {options.price} and {options.memory}")
     config = load_config(options.config, options.overrides)
-    assumed = Assumed(mfu=options.mfu, link_efficiency=options.link_efficiency, overlap=options.overlap)
+    assumed = Assumed(
+        mfu=options.mfu,
+        link_efficiency=options.link_efficiency,
+        overlap=options.overlap,
+        hop_seconds=1e-6 * options.hop_us,
+    )
     of_nodes = {"node": options.gpus_per_node, "network": options.interconnect}
     if options.sweep:
         numbers = numbers_of(options.sweep)
