@@ -41,7 +41,7 @@ def plain(found, micro_batch):
 
 @pytest.mark.parametrize("context, hours", [("batch_min", 72), ("all", 92)])
 def test_the_published_recipe_takes_its_hours_at_its_share_of_the_peak(context, hours):
-    """ViT-H/14 on 16 A100 in under 72 hours is 19.5% of their peak (arXiv:2301.08243): of 655 and 841 GFLOP an image."""
+    """ViT-H/14 on 16 A100 in under 72 hours is 19.5% of their peak (arXiv:2301.08243), at 655 GFLOP an image."""
     found = planned(f"mask.context={context}", cluster=A100S, mfu=0.195)
     assert found.hours(plain(found, 128)) == pytest.approx(hours, rel=0.025)
 
