@@ -81,7 +81,7 @@ def test_batch_min_is_sampled_in_micro_batches_as_they_are():
     for size in (16, 128):
         overrides = ["mask.context=batch_min", f"optimization.micro_batch_size={size}"]
         text = dry_run(load_config(path, overrides))
-        found.append(float(text.split("context ")[1].split()[0]))
+        found.append(float(text.split("tokens")[1].split("context ")[1].split()[0]))
     assert found[0] > found[1] + 5
 
 
