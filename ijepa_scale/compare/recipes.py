@@ -11,9 +11,9 @@ from ijepa_scale import build
 from ijepa_scale.config import CompareConfig, PretrainConfig, load_config, to_dict
 from ijepa_scale.exchange.run import stored_names
 from ijepa_scale.objectives.objective import Objective
-from ijepa_scale.plan.dry_run import SAMPLED_IMAGES, dry_run
+from ijepa_scale.plan.dry_run import dry_run
 
-SAMPLED_STEPS = 20  # layouts that the FLOPs of an image are the mean of
+SAMPLED_STEPS, SAMPLED_IMAGES = 20, 16  # layouts that the FLOPs of an image are the mean of
 # Which images come when, and what they are probed with. Crops, and how many images make a step, are a recipe's own.
 ALIKE = (
     *(f"data.{key}" for key in ("source", "split", "column", "config", "eval_split", "image_size", "streaming")),

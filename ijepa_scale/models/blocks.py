@@ -304,6 +304,22 @@ def bytes_kept(size: ViTSize, every: int, itemsize: int) -> int:
     return (size.depth - recomputed) * whole + recomputed * size.width * itemsize
 
 
+def bytes_kept_in_all(size: ViTSize, every: int, itemsize: int, *, tokens: float, rows: float | None = None) -> float:
+    """Bytes that a network of such blocks keeps of so many tokens: the first block's input, and all that blocks keep.
+
+    And the output of the LayerNorm that follows, which the next layer keeps. rows: of the last block's output, where
+    not all are wanted. every, itemsize: as of bytes_kept().
+    """
+    width, rows = size.width * itemsize, tokens if rows is None else rows
+    kept = tokens * (width + bytes_kept(size, every, itemsize)) + rows * (width + 2 * itemsize)
+    if rows == tokens:
+        return kept
+    if every and size.depth % every == 0:
+        return kept - (tokens - rows) * width
+    # Of others the last block keeps what its attention does; rows are kept once more, as they are gathered.
+    return kept - (tokens - rows) * (3 * width + 2 * (size.mlp_width + 1) * itemsize) + rows * width
+
+
 def run_blocks(
     blocks: nn.ModuleList,
     tokens_TD: torch.Tensor,

@@ -12,7 +12,7 @@ from torch import nn
 
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention import Attend
-from ijepa_scale.models.blocks import ViTSize, bytes_kept, count_recomputed, recompute, set_compiled
+from ijepa_scale.models.blocks import ViTSize, bytes_kept_in_all, count_recomputed, recompute, set_compiled
 from ijepa_scale.models.regressor import LatentDecoder, Regressor
 from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.flops import again, forward, scores
@@ -136,9 +136,13 @@ class CaeObjective(HiddenPixels):
             f"of the {hidden} hidden",
             flops=self.flops(1)[0],
             kept_bytes={
-                "encoder": seen * bytes_kept(self.encoder, encoder_every, itemsize=2),
-                "regressor": (self.regressor_depth - recomputed) * block + recomputed * 2 * width * hidden,
-                "decoder": hidden * bytes_kept(self.decoder, after, itemsize=2),
+                "encoder": 2 * self.pixels * seen
+                + bytes_kept_in_all(self.encoder, encoder_every, itemsize=2, tokens=seen),
+                "regressor": 2 * width * patches  # positions
+                + (self.regressor_depth - recomputed) * block
+                + recomputed * 2 * width * hidden,
+                "decoder": bytes_kept_in_all(self.decoder, after, itemsize=2, tokens=hidden),
+                "loss": 8 * (width + self.pixels) * hidden,  # of both losses what is compared, in fp32
             },
         )
 

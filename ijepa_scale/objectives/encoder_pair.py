@@ -16,7 +16,7 @@ from ijepa_kernels.ema import ema_update
 from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention import Attend
-from ijepa_scale.models.blocks import ViTSize, bytes_kept, count_recomputed, recompute, set_compiled
+from ijepa_scale.models.blocks import ViTSize, bytes_kept_in_all, count_recomputed, recompute, set_compiled
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VisionTransformer
@@ -153,12 +153,19 @@ class PairObjective(ABC):
             tokens=self.tokens_in_words(means),
             flops=self.flops.parts(means),
             kept_bytes={
-                "context encoder": means.context * bytes_kept(self.encoder, encoder_every, itemsize=2),
-                "predictor": means.prediction * bytes_kept(self.predictor, predictor_every, itemsize=2),
-                # The gradient of the predictions, which the forward makes, and until then the targets.
-                "loss": 2 * (means.blocks * self.out_width + means.targets * self.encoder.width * len(self.layers)),
+                "context encoder": 2 * 3 * self.patch_size**2 * means.context  # pixels
+                + bytes_kept_in_all(self.encoder, encoder_every, itemsize=2, tokens=means.context),
+                "predictor": bytes_kept_in_all(
+                    self.predictor, predictor_every, itemsize=2, tokens=means.prediction, rows=means.blocks
+                ),
+                "loss": 2 * means.blocks * self.out_width,  # the gradient of the predictions, which its forward makes
+                **self.kept_by_terms(means),
             },
         )
+
+    def kept_by_terms(self, means: Counts) -> dict[str, float]:
+        """Bytes that terms of the loss besides its predictions keep."""
+        return {}
 
     def shown(self, masks: Masks) -> list[Shown]:
         """Of an image with several masks the first."""

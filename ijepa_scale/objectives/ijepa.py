@@ -130,6 +130,10 @@ class IJepaObjective(PairObjective):
             f"predictor {number} x {means.prediction / number:.1f}"
         )
 
+    def kept_by_terms(self, means: Counts) -> dict[str, float]:
+        """The context's tokens in fp32, less their means."""
+        return {"terms": 4 * means.context * self.encoder.width} if self.variance or self.covariance else {}
+
     def batch_facts(self) -> tuple[str, ...]:
         statistics = bool(self.variance or self.covariance)
         return ("micro_batch_size",) * (self.draw_masks.context == "batch_min") + ("images_in_statistics",) * statistics

@@ -8,7 +8,7 @@ from torch import nn
 
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.models.attention import Attend
-from ijepa_scale.models.blocks import ViTSize, bytes_kept, count_recomputed, recompute, set_compiled
+from ijepa_scale.models.blocks import ViTSize, bytes_kept_in_all, count_recomputed, recompute, set_compiled
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VisionTransformer
 from ijepa_scale.objectives.flops import again, forward, scores
@@ -88,14 +88,16 @@ class MaeObjective(HiddenPixels):
         return {name: images * part for name, part in parts.items()}, images * computed
 
     def expected(self, masks: Sequence[Masks]) -> Expected:
-        seen, patches = self.draw_masks.seen, self.grid.num_patches
+        seen, hidden, patches = self.draw_masks.seen, self.draw_masks.hidden, self.grid.num_patches
         encoder_every, decoder_every = self.recompute_every
         return Expected(
-            tokens=f"encoder {seen}, decoder {patches}, of which {self.draw_masks.hidden} are predicted",
+            tokens=f"encoder {seen}, decoder {patches}, of which {hidden} are predicted",
             flops=self.flops(1)[0],
             kept_bytes={
-                "encoder": seen * bytes_kept(self.encoder, encoder_every, itemsize=2),
-                "decoder": patches * bytes_kept(self.decoder, decoder_every, itemsize=2),
+                "encoder": 2 * self.pixels * seen
+                + bytes_kept_in_all(self.encoder, encoder_every, itemsize=2, tokens=seen),
+                "decoder": bytes_kept_in_all(self.decoder, decoder_every, itemsize=2, tokens=patches, rows=hidden),
+                "loss": 8 * self.pixels * hidden,  # predictions and pixels, in fp32
             },
         )
 

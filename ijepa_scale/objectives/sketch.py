@@ -18,7 +18,7 @@ from ijepa_scale.masking.grid import PatchGrid
 from ijepa_scale.masking.multiblock import MultiBlock, block_sizes
 from ijepa_scale.masking.packing import Masks, pack_masks
 from ijepa_scale.models.attention import Attend
-from ijepa_scale.models.blocks import ViTSize, bytes_kept, count_recomputed, recompute, set_compiled
+from ijepa_scale.models.blocks import ViTSize, bytes_kept_in_all, count_recomputed, recompute, set_compiled
 from ijepa_scale.models.initial import initial_weight
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.sketch import SketchDecoder, SketchFlow
@@ -329,9 +329,9 @@ class SketchObjective:
         patches, every = self.grid.num_patches, self.recompute_every
         images = sum(draw.num_images for draw in masks)
         boxes = sum(draw.masks.target_blocks.num_tokens for draw in masks if draw.masks) / images
-        kept: dict[str, float] = {"decoder": patches * bytes_kept(self.decoder, every[1], itemsize=2)}
+        kept = {"decoder": bytes_kept_in_all(self.decoder, every[1], itemsize=2, tokens=patches)}
         if self.perceptual and not self.predictor:
-            kept["encoder"] = patches * bytes_kept(self.encoder, every[0], itemsize=2)
+            kept["encoder"] = bytes_kept_in_all(self.encoder, every[0], itemsize=2, tokens=patches)
         return Expected(
             tokens=f"encoder {patches}, decoder {patches}" + f", features of {boxes:.1f} known" * bool(boxes),
             flops={name: part / images for name, part in self.flops(masks)[0].items()},

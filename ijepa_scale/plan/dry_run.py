@@ -15,14 +15,13 @@ from ijepa_scale.data.sources.inspection import inspect_source
 from ijepa_scale.data.sources.remote import is_remote
 from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.data.streams.samples import PREVIEWED, preview_images
-from ijepa_scale.engine.zero import BUCKET, IN_FLIGHT
 from ijepa_scale.masking.packing import Masks
 from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.objectives.ijepa import IJepaObjective
 from ijepa_scale.objectives.objective import Expected, Objective
-from ijepa_scale.plan import checks, step_model
-
-SAMPLED_STEPS, SAMPLED_IMAGES = 200, 16  # layouts the token statistics are taken over
+from ijepa_scale.plan import checks, memory, step_model
+from ijepa_scale.plan.memory import Model, Sharding
+from ijepa_scale.plan.sampling import sample
 
 
 def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | None = None) -> str:
@@ -34,12 +33,11 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | No
     objective = objective or build.build_objective(config)
     objective.check()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    micro_batch_size, _, _ = checks.settings(config, objective, ranks=ranks, device=device)
+    micro_batch_size, _, settings = checks.settings(config, objective, ranks=ranks, device=device)
     attention = _attention_line(config, objective, device)
     images, said = _images(config)
-    with torch.device("meta"):
-        module = objective.build()
-    masks = [objective.draw_masks(step, range(SAMPLED_IMAGES)) for step in range(SAMPLED_STEPS)]
+    model = memory.model_of(objective, config.optimization.optimizer)
+    masks = sample(objective, micro_batch_size).masks
     expected = objective.expected(masks)
     total = sum(expected.flops.values())
     size, grid = build.vit_size(config.model), objective.grid
@@ -47,15 +45,13 @@ def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | No
         f"encoder        {config.model.name}/{config.model.patch_size}: width {size.width}, depth {size.depth}, "
         f"heads {size.heads}, MLP {size.mlp_width}; {config.data.image_size} px, "
         f"{grid.rows} x {grid.columns} patches",
-        *_parameter_lines(
-            config, objective, module, accumulates=config.optimization.global_batch_size > micro_batch_size * ranks
-        ),
+        *_parameter_lines(objective, model, memory.sharding_of(settings, ranks=ranks)),
         attention,
         f"tokens         an image, means: {expected.tokens}",
         f"model FLOPs    {total / 1e9:,.2f} G an image: "
         + ", ".join(f"{name} {100 * part / total:.0f}%" for name, part in expected.flops.items()),
         _kept_line(config, expected, micro_batch_size),
-        *_estimate_lines(config, objective, module, masks, micro_batch_size),
+        *_estimate_lines(config, objective, model, masks, micro_batch_size),
         f"images         {said}",
         _steps_line(config, images, total),
     ]
@@ -79,43 +75,20 @@ def parameter_counts(objective: Objective, module: torch.nn.Module) -> tuple[dic
     return trained, sum(parameter.numel() for parameter, _ in objective.averaged(module))
 
 
-def _parameter_lines(
-    config: PretrainConfig, objective: Objective, module: torch.nn.Module, *, accumulates: bool
-) -> list[str]:
-    trained, averaged = parameter_counts(objective, module)
-    stage = config.engine.zero_stage
-    whole, cut, passing = state_bytes(
-        stage,
-        trained=sum(trained.values()),
-        averaged=averaged,
-        gradient_dtype=config.engine.gradient_dtype,
-        accumulates=accumulates,
-    )
+def _parameter_lines(objective: Objective, model: Model, sharding: Sharding) -> list[str]:
+    trained, averaged = parameter_counts(objective, model.module)
+    state = memory.state(model, sharding)
+    parts = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
+    parts |= {"EMA": state.ema} if averaged else {}
+    gpus = f"each of {sharding.ranks} GPUs" if sharding.ranks > 1 else "one GPU"
     return [
         "parameters     "
         + ", ".join(f"{name.replace('_', ' ')} {count / 1e6:,.1f} M" for name, count in trained.items())
         + f", an EMA of {averaged / 1e6:,.1f} M of them" * bool(averaged),
-        f"state          in bf16 {(whole + passing) / 2**30:,.2f} GiB on each GPU, {cut / 2**30:,.2f} GiB cut among "
-        f"them (ZeRO-{stage}): weights, gradients, masters, moments" + ", EMA" * bool(averaged),
+        f"state          in bf16 {state.total / 2**30:,.2f} GiB on {gpus} (ZeRO-{sharding.zero_stage}): "
+        + ", ".join(f"{name} {held / 2**30:,.2f}" for name, held in parts.items())
+        + "; on others: launch/plan.py",
     ]
-
-
-def state_bytes(
-    zero_stage: int, *, trained: int, averaged: int, gradient_dtype: str = "fp32", accumulates: bool = False
-) -> tuple[int, int, int]:
-    """What lies on a GPU of several in bf16, beside the activations: on each, cut among them, and on each in passing.
-
-    trained, averaged: parameters that are trained, and those of them that have an EMA. gradient_dtype: in which they
-    are sent. accumulates: whether a step has several micro-steps.
-    """
-    weights, targets, sent = 2 * trained, 2 * averaged, {"fp32": 4, "bf16": 2}[gradient_dtype]
-    masters = 12 * trained + 4 * averaged  # and two moments; EMA
-    passing = sent * min(trained, (IN_FLIGHT + 1) * BUCKET)
-    return {
-        1: (weights + targets + 4 * trained * accumulates, masters + sent * trained, passing),  # added up in fp32
-        2: (weights + targets, masters + (4 if accumulates else sent) * trained, passing),
-        3: (4 * BUCKET, masters + 4 * trained + weights + targets, 0),
-    }[zero_stage]
 
 
 def _kept_line(config: PretrainConfig, expected: Expected, images: int) -> str:
@@ -127,14 +100,13 @@ def _kept_line(config: PretrainConfig, expected: Expected, images: int) -> str:
 
 
 def _estimate_lines(
-    config: PretrainConfig, objective: Objective, module: torch.nn.Module, masks: Sequence[Masks], images: int
+    config: PretrainConfig, objective: Objective, model: Model, masks: Sequence[Masks], images: int
 ) -> list[str]:
     """The time of a step of I-JEPA on each GPU that rates are assumed of; of another objective nothing is known."""
     if not isinstance(objective, IJepaObjective):
         return []
-    trained, averaged = parameter_counts(objective, module)
     counts = Counts.mean([Counts.of(one) for one in masks]).times(images)
-    parameters = {"trained": sum(trained.values()), "averaged": averaged}
+    parameters = {"trained": model.trained, "averaged": model.averaged}
     lines = []
     for device, rates in step_model.ASSUMED.items():
         work = step_model.model_step(objective, counts, **parameters, rates=rates, compiled=config.engine.compile)

@@ -10,6 +10,7 @@ import sys
 
 VERBS = {
     "pretrain": "train on images, on one process or on many",
+    "plan": "what a recipe takes on a cluster: memory, hours, cost, and which setting to run",
     "prepare": "resize a source once, to shards that load faster",
     "compare": "which of several recipes learns more from the same images, seconds and FLOPs",
     "evaluate": "how good is an encoder: the paper's evaluations",

@@ -1,9 +1,9 @@
 import pytest
 
-from ijepa_scale.plan import dry_run
+from ijepa_scale.plan import sampling
 
 
 @pytest.fixture(autouse=True)
 def few_layouts(monkeypatch):
     """Drawn for the tokens that --dry-run tells, which nothing here reads."""
-    monkeypatch.setattr(dry_run, "SAMPLED_STEPS", 2)
+    monkeypatch.setattr(sampling, "SAMPLED_STEPS", 2)

@@ -5,7 +5,7 @@ import pytest
 from ijepa_scale import build
 from ijepa_scale.compare.recipes import open_recipes
 from ijepa_scale.config import load_comparison
-from ijepa_scale.plan import dry_run
+from ijepa_scale.plan import sampling
 from ijepa_scale.verbs import compare
 from tests.compare.toy import write_toy
 from tests.processes import ROOT
@@ -19,7 +19,7 @@ class Stop:
 
 @pytest.fixture(autouse=True)
 def few_layouts(monkeypatch):
-    monkeypatch.setattr(dry_run, "SAMPLED_STEPS", 2)
+    monkeypatch.setattr(sampling, "SAMPLED_STEPS", 2)
 
 
 def test_the_dry_run_lists_all_runs_and_writes_nothing(tmp_path, capsys):
