@@ -10,6 +10,7 @@ from ijepa_scale import build
 from ijepa_scale.config import OptimizationConfig, load_config
 from ijepa_scale.engine import distributed, zero
 from ijepa_scale.objectives.flops import Counts
+from ijepa_scale.plan import dry_run as module
 from ijepa_scale.plan.dry_run import dry_run, state_bytes
 from tests.processes import ROOT, assert_all, run_ranks
 
@@ -18,6 +19,13 @@ CONFIGS = sorted(set(ROOT.glob("configs/*.yaml")) - set(ROOT.glob("configs/compa
 MILLIONS = {"vitb16": (86, 11), "vitl16": (303, 22), "vith14": (631, 22), "vitg16": (1011, 30), "vitgg14": (1843, 30)}
 
 
+@pytest.fixture
+def few_layouts(monkeypatch):
+    """Drawn for means of tokens, which most of these tests do not read."""
+    monkeypatch.setattr(module, "SAMPLED_STEPS", 5)
+
+
+@pytest.mark.usefixtures("few_layouts")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_builds_and_says_what_it_amounts_to(path):
     text = dry_run(load_config(path))
@@ -58,7 +66,7 @@ def test_vith14_keeps_the_activations_that_its_tokens_amount_to(policy, encoder,
     assert f"128 images (engine.activation_checkpointing={policy})" in text
 
 
-def test_dry_run_needs_a_number_of_images_or_steps(tmp_path):
+def test_dry_run_needs_a_number_of_images_or_steps(few_layouts, tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("model: {name: vit_tiny, patch_size: 16}")
     assert "give data.num_images" in dry_run(load_config(path))
@@ -121,7 +129,7 @@ def plan(*overrides):
     return dry_run(load_config(CONFIGS[[path.stem for path in CONFIGS].index("small_images")], list(overrides)))
 
 
-def test_dry_run_reads_the_source(tmp_path):
+def test_dry_run_reads_the_source(few_layouts, tmp_path):
     for split, count in (("train", 130), ("val", 3)):
         (tmp_path / split).mkdir()
         for i in range(count):
@@ -135,7 +143,7 @@ def test_dry_run_reads_the_source(tmp_path):
         plan(f"data.source={tmp_path}", "data.split=val")
 
 
-def test_dry_run_says_what_it_cannot_know(monkeypatch):
+def test_dry_run_says_what_it_cannot_know(few_layouts, monkeypatch):
     monkeypatch.delenv("http_proxy", raising=False)
     nobody = "http://127.0.0.1:1/{000..001}.tar"  # and asks nobody
     elsewhere = "is no file or folder here: taken for a Hub id or URL, and not looked up"
