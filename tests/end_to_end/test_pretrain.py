@@ -251,12 +251,17 @@ def test_out_of_memory_names_the_micro_batch():
         raise RuntimeError("another error passes as it is")
 
 
+def run_code(code):
+    os.chdir(ROOT)
+    exec(code, {"__name__": "__main__"})
+
+
 def test_the_examples_of_the_docs_run(tmp_path):
     text = (ROOT / "docs" / "python.md").read_text()
     code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
-    result = run([sys.executable, "-c", f"import sys; sys.path[:0] = ['.', 'kernels']\n{code}"], cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert "torch.Size([2, 64, 192])" in result.stdout
+    (end,) = run_ranks(run_code, 1, tmp_path, code)
+    assert end.code == 0, end.output
+    assert "torch.Size([2, 64, 192])" in end.output
 
 
 def junk(folder, share):
