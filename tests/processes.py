@@ -134,6 +134,20 @@ def evaluate(*arguments: str) -> None:
     runpy.run_path(str(EVALUATE), run_name="__main__")
 
 
+def undrawn(target: Callable[..., Any], *arguments: str) -> None:
+    """target(*arguments), which trains, without masks.png, loss_curve.png and the page.
+
+    Rank 0 draws them for longer than a small run's steps take. Runs of which a test asks what is drawn have them.
+    """
+    from ijepa_scale import train
+    from ijepa_scale.run import report
+
+    with contextlib.ExitStack() as stack:
+        for owner, name in ((train, "preview_masks"), (report, "draw_loss_curve"), (report, "write_page_or_say")):
+            stack.enter_context(mock.patch.object(owner, name, lambda *given: None))
+        target(*arguments)
+
+
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -2,8 +2,6 @@ import io
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -17,8 +15,7 @@ from PIL import Image
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import check_images, open_images
 from tests.data.small_sources import WHOLE
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.processes import assert_all, run_ranks
 
 
 def pixels(i, width=10, height=8):
@@ -258,19 +255,16 @@ def test_substitutes_are_the_same_in_workers_and_in_another_process(tmp_path):
     expected = read_all(images, range(20))
     loader = torch.utils.data.DataLoader(_Reader(images), batch_size=None, num_workers=2, collate_fn=tuple)
     assert list(loader) == expected
-    script = f"""
-import sys, hashlib
-sys.path.insert(0, {str(REPOSITORY)!r})
-from ijepa_scale.data.images import open_images
-from tests.data.small_sources import WHOLE
-images = open_images({str(tmp_path / "set")!r})
-import json
-found = [images.crop_or_substitute(i, WHOLE) for i in reversed(range(20))]
-print(json.dumps([[pixels.tobytes().hex(), [b.index for b in bad]] for pixels, bad in found]))
-"""
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
-    fresh = [(bytes.fromhex(content), bad) for content, bad in reversed(json.loads(output))]
+    assert_all(run_ranks(read_from_the_last_on, 1, tmp_path, str(tmp_path / "set"), str(tmp_path / "found.json")))
+    found = json.loads((tmp_path / "found.json").read_text())
+    fresh = [(bytes.fromhex(content), bad) for content, bad in reversed(found)]
     assert fresh == [(content, [index for index, *_ in bad]) for content, bad in expected]
+
+
+def read_from_the_last_on(source, result):
+    images = open_images(source)
+    found = [images.crop_or_substitute(i, WHOLE) for i in reversed(range(20))]
+    Path(result).write_text(json.dumps([[pixels.tobytes().hex(), [b.index for b in bad]] for pixels, bad in found]))
 
 
 class _Reader(torch.utils.data.Dataset):

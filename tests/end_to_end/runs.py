@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ijepa_scale.run.records import read_records
-from tests.processes import Ended, RankProcesses, assert_all, pretrain, start_ranks
+from tests.processes import Ended, RankProcesses, assert_all, pretrain, start_ranks, undrawn
 
 # Of a step record, all that must not depend on when and where it ran.
 EXACT = (
@@ -41,13 +41,18 @@ class Runs:
         ranks: int = 2,
         target: Callable = pretrain,
         before: tuple[str, ...] = (),
+        drawn: bool = False,
     ) -> RankProcesses:
-        """target: a function to run in place of pretrain; it is given `before` and then pretrain's arguments."""
+        """target: a function to run in place of pretrain; it is given `before` and then pretrain's arguments.
+
+        drawn: whether the run's pictures and page are made, too.
+        """
         self.count += 1
         output = self.output / f"output-{self.count}"
-        return start_ranks(
-            target, ranks, output, *before, "--config", str(self.config), f"run_dir={run_dir}", *arguments
-        )
+        words = (*before, "--config", str(self.config), f"run_dir={run_dir}", *arguments)
+        if drawn:
+            return start_ranks(target, ranks, output, *words)
+        return start_ranks(undrawn, ranks, output, target, *words)
 
     def __call__(self, run_dir: Path, *arguments: str, code: int = 0, **options: Any) -> list[Ended]:
         """Run to the end, with start()'s options; every rank must end with the code."""
@@ -105,6 +110,13 @@ def assert_close_run(run_dir: Path, other: Path) -> None:
     ]
     for key in inexact:
         assert max(abs(a[key] - b[key]) for a, b in zip(ours, theirs, strict=True)) < ROUNDING, key
+
+
+def assert_drawn(run_dir: Path) -> None:
+    """The pictures and the page of a run that ended are there; the page says so."""
+    for name in ("masks.png", "loss_curve.png"):
+        assert (run_dir / name).stat().st_size > 5000, name
+    assert "finished after" in (run_dir / "report.html").read_text()
 
 
 def checkpoints_of(run_dir: Path) -> list[int]:

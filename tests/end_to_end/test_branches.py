@@ -13,8 +13,11 @@ def runs(small_config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def first(runs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "first"
-    runs(folder, "checkpoint.keep_last=5", "logging.wandb=offline", ranks=1)
+    return whole_run(runs, tmp_path_factory.mktemp("runs") / "first")
+
+
+def whole_run(runs, folder, *options):
+    runs(folder, "checkpoint.keep_last=5", *options, ranks=1)
     assert names(folder) == ["step-00000004", "step-00000008", "step-00000012"]
     return folder
 
@@ -28,8 +31,8 @@ def wandb_ids(folder):
 
 
 @pytest.mark.slow
-def test_a_branch_goes_on_from_its_own_checkpoints_under_an_id_of_its_own(first, runs, tmp_path):
-    branch = tmp_path / "branch"
+def test_a_branch_goes_on_from_its_own_checkpoints_under_an_id_of_its_own(runs, tmp_path):
+    first, branch = whole_run(runs, tmp_path / "first", "logging.wandb=offline"), tmp_path / "branch"
     start = ["--resume", str(first / "checkpoints" / "step-00000004"), "logging.wandb=offline"]
     (end,) = runs(branch, *start, "optimization.stop_at_step=6", ranks=1)
     assert "resumed from" in end.output and names(branch) == ["step-00000006"]

@@ -41,7 +41,7 @@ QUICK = ["mae", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES i
 def test_it_learns_and_its_encoder_is_scored_and_exported(runs_of, tmp_path, name):
     run = tmp_path / "run"
     options = ("logging.health_every_steps=8", "report.train_images=32", "report.test_images=16")
-    (end,) = runs_of(name)(run, *options, "optimization.lr=3e-3", ranks=1)
+    (end,) = runs_of(name)(run, *options, "optimization.lr=3e-3", ranks=1, drawn=True)
     records = read_records(run / "metrics.jsonl")
     losses = [record["loss"] for record in records if record["kind"] == "step"]
     assert len(losses) == 12 and sum(losses[-4:]) < sum(losses[:4])

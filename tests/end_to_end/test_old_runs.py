@@ -15,7 +15,7 @@ from ijepa_scale.engine import checkpoint
 from ijepa_scale.exchange.load import load
 from launch.embed import main as embed
 from tests.end_to_end.runs import steps_of
-from tests.processes import ROOT, assert_all, pretrain, run_ranks
+from tests.processes import ROOT, assert_all, pretrain, run_ranks, undrawn
 
 FIXTURES = ROOT / "tests" / "fixtures" / "before_rooms"
 SAVED = Path("checkpoints") / "step-00000004"
@@ -70,8 +70,9 @@ def test_an_old_run_goes_on(old, tmp_path, run, ranks, options):
     recorded = steps_of(old / run)
     (tmp_path / "restored").mkdir()
     arguments = ["--config", f"{run}/config.yaml", f"data.cache_dir={tmp_path / 'cache'}", *options]
-    worker = [go_on_and_keep_what_was_restored, ranks, tmp_path / "output", str(old), str(tmp_path / "restored")]
-    assert_all(run_ranks(*worker, *arguments))
+    worker = (go_on_and_keep_what_was_restored, str(old), str(tmp_path / "restored"), *arguments)
+    target, *words = worker if run in ("zero1", "stream") else (undrawn, *worker)  # each kind of source is drawn once
+    assert_all(run_ranks(target, ranks, tmp_path / "output", *words))
 
     restored, saved = whole_state(tmp_path / "restored"), whole_state(FIXTURES / run / SAVED)
     assert restored.keys() == saved.keys() and {kind for kind, _ in saved} == set(checkpoint.KINDS)

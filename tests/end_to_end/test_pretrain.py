@@ -20,7 +20,7 @@ from ijepa_scale.config import load_config
 from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.train import RunError, explained_memory_errors
 from tests.end_to_end import worker_faults
-from tests.processes import assert_all, free_port, pretrain, run_ranks, start_ranks
+from tests.processes import assert_all, free_port, pretrain, run_ranks, start_ranks, undrawn
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -151,7 +151,7 @@ def test_a_few_labelled_images_without_a_validation_split_are_shared_out(config,
     draw_images(tmp_path / "images", 48, classes=("cat", "dog"))
     arguments = ["--config", str(config), f"data.source={tmp_path / 'images'}", f"run_dir={tmp_path / 'out'}"]
     arguments += ["optimization.max_steps=1", "report.train_images=4000", f"data.cache_dir={tmp_path / 'cache'}"]
-    (end,) = run_ranks(pretrain, 1, tmp_path, *arguments)
+    (end,) = run_ranks(undrawn, 1, tmp_path, pretrain, *arguments)
     assert end.code == 0, end.output
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert not report["held_out"] and report["train_images"] == 32
@@ -251,12 +251,17 @@ def test_out_of_memory_names_the_micro_batch():
         raise RuntimeError("another error passes as it is")
 
 
+def run_code(code):
+    os.chdir(ROOT)
+    exec(code, {"__name__": "__main__"})
+
+
 def test_the_examples_of_the_docs_run(tmp_path):
     text = (ROOT / "docs" / "python.md").read_text()
     code = "".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
-    result = run([sys.executable, "-c", f"import sys; sys.path[:0] = ['.', 'kernels']\n{code}"], cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert "torch.Size([2, 64, 192])" in result.stdout
+    (end,) = run_ranks(run_code, 1, tmp_path, code)
+    assert end.code == 0, end.output
+    assert "torch.Size([2, 64, 192])" in end.output
 
 
 def junk(folder, share):
@@ -275,7 +280,7 @@ def test_a_validation_split_of_junk_is_found_before_training(config, tmp_path):
     assert end.code == 2 and "Traceback" not in end.output, end.output
     assert "error: images:validation: 16 of 16 images sampled cannot be used" in end.output
     arguments += ["report.train_images=0", "optimization.max_steps=1", "logging.health_every_steps=0"]
-    (end,) = run_ranks(pretrain, 1, tmp_path / "b", *arguments)  # nothing looks at it
+    (end,) = run_ranks(undrawn, 1, tmp_path / "b", pretrain, *arguments)  # nothing looks at it
     assert end.code == 0, end.output
 
 
@@ -314,7 +319,8 @@ def test_health_votes_with_the_labelled_images_of_a_source_that_has_some(config,
     rows = [{"path": f"deep/er/{i:03}.jpg", "label": i % 2 if i % 3 else None} for i in range(24)]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--config", str(config), f"data.source={tmp_path / 'list.jsonl'}", f"run_dir={tmp_path / 'out'}"]
-    (end,) = run_ranks(pretrain, 1, tmp_path / "a", *arguments, "optimization.max_steps=1", "report.train_images=0")
+    arguments += ["optimization.max_steps=1", "report.train_images=0"]
+    (end,) = run_ranks(undrawn, 1, tmp_path / "a", pretrain, *arguments)
     assert end.code == 0, end.output
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [0 <= record["knn"] <= 100 for record in records if record["kind"] == "health"] == [True, True]

@@ -17,6 +17,7 @@ from tests.end_to_end import worker_faults
 from tests.end_to_end.runs import (
     Runs,
     assert_close_run,
+    assert_drawn,
     assert_same_run,
     checkpoints_of,
     steps_of,
@@ -40,7 +41,7 @@ def whole_runs(runs, tmp_path_factory):
     def whole_run(stage):
         if stage not in done:
             done[stage] = tmp_path_factory.mktemp(f"whole-{stage}") / "run"
-            runs(done[stage], f"engine.zero_stage={stage}")
+            runs(done[stage], f"engine.zero_stage={stage}", drawn=stage == 1)
         return done[stage]
 
     return whole_run
@@ -69,10 +70,11 @@ def test_stopping_and_resuming_changes_nothing(runs, whole_runs, stopped_runs, t
     """Also with loader processes, and with pictures, which the stopped part and the whole run did not have."""
     run = stopped_runs(stage, tmp_path / "run")
     assert checkpoints_of(run) == [4, STOP]
-    ends = runs(run, f"engine.zero_stage={stage}", "data.workers=1", "logging.pictures_every_steps=4")
+    ends = runs(run, f"engine.zero_stage={stage}", "data.workers=1", "logging.pictures_every_steps=4", drawn=True)
     assert f"resumed from {run / 'checkpoints' / 'step-00000006'}, step {STOP}" in ends[0].output
     assert_same_run(run, whole_runs(stage), STEPS)
     assert len(steps_of(run)) == STEPS
+    assert_drawn(run)
     assert_pictured(run)
 
 
@@ -102,9 +104,10 @@ def test_a_killed_run_goes_on_at_once(runs, whole_runs, tmp_path, stage):
     assert checkpoints_of(tmp_path / "run") in ([4], [4, 8])
     with open(tmp_path / "run" / "metrics.jsonl", "a") as metrics:
         metrics.write('{"kind": "step", "st')
-    runs(tmp_path / "run", *options)
+    runs(tmp_path / "run", *options, drawn=True)
     assert_same_run(tmp_path / "run", whole_runs(stage), STEPS)
     assert len(steps_of(tmp_path / "run")) == STEPS
+    assert_drawn(tmp_path / "run")
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ from ijepa_scale.run.records import read_records
 from tests.end_to_end import worker_faults
 from tests.end_to_end.runs import (
     Runs,
+    assert_drawn,
     assert_same_run,
     checkpoints_of,
     state_of,
@@ -255,9 +256,10 @@ def test_one_bad_loss_is_skipped_and_its_images_named(runs, tmp_path):
     assert all(Path(sample).suffix == ".png" for sample in skipped["samples"])
     assert "warning: step 5: loss or gradients not finite" in ends[0].output
     assert skipped["samples"][0] in ends[0].output
-    runs(run)
+    runs(run, drawn=True)
     assert [record["step"] for record in steps_of(run) if not record["applied"]] == [5]
     assert len(steps_of(run)) == STEPS
+    assert_drawn(run)
 
 
 @pytest.mark.slow

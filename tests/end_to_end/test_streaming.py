@@ -10,7 +10,7 @@ from tests.conftest import SMALL_CONFIG
 from tests.data.server import serving
 from tests.data.small_sources import write_noise_tar
 from tests.end_to_end import worker_streams
-from tests.end_to_end.runs import Runs, assert_same_run, steps_of
+from tests.end_to_end.runs import Runs, assert_drawn, assert_same_run, steps_of
 
 STEPS = 12
 SHARDS = (9, 14, 7)  # images of each: 12 steps of 8 are three passes and more
@@ -37,7 +37,8 @@ def runs(tars, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole_run(runs, tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
-    runs(run, *STREAM, target=worker_streams.record_names)
+    runs(run, *STREAM, target=worker_streams.record_names, drawn=True)
+    assert_drawn(run)
     return run
 
 

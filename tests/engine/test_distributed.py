@@ -1,4 +1,5 @@
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -43,28 +44,22 @@ def test_memory_that_tensors_left_goes_back_to_the_system():
     assert released < before + 20
 
 
-STEPS = """
-import resource, torch
-from ijepa_scale.engine import distributed
-
-ranks = distributed.start()
-before = 0
-for step in range(4):  # 200 MB in large and small pieces, used and freed
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    pieces = [torch.ones(size) for size in [*[200_000] * 200, 10_000_000]]
-    del pieces
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-ranks.close()
-"""
+def use_and_free() -> None:
+    ranks = distributed.start()
+    before = 0
+    for _ in range(4):  # 200 MB in large and small pieces, used and freed
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        pieces = [torch.ones(size) for size in [*[200_000] * 200, 10_000_000]]
+        del pieces
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+    ranks.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc alone has these settings")
-def test_what_a_step_frees_is_there_for_the_next():
-    ended = subprocess.run(
-        [sys.executable, "-c", STEPS], cwd=ROOT, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert int(ended.stdout) < 1000  # of 49,000 pages; with malloc as it comes 9,800 or more are mapped anew
+def test_what_a_step_frees_is_there_for_the_next(tmp_path):
+    (end,) = run_ranks(use_and_free, 1, tmp_path)
+    assert end.code == 0, end.output
+    assert int(end.output) < 1000  # of 49,000 pages; with malloc as it comes 9,800 or more are mapped anew
 
 
 def shared_memory_unused() -> None:

@@ -151,12 +151,13 @@ def reshard(folder: str, engines: list[tuple[int, str]], sources: list[str], res
                 torch.save(state, root / name / "state.pt")
     ranks.barrier()
     facts: dict[str, dict[str, Any]] = {}
-    for name, engine, ema in kept:
-        for source in sources:
-            found, skipped = checkpoint.newest_good(root / source, ranks)
-            assert found and not skipped
+    for source in sources:
+        found, skipped = checkpoint.newest_good(root / source, ranks)
+        assert found and not skipped
+        expected = torch.load(root / source / "state.pt")
+        for name, engine, ema in kept:
             checkpoint.restore(found, engine, ema)
-            facts[f"{source} -> {name}"] = restored_facts(engine, ema, ranks, torch.load(root / source / "state.pt"))
+            facts[f"{source} -> {name}"] = restored_facts(engine, ema, ranks, expected)
     if ranks.first:
         Path(result).write_text(json.dumps(facts))
     ranks.close()
@@ -178,12 +179,13 @@ def restored_facts(engine: Any, ema: Any, ranks: Ranks, expected: dict[str, Any]
     """Which parts of the state are as they were; and that the weights of both encoders follow them."""
     state = whole_state(engine, ema, ranks)
     dtype = engine.module.target_encoder.dtype
-    used, targets = tiny.weights_of(engine, ""), tiny.weights_of(engine, "target_encoder.")
+    used = tiny.weights_of(engine, "")
+    targets = {name: used.pop(name) for name in list(used) if name.startswith("target_encoder.")}
     return {
         "bits": [kind for kind in checkpoint.KINDS if tiny.bits_equal(state[kind], expected[kind])],
         "steps": state["steps"] == expected["steps"] == [3.0],
         "weights": tiny.bits_equal(
-            {name: w for name, w in used.items() if not name.startswith("target_encoder.")},
+            used,
             {name: values.to(dtype) for name, values in expected["master"].items()},
         ),
         "target": tiny.bits_equal(

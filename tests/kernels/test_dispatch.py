@@ -65,6 +65,7 @@ RUNS = {  # code, and variables that it runs under
 # The variables are read where ijepa_kernels and Triton are imported: each runs in a fork that has neither yet.
 IN_FORKS = """
 import io, json, os, sys, contextlib, torch
+import sympy  # the most of what ijepa_kernels has torch import, and no reader of variables
 assert "triton" not in sys.modules
 for name, (code, variables) in json.loads(sys.argv[1]).items():
     if not os.fork():
@@ -81,20 +82,20 @@ for name, (code, variables) in json.loads(sys.argv[1]).items():
 """
 
 
-@pytest.fixture(scope="module")
-def lines():
-    """What each of RUNS prints."""
+def lines_of(*names):
+    """What each of these of RUNS prints."""
     if INTERPRETED:
         pytest.skip("asked for outside of the interpreter, for all variables")
     settings = {"PYTHONPATH": ":".join(sys.path), "PATH": ""}
-    command = [sys.executable, "-c", IN_FORKS, json.dumps(RUNS)]
+    command = [sys.executable, "-c", IN_FORKS, json.dumps({name: RUNS[name] for name in names})]
     done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
 @pytest.mark.slow
-def test_the_environment_decides(lines):
+def test_the_environment_decides():
+    lines = lines_of("plain", "off", "interpreted", "on", "yes")
     assert lines["plain"][0] == "PyTorch definitions (tensors are on cpu)"
     assert lines["off"][0] == "PyTorch definitions (IJEPA_KERNELS=off)"
     assert lines["interpreted"][0] == "Triton kernels (TRITON_INTERPRET=1)"
@@ -102,7 +103,8 @@ def test_the_environment_decides(lines):
     assert "IJEPA_KERNELS='yes' in the environment; wants one of auto, on, off" in lines["yes"][0]
 
 
-def test_indices_are_looked_at_when_asked_for(lines):
+def test_indices_are_looked_at_when_asked_for():
+    lines = lines_of("checked", "checked and interpreted", "contradictions")
     for name in ("checked", "checked and interpreted"):
         assert lines[name][1] == "ValueError indices_K must lie in 0..3, got 4 at [2]"
     found = lines["contradictions"]

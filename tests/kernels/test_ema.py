@@ -66,9 +66,9 @@ def test_parts_of_a_buffer_that_start_anywhere(device):
 def test_small_updates_are_not_lost(device):
     """What bf16 loses: at momentum 0.9999 an update is far below bf16's resolution."""
     ema, source = torch.ones(8, device=device), torch.full((8,), 2.0, device=device)
-    for _ in range(1000):
+    for _ in range(100):
         ema_update(ema, source, 0.9999)
-    torch.testing.assert_close(ema, torch.full_like(ema, 2 - 0.9999**1000), rtol=1e-4, atol=0)
+    torch.testing.assert_close(ema, torch.full_like(ema, 2 - 0.9999**100), rtol=1e-5, atol=0)
 
 
 def test_parameters_and_strided_averages():

@@ -158,7 +158,7 @@ def alone(runs, tmp_path_factory):
     """A run of one process."""
     run = tmp_path_factory.mktemp("alone") / "run"
     options = ("logging.health_every_steps=8", "report.train_images=32", "report.test_images=16")
-    runs(run, *options, "optimization.lr=3e-3", ranks=1)
+    runs(run, *options, "optimization.lr=3e-3", ranks=1, drawn=True)
     return run
 
 

@@ -1,28 +1,25 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 from ijepa_scale.run.folder import BadImages, RunFolder
+from tests.processes import run_ranks
 
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
+
+def lock(folder):
+    try:
+        RunFolder(folder).lock()
+        print("got it")
+    except ValueError as error:
+        print(error)
 
 
 def test_one_owner_at_a_time(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.lock()
-    code = (
-        "from ijepa_scale.run.folder import RunFolder\n"
-        f"try:\n    RunFolder({str(tmp_path / 'run')!r}).lock()\n    print('got it')\n"
-        "except ValueError as error:\n    print(error)"
-    )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
-    assert "is in use by" in other.stdout and "pid" in other.stdout
+    (other,) = run_ranks(lock, 1, tmp_path, tmp_path / "run")
+    assert "is in use by" in other.output and "pid" in other.output and other.code == 0
     folder._lock.close()  # as the process's end does
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=ENVIRONMENT)
-    assert other.stdout.strip() == "got it"
+    (other,) = run_ranks(lock, 1, tmp_path, tmp_path / "run")
+    assert other.output.strip() == "got it" and other.code == 0
 
 
 def test_describe_says_what_ran(tmp_path):

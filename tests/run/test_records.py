@@ -12,6 +12,7 @@ from PIL import Image
 from ijepa_scale.engine.device import memory_bytes
 from ijepa_scale.run import records
 from ijepa_scale.run.records import JsonlWriter, WandbWriter, log_evaluation, read_records
+from tests.processes import run_ranks
 
 
 def step(number, **values):
@@ -164,18 +165,16 @@ def test_wandb_disabled_is_silent_and_is_never_imported(tmp_path, monkeypatch):
 # memory
 
 
-def test_memory_on_the_cpu_is_the_peak_of_the_process():
-    script = """
-import sys
-from ijepa_scale.engine.device import memory_bytes
-before = memory_bytes()
-block = b"x" * (300 * 2**20)
-del block
-print(before, memory_bytes())
-"""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    before, after = map(int, done.stdout.split())
+def memory_before_and_after() -> None:
+    before = memory_bytes()
+    block = b"x" * (300 * 2**20)
+    del block
+    print(before, memory_bytes())
+
+
+def test_memory_on_the_cpu_is_the_peak_of_the_process(tmp_path):
+    (end,) = run_ranks(memory_before_and_after, 1, tmp_path)
+    before, after = map(int, end.output.split())
     assert 250 * 2**20 < after - before < 350 * 2**20
     assert 10 * 2**20 < memory_bytes() < 2**45
 

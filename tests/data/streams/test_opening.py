@@ -1,3 +1,5 @@
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -173,19 +175,54 @@ def test_damage_costs_no_more_of_the_images_that_are_kept_than_in_training(tmp_p
             write_parquet(first, range(2))
 
 
-def lines_with_hub(server, folder, code):
-    """What a new Python prints for whom the server is the Hub, whose address is read at import."""
-    environment = {
-        "HF_ENDPOINT": server.url,
-        "HF_HOME": str(folder / "home"),
-        "HF_TOKEN": "hf_mine",
-        "PYTHONPATH": ":".join(sys.path),
-        "PATH": "",
-    }
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+# The Hub's address is read at import, which takes seconds: each code runs in a fork of a process that has done so.
+FORKS = """
+import json, os, sys
+import ijepa_scale.data.images, ijepa_scale.data.streams.opening, tests.data.small_sources
+for line in sys.stdin:
+    if not os.fork():
+        exec(json.loads(line), {})
+        sys.stdout.flush()
+        os._exit(0)
+    print("ended", os.wait()[1], flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def hub_and_forks(tmp_path_factory):
+    """A server, and what a code prints for which it is the Hub: each in a process and a home folder of its own."""
+    root = tmp_path_factory.mktemp("hub")
+    with serving(root) as server:
+        environment = {
+            "HF_ENDPOINT": server.url,
+            "HF_HOME": str(root / "home"),
+            "HF_TOKEN": "hf_mine",
+            "PYTHONPATH": ":".join(sys.path),
+            "PATH": "",
+        }
+        command = [sys.executable, "-c", FORKS]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=environment, cwd=root, **pipes) as forks:
+
+            def lines_of(code):
+                shutil.rmtree(root / "home", ignore_errors=True)
+                print(json.dumps(code), file=forks.stdin, flush=True)
+                lines = []
+                while not (line := forks.stdout.readline()).startswith("ended "):
+                    assert line, "the process has ended: stderr says why"
+                    lines.append(line.rstrip("\n"))
+                assert line == "ended 0\n"
+                return lines
+
+            yield server, lines_of
+
+
+@pytest.fixture
+def hub(hub_and_forks, tmp_path):
+    """The same with no files and no faults; its files go to tmp_path."""
+    server, lines_of = hub_and_forks
+    server.folder, server.faults, server.headers, server.requests = tmp_path, [], {}, []
+    return server, lines_of
 
 
 READ = """
@@ -204,15 +241,14 @@ print(*(number_of(images.read(i)) for i in range(len(images))))
 
 
 @pytest.mark.parametrize("kind", ["parquet", "tar"])
-def test_a_data_set_of_the_hub(tmp_path, kind):
+def test_a_data_set_of_the_hub(hub, tmp_path, kind):
     """Streamed where it is with this user's token, and copied to the cache to be read by index."""
     write = write_parquet if kind == "parquet" else write_tar
     for name, numbers in (("train-0", range(5)), ("train-1", range(5, 8)), ("validation-0", range(8, 11))):
-        write(tmp_path / "hub" / "data" / f"{name}.{kind}", numbers)
-    with serving(tmp_path / "hub") as server:
-        server.headers = {"X-Error-Code": "EntryNotFound"}
-        lines = lines_with_hub(server, tmp_path, READ)
-    assert lines == ["2 0 1 2 3 4 5 6 7", "then", "8 9 10"]
+        write(tmp_path / "data" / f"{name}.{kind}", numbers)
+    server, lines_of = hub
+    server.headers = {"X-Error-Code": "EntryNotFound"}
+    assert lines_of(READ) == ["2 0 1 2 3 4 5 6 7", "then", "8 9 10"]
     files = [(path, token) for path, wanted, token in server.requests if "/resolve/" in path and kind in path]
     assert {token for _, token in files} == {"Bearer hf_mine"}
     assert {path.partition(HUB_COMMIT)[2][:13] for path, _ in files} == {
@@ -235,10 +271,10 @@ for call in (lambda: open_images("me/data"), lambda: open_shards("me/data", pati
 
 
 @pytest.mark.parametrize("status, code", [(403, "GatedRepo"), (401, "GatedRepo"), (401, "RepoNotFound")])
-def test_a_hub_that_refuses_is_explained(tmp_path, status, code):
-    with serving(tmp_path) as server:
-        server.faults, server.headers = [status] * 100, {"X-Error-Code": code}
-        lines = lines_with_hub(server, tmp_path, OPEN)
+def test_a_hub_that_refuses_is_explained(hub, status, code):
+    server, lines_of = hub
+    server.faults, server.headers = [status] * 100, {"X-Error-Code": code}
+    lines = lines_of(OPEN)
     assert len(lines) == 2
     for line in lines:
         assert line.startswith("cannot open 'me/data' on the Hub, and there is no folder")
