@@ -119,8 +119,7 @@ class HealthChecks:
 
     def __init__(self, run: Run, log: Callable[[dict[str, Any]], None], say: Callable[[str], None]) -> None:
         self._run, self._log, self._say = run, log, say
-        with torch.device("meta"):  # for its names alone
-            encoders = run.objective.encoders(run.objective.build())
+        encoders = run.objective.encoders(run.engine.module)
         self._every = run.config.logging.health_every_steps if encoders else 0
         records = read_records(run.folder.metrics) if run.ranks.first else []
         self._history = [record for record in records if record.get("kind") == "health"]

@@ -62,12 +62,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     """A process of a run, from its first moment to its exit code."""
     from ijepa_scale.engine.signals import run_process  # first of all: seconds before torch is imported
 
-    def load(options: argparse.Namespace) -> "PretrainConfig":
-        from ijepa_scale.config import load_config
+    run_process(lambda stop_request: train(stop_request, parser().parse_intermixed_args(arguments), config_of))
 
-        return load_config(options.config, options.overrides)
 
-    run_process(lambda stop_request: train(stop_request, parser().parse_intermixed_args(arguments), load))
+def config_of(options: argparse.Namespace) -> "PretrainConfig":
+    from ijepa_scale.config import load_config
+
+    return load_config(options.config, options.overrides)
 
 
 def train(

@@ -15,7 +15,7 @@ from ijepa_scale.exchange.networks import Loaded, Networks
 from ijepa_scale.models.vit import VIT_SIZES
 from ijepa_scale.run import init_from
 from ijepa_scale.run.report import plain_encoder
-from ijepa_scale.verbs.pretrain import train as verb
+from ijepa_scale.verbs import pretrain
 from tests.end_to_end.runs import Runs, steps_of
 from tests.exchange.test_load import stored
 from tests.objectives.pixels import pretrain_pixels
@@ -268,7 +268,11 @@ def test_the_report_compares_with_what_training_started_from(small_config, sourc
 
 
 def test_a_dry_run_says_it_and_refuses_it(small_config, source, capsys):
-    assert verb(None, ["--config", str(small_config), "--dry-run", f"model.init_from={source}"]) == 0
+    def verb(*words):
+        options = pretrain.parser().parse_intermixed_args(["--config", str(small_config), "--dry-run", *words])
+        return pretrain.train(None, options, pretrain.config_of)
+
+    assert verb(f"model.init_from={source}") == 0
     assert "step-00000008 at step 8: context encoder from its context encoder" in capsys.readouterr().out
-    assert verb(None, ["--config", str(small_config), "--dry-run", f"model.init_from={source}", "model.depth=3"]) == 2
+    assert verb(f"model.init_from={source}", "model.depth=3") == 2
     assert "depth 2 there, 3 here" in capsys.readouterr().err
