@@ -105,7 +105,7 @@ def test_sketches_hold_what_features_and_predictions_say(tmp_path):
     words = ("--config", str(tmp_path / "scenes.yaml"), f"run_dir={run}")
     assert_all(run_ranks(pretrain, 1, tmp_path / "output", *words, timeout=400))
     (tmp_path / "sketch.yaml").write_text(SKETCH % '""')
-    words = ("optimization.max_steps=250", "optimization.global_batch_size=64", "sketch.width=64", "sketch.noise=0.2")
+    words = ("optimization.max_steps=300", "optimization.global_batch_size=64", "sketch.width=64", "sketch.noise=0.2")
     start(run, *words)
     start(run, *words, "sketch.kind=flow")
     checkpoint = open_checkpoint(str(run))
@@ -119,8 +119,9 @@ def test_sketches_hold_what_features_and_predictions_say(tmp_path):
     for better, values in ((-1, found.off), (1, found.like)):
         gain, error = mean_and_error(values["prediction"] - values["mean of others"])
         assert better * gain > 2 * error
-    for name in ("truth", "prediction"):
-        share, error = told_apart(drawers["flow"], hidden, name)
-        assert share - 3 * error > 100 / 64
+    chance = 100 / 64
+    for name, times in (("truth", 20), ("prediction", 4)):  # of 64 by chance one; four or more in 2 of 100 cases
+        share, _ = told_apart(drawers["flow"], hidden, name)
+        assert share >= times * chance
     torch.manual_seed(0)
     assert visualize(["sketch", "--checkpoint", str(run)]) == 0
