@@ -177,7 +177,7 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             return reason
     if health.due(horizon.stop, last=True):
         health.measure(horizon.stop, loss=records.loss)
-    if config.logging.pictures_every_steps:
+    if pictures.due(horizon.stop, last=True):
         pictures.draw(horizon.stop)
     reason = agreed_reason(run.ranks, stop_request)
     if reason:

@@ -37,10 +37,12 @@ class StepPictures:
     def __init__(self, run: Run, log: Log, say: Say) -> None:
         self._run, self._log, self._say, self._told = run, log, say, set[type]()
         self._folder = run.folder.path / "pictures"
+        encoders = run.objective.encoders(run.engine.module)
+        self._every = run.config.logging.pictures_every_steps if encoders else 0
 
-    def due(self, step: int) -> bool:
-        every = self._run.config.logging.pictures_every_steps
-        return every > 0 and step % every == 0
+    def due(self, step: int, *, last: bool = False) -> bool:
+        """last: the run ends here."""
+        return self._every > 0 and (last or step % self._every == 0)
 
     def draw(self, step: int) -> None:
         """What the best of the objective's encoders makes of the images. All ranks call it; each computes a share."""
