@@ -243,10 +243,8 @@ class SketchObjective:
 
     def build(self, *, attend: Mapping[str, Attend | None] | None = None, total: Total | None = None) -> Sketch:
         of_encoder, of_predictor = ((attend or {}).get(network) for network in ("encoder", "predictor"))
-        encoder, context = (
-            VisionTransformer(self.encoder, image_size=self.image_size, patch_size=self.patch_size, attend=kernel)
-            for kernel in (None, of_encoder)
-        )
+        sides: Any = {"image_size": self.image_size, "patch_size": self.patch_size}
+        encoder = VisionTransformer(self.encoder, **sides)
         kind, width = SketchFlow if self.predictor else SketchDecoder, self.encoder.width
         decoder = kind(self.decoder, feature_width=width, pixels=self.pixels, grid=self.grid)
         module: Sketch
@@ -258,6 +256,7 @@ class SketchObjective:
                 out_width=len(self.layers) * width,
                 attend=of_predictor,
             )
+            context = VisionTransformer(self.encoder, **sides, attend=of_encoder)
             module = FlowSketch(encoder, context, predictor, decoder, layer=self.layers[-1], condition=self.condition)
         else:
             module = Sketch(encoder, decoder, layer=self.layers[-1], perceptual=self.perceptual)

@@ -86,6 +86,8 @@ def plan(
     """
     if config.engine.precision == "fp32":
         raise ValueError("the planner is of bf16, and this has engine.precision=fp32; set it to bf16 or auto")
+    if config.objective.name == "sketch":
+        raise ValueError("the planner is of pre-training, and this has objective.name=sketch; give another config")
     objective = build.build_objective(config)
     objective.check()
     times.check_modelled(objective, assumed)

@@ -9,8 +9,8 @@ import torch
 from ijepa_scale.config import PretrainConfig, from_dict
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.exchange.load import load, source_of
-from ijepa_scale.exchange.networks import Loaded
+from ijepa_scale.exchange.load import find, load, source_of
+from ijepa_scale.exchange.networks import NETWORKS, Loaded
 from ijepa_scale.models.vit import VIT_SIZES
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.objectives.sketch import FROZEN
@@ -35,10 +35,19 @@ def read_network(config: PretrainConfig, network: str) -> Loaded:
 def of_encoder(config: PretrainConfig) -> PretrainConfig:
     """A sketch's config with what its encoder fixes: its sizes and its images', and the block that was predicted.
 
-    Where data.source is not set, the images are those that it was trained on. ValueError as of read_network().
+    Where data.source is not set, the images are those that it was trained on. ValueError as of read_network(),
+    and for what is no I-JEPA with its predictor, of which nothing could be drawn in the end.
     """
     loaded = read_network(config, "target")
     encoder: Any = loaded.network
+    lacking = [name for name in NETWORKS if name not in find(config.sketch.checkpoint).names]
+    learned = (loaded.config or {}).get("objective", {}).get("name", "ijepa")
+    if lacking or learned != "ijepa":
+        what = f"holds no {' and no '.join(lacking)}" if lacking else f"is of the objective {learned}"
+        raise ValueError(
+            f"sketch.checkpoint={config.sketch.checkpoint} {what}, and sketches are of what I-JEPA predicts: give a "
+            "run of it, or an export in the format safetensors"
+        )
     sizes = {key: getattr(encoder.size, key) for key in ("width", "depth", "heads", "mlp_width")}
     name = next((name for name, known in VIT_SIZES.items() if known == encoder.size), config.model.name)
     model = replace(config.model, name=name, patch_size=encoder.patch_embed.patch_size, **sizes)

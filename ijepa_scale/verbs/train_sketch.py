@@ -2,7 +2,7 @@
 
 python launch/train_sketch.py --checkpoint runs/tiny                     a decoder: features of all patches -> pixels
 python launch/train_sketch.py --checkpoint runs/tiny --config sketch_flow_small     many sketches of what is in a box
-deepspeed launch/train_sketch.py --checkpoint runs/vith14 --config sketch_vith14    many GPUs
+deepspeed launch/train_sketch.py --checkpoint runs/vith14 --config sketch_large     many GPUs
 
 The same engine, order, checkpoints and resume as pre-training: the same command goes on. The run is in RUN/sketch (of a
 flow RUN/sketch-flow), and at its end pictures are drawn. docs/visualize.md says more. Exit codes: as of pretrain.
@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 def parser() -> argparse.ArgumentParser:
     parser = parser_of("train_sketch", __doc__)
-    parser.add_argument(
-        "--checkpoint", required=True, metavar="RUN", help="a run, a checkpoint, or others of docs/export.md"
-    )
+    parser.add_argument("--checkpoint", required=True, metavar="RUN", help="a run of I-JEPA, or a checkpoint of one")
     parser.add_argument(
         "--config", default="sketch_small", help="a YAML file, or a name of configs/ (default: sketch_small)"
     )

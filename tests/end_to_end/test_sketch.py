@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ijepa_scale.exchange.export import export
 from ijepa_scale.exchange.load import load
 from ijepa_scale.pictures.sketches import decode, found_sketches, hide, read_drawer, told_apart
 from ijepa_scale.pictures.subject import drawn_boxes, open_checkpoint, open_images_of
@@ -65,7 +66,7 @@ def test_a_decoder_is_trained_at_any_stage_goes_on_and_draws(encoder):
 
 
 def test_a_flow_stands_beside_the_decoder_and_draws_several(encoder):
-    said = start(encoder, "sketch.kind=flow", "sketch.condition=mean")
+    said = start(encoder, "sketch.kind=flow", "sketch.condition=mean", "logging.pictures_every_steps=4")
     assert (encoder / "sketch-flow" / "checkpoints").is_dir() and "condition mean; a sample's box is nearest" in said
     assert json.loads((encoder / "pictures" / "samples.json").read_text())["section"] == "sketches"
 
@@ -75,6 +76,9 @@ def test_what_does_not_fit_is_said_before_training(encoder, tmp_path):
     assert "its width a multiple of its heads" in start(encoder, "sketch.width=30", "sketch.heads=4", code=2)
     assert "is of objective.name=ijepa; give one of sketch" in start(encoder, "--config", "tiny", code=2)
     assert "model.init_from" in start(encoder, f"model.init_from={encoder}", code=2)
+    export(str(encoder), tmp_path / "timm", form="timm", network=None, licence="unknown")
+    said = start(tmp_path / "timm", code=2)
+    assert "no predictor, and sketches are of what I-JEPA predicts" in said
     start(encoder, "optimization.stop_at_step=4")
     another = tmp_path / "another"
     shutil.copytree(FIXTURES / "zero2", another)

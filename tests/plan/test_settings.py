@@ -111,6 +111,8 @@ def test_what_is_not_known_of_the_recipe_is_asked_for():
         planned("vitb16", "data.num_images=0")
     with pytest.raises(ValueError, match=r"engine.precision=fp32"):
         planned("vitb16", "engine.precision=fp32")
+    with pytest.raises(ValueError, match=r"this has objective.name=sketch"):
+        planned("sketch_large")
 
 
 def test_muon_is_counted():
