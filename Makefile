@@ -90,7 +90,7 @@ gpu-check: $(GPU_SETUP)
 	@$(GPU_PATH) $(GPU_PYTHON) launch/gpu_check.py $(ARGS); code=$$?; \
 		$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py; exit $$code
 gpu-tests: $(GPU_SETUP)
-	$(GPU_PATH) $(GPU_PYTHON) -m pytest -m gpu tests/kernels tests/models tests/engine tests/benchmark
+	$(GPU_PATH) $(GPU_PYTHON) -m pytest -n 8 -m gpu tests/kernels tests/models tests/engine tests/objectives tests/benchmark
 gpu-benchmarks: $(GPU_SETUP)
 	$(GPU_PATH) $(GPU_PYTHON) -m pytest kernels/benchmarks --benchmark-only --benchmark-columns=min,median,max
 	$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py

@@ -14,29 +14,33 @@ import torch.distributed as dist
 MOMENTUM = 0.95
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of Newton and Schulz's quintic, steepest at 0: singular values of 0.7 to 1.2
+AT_ONCE = 1 << 25  # values of matrices of one shape that a GPU makes orthogonal at once, lest it wait for launches
 SIZE = 0.2  # root mean square of an update's elements, about AdamW's: both go by one learning rate and weight decay
 
 
-def orthogonal(matrix_RC: torch.Tensor) -> torch.Tensor:
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
     """About U V^T of a matrix U S V^T: all of its singular values near 1, in the matrix's dtype.
 
-    matrix_RC: (rows, columns), fp32, fp64 or, as on a GPU, bf16. A matrix of zeros stays one.
+    matrix: (rows, columns), or (n, rows, columns) of n matrices; fp32, fp64 or, as on a GPU, bf16. A matrix of zeros
+    stays one.
     """
     a, b, c = COEFFICIENTS
-    tall = matrix_RC.shape[0] > matrix_RC.shape[1]
-    x = matrix_RC.T if tall else matrix_RC
-    x = x / x.abs().amax().clamp_(min=torch.finfo(x.dtype).tiny)  # so that no square of a small gradient is lost
-    x = x / torch.linalg.matrix_norm(x).clamp_(min=1)  # which no singular value exceeds
+    sides, product = (-2, -1), torch.addmm if matrix.ndim == 2 else torch.baddbmm
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    tiny = torch.finfo(x.dtype).tiny
+    x = x / x.abs().amax(sides, keepdim=True).clamp_(min=tiny)  # so that no square of a small gradient is lost
+    x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp_(min=1)  # which no singular value exceeds
     for _ in range(ITERATIONS):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = product(x, product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
-def update(matrix_RC: torch.Tensor) -> torch.Tensor:
-    """The step of a matrix, from its momentum, before the learning rate."""
-    precision = torch.bfloat16 if matrix_RC.is_cuda else torch.float32
-    return orthogonal(matrix_RC.to(precision)).float().mul_(SIZE * math.sqrt(max(matrix_RC.shape)))
+def update(matrix: torch.Tensor) -> torch.Tensor:
+    """The step of a matrix, or of n matrices, from the momentum, before the learning rate."""
+    precision = torch.bfloat16 if matrix.is_cuda else torch.float32
+    return orthogonal(matrix.to(precision)).float().mul_(SIZE * math.sqrt(max(matrix.shape[-2:])))
 
 
 def direction(gradient: torch.Tensor, momentum: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
@@ -60,15 +64,24 @@ def own_updates(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(place, values) of the updates of matrices that lie end to end, of elements first to first + count of them all.
 
-    place: of the first value, counted from `first`. Matrices outside of these elements are not computed.
+    place: of the first value, counted from `first`. Matrices outside of these elements are not computed. On a GPU those
+    of one shape are computed together, AT_ONCE values; on a CPU one by one, whatever its neighbours are.
     """
+    owned: dict[torch.Size, list[int]] = {}
     offset = 0
     for shape in shapes:
-        start, stop = max(offset, first), min(offset + shape.numel(), first + count)
-        if start < stop:
-            values = update(whole[offset : offset + shape.numel()].view(shape)).flatten()
-            yield start - first, values[start - offset : stop - offset]
+        if offset < first + count and first < offset + shape.numel():
+            owned.setdefault(shape, []).append(offset)
         offset += shape.numel()
+    for shape, offsets in owned.items():
+        size = shape.numel()
+        together = max(1, AT_ONCE // size) if whole.is_cuda else 1
+        for some in (offsets[i : i + together] for i in range(0, len(offsets), together)):
+            matrices = [whole[offset : offset + size].view(shape) for offset in some]
+            updates = update(matrices[0] if together == 1 else torch.stack(matrices)).reshape(len(some), size)
+            for offset, values in zip(some, updates, strict=True):
+                start, stop = max(offset, first), min(offset + size, first + count)
+                yield start - first, values[start - offset : stop - offset]
 
 
 class MuonAndAdamW(torch.optim.AdamW):

@@ -9,7 +9,8 @@ from ijepa_kernels.column_sums import column_sums
 from ijepa_kernels.dispatch import blocks, check_tokens, jit, launch, tl, use_kernels
 
 COLUMNS, ROWS = 256, 8  # of a tile: 16 bytes of bf16 a thread and load
-LOOPS = 16  # tiles that a program takes, one below the other: so many times fewer sums to add up
+LOOPS = 16  # tiles that a program of the backward takes, one below the other: so many times fewer sums to add up
+FORWARD_LOOPS = 4  # and of the forward, for one load of the bias: on an H100 a sixth faster than 16
 
 # --- definition
 
@@ -70,21 +71,17 @@ def _bias_gelu_grad_kernel(
 # --- autograd
 
 
-def _launch(kernel, x: torch.Tensor, *tensors: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
+def _launch(kernel, loops: int, x: torch.Tensor, *tensors: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
     count, width = x.shape
-    grid = (_programs(count), blocks(width, COLUMNS))
-    sizes = {"LOOPS": LOOPS, "ROWS": ROWS, "COLUMNS": COLUMNS}
+    grid = (blocks(count, loops * ROWS), blocks(width, COLUMNS))
+    sizes = {"LOOPS": loops, "ROWS": ROWS, "COLUMNS": COLUMNS}
     launch(kernel, grid, *tensors, count, width, FP64=x.dtype == torch.float64, **sizes)
-
-
-def _programs(count: int) -> int:
-    return blocks(count, LOOPS * ROWS)
 
 
 @torch.library.triton_op("ijepa::bias_gelu", mutates_args={})
 def _bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
-    _launch(_bias_gelu_kernel, x, x, bias, out)
+    _launch(_bias_gelu_kernel, FORWARD_LOOPS, x, x, bias, out)
     return out
 
 
@@ -92,8 +89,9 @@ def _bias_gelu(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
 def _grad(grad: torch.Tensor, x: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     count, width = x.shape
     out = torch.empty_like(x)
-    sums = x.new_empty(1, _programs(count), width, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    _launch(_bias_gelu_grad_kernel, x, grad, x, bias, out, sums)
+    precision = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sums = x.new_empty(1, blocks(count, LOOPS * ROWS), width, dtype=precision)
+    _launch(_bias_gelu_grad_kernel, LOOPS, x, grad, x, bias, out, sums)
     return out, column_sums(sums, bias.dtype)
 
 

@@ -9,7 +9,6 @@ from ijepa_kernels.column_sums import column_sums
 from ijepa_kernels.dispatch import blocks, check_tokens, jit, launch, tl, use_kernels
 
 LOOPS = 32  # tiles that a program of the backward takes, one after the other: so many times fewer sums to add up
-FORWARD_LOOPS = 4  # and of the forward, for one load of weight, bias and shift
 
 # --- definition
 
@@ -27,7 +26,7 @@ def norm_residual_definition(
     return normalized_TD, tokens_TD.add_(shift_D) if alone else tokens_TD + shift_D
 
 
-# --- kernels: a program takes LOOPS tiles of ROWS whole rows, columns in registers
+# --- kernels: a program takes a tile of ROWS whole rows, in the backward LOOPS of them; columns in registers
 
 
 @jit
@@ -37,28 +36,26 @@ def _norm_residual_kernel(
     normalized_ptr, sum_ptr,  # (T, D) out; the sum may be the tokens
     stats_ptr,  # (2, T) out, fp32 or fp64: mean and 1 / standard deviation; or not used
     T, D, EPS: tl.constexpr,  # as a number torch.compile would hand it over in fp64
-    KEPT: tl.constexpr, FP64: tl.constexpr, LOOPS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    KEPT: tl.constexpr, FP64: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     accumulate: tl.constexpr = tl.float64 if FP64 else tl.float32
     d = tl.arange(0, BLOCK_D)[None, :]
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0).to(accumulate)
     bias = tl.load(bias_ptr + d, mask=d < D, other=0.0).to(accumulate)
     shift = tl.load(shift_ptr + d, mask=d < D, other=0.0).to(accumulate)
-    first = tl.program_id(0).to(tl.int64) * LOOPS * ROWS
-    for loop in range(LOOPS):
-        t = first + loop * ROWS + tl.arange(0, ROWS)  # t * D may pass 2**31
-        at, mask = t[:, None] * D + d, (t < T)[:, None] & (d < D)
-        tokens = tl.load(tokens_ptr + at, mask=mask, other=0.0).to(accumulate)
-        mean = tl.sum(tokens, axis=1) / D
-        centered = tl.where(mask, tokens - mean[:, None], 0.0)
-        variance = tl.sum(centered * centered, axis=1) / D + EPS
-        scale = 1.0 / tl.sqrt(variance)
-        normalized = centered * scale[:, None] * weight + bias
-        tl.store(normalized_ptr + at, normalized.to(normalized_ptr.dtype.element_ty), mask=mask)
-        tl.store(sum_ptr + at, (tokens + shift).to(sum_ptr.dtype.element_ty), mask=mask)
-        if KEPT:
-            tl.store(stats_ptr + t, mean, mask=t < T)
-            tl.store(stats_ptr + (T + t), scale, mask=t < T)
+    t = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # t * D may pass 2**31
+    at, mask = t[:, None] * D + d, (t < T)[:, None] & (d < D)
+    tokens = tl.load(tokens_ptr + at, mask=mask, other=0.0).to(accumulate)
+    mean = tl.sum(tokens, axis=1) / D
+    centered = tl.where(mask, tokens - mean[:, None], 0.0)
+    variance = tl.sum(centered * centered, axis=1) / D + EPS
+    scale = 1.0 / tl.sqrt(variance)
+    normalized = centered * scale[:, None] * weight + bias
+    tl.store(normalized_ptr + at, normalized.to(normalized_ptr.dtype.element_ty), mask=mask)
+    tl.store(sum_ptr + at, (tokens + shift).to(sum_ptr.dtype.element_ty), mask=mask)
+    if KEPT:
+        tl.store(stats_ptr + t, mean, mask=t < T)
+        tl.store(stats_ptr + (T + t), scale, mask=t < T)
 
 
 @jit
@@ -107,11 +104,11 @@ def _norm_residual_grad_kernel(
 # --- autograd
 
 
-def _tiles(count: int, width: int, loops: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid, and the sizes of a tile: 16 columns a thread."""
+def _tiles(count: int, width: int, loops: int = 1) -> tuple[tuple[int], dict[str, int]]:
+    """The grid, and the sizes of a tile: 16 columns a thread. loops: tiles a program."""
     columns = 1 << max(4, (width - 1).bit_length())
     rows = max(1, 2048 // columns)
-    sizes = {"LOOPS": loops, "ROWS": rows, "BLOCK_D": columns, "num_warps": max(4, min(16, columns // 512))}
+    sizes = {"ROWS": rows, "BLOCK_D": columns, "num_warps": max(4, min(16, columns // 512))}
     return (blocks(count, loops * rows),), sizes
 
 
@@ -121,7 +118,7 @@ def _forward(tokens, weight, bias, shift, out, eps: float, kept: bool):  # type:
     fp64 = tokens.dtype == torch.float64
     normalized = torch.empty_like(tokens)
     stats = tokens.new_empty(2, count if kept else 0, dtype=torch.float64 if fp64 else torch.float32)
-    grid, sizes = _tiles(count, width, FORWARD_LOOPS)
+    grid, sizes = _tiles(count, width)
     tensors = (tokens, weight, bias, shift, normalized, out, stats)
     launch(_norm_residual_kernel, grid, *tensors, count, width, EPS=eps, KEPT=kept, FP64=fp64, **sizes)
     return normalized, stats
@@ -157,7 +154,8 @@ def _grad(
     grid, sizes = _tiles(count, width, LOOPS)
     sums = stats.new_empty(3, *grid, width)
     tensors = (grad, grad_sum, tokens, weight, stats, out, sums)
-    launch(_norm_residual_grad_kernel, grid, *tensors, count, width, FP64=tokens.dtype == torch.float64, **sizes)
+    fp64 = tokens.dtype == torch.float64
+    launch(_norm_residual_grad_kernel, grid, *tensors, count, width, FP64=fp64, LOOPS=LOOPS, **sizes)
     return out, column_sums(sums, weight.dtype)
 
 

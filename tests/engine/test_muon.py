@@ -44,6 +44,42 @@ def test_an_update_is_of_adamws_size_whatever_the_scale_of_the_gradient_and_the_
     assert torch.equal(muon.update(torch.zeros(4, 8)), torch.zeros(4, 8))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(192, 192), (576, 192), (384, 1536), (1280, 5120)])
+def test_on_a_gpu_in_bf16_an_update_is_near_the_exact_one(shape):
+    """By its effect on vectors, within a few roundings of bf16 in each of five iterations."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    exact = muon.orthogonal(matrix) * muon.SIZE * max(shape) ** 0.5
+    for scale in (1e-12, 1.0, 1e6):
+        found = muon.update((matrix * scale).float().cuda())
+        assert found.dtype == torch.float32 and found.is_cuda
+        assert torch.linalg.norm(found.double().cpu() - exact) < 0.05 * torch.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (36, 12), (12, 48)])
+def test_several_matrices_are_made_orthogonal_as_each_alone(shape):
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    matrices[1] *= 1e-20
+    together = muon.orthogonal(matrices)
+    for matrix, found in zip(matrices, together, strict=True):
+        torch.testing.assert_close(found, muon.orthogonal(matrix), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_updates_that_are_computed_together_are_those_of_each_alone(monkeypatch):
+    shapes = [torch.Size(shape) for shape in [(48, 16), (16, 64), (48, 16), (16, 64), (48, 16), (16, 16)]]
+    whole = torch.randn(sum(shape.numel() for shape in shapes), generator=torch.Generator().manual_seed(4)).cuda()
+    count = len(whole) // 3 + 1  # begins and ends within matrices
+    found = {}
+    for most in (1, 2 * 48 * 16, muon.AT_ONCE):
+        monkeypatch.setattr(muon, "AT_ONCE", most)
+        found[most] = torch.zeros(3 * count, device="cuda")
+        for first in range(0, 3 * count, count):
+            for place, values in muon.own_updates(whole, shapes, first, count):
+                found[most][first + place : first + place + len(values)] += values
+        torch.testing.assert_close(found[most], found[1], rtol=0.1, atol=0.02)  # bf16's rounding, of values near 1
+
+
 def test_own_parts_of_updates_are_those_of_the_whole_matrices():
     """Parts that begin and end within a matrix, and between two."""
     shapes = [torch.Size(shape) for shape in ((4, 6), (3, 5), (8, 2))]

@@ -156,7 +156,7 @@ def weights_of(engine: Any, prefix: str) -> Weights:
     for name, parameter in engine.module.named_parameters():
         if name.startswith(prefix):
             with deepspeed.zero.GatheredParameters([parameter]):
-                weights[name] = parameter.detach().clone().flatten()
+                weights[name] = parameter.detach().cpu().clone().flatten()
     if dist.is_initialized():
         dist.barrier()
     return weights
