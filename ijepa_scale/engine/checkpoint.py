@@ -154,6 +154,23 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     sync(folder)
 
 
+def copy(checkpoint: Checkpoint, folder: Path, manifest: dict[str, Any]) -> Checkpoint:
+    """The same state under another manifest, whole or not at all, as folder/step-XXXXXXXX. OSError where it fails."""
+    partial, final = (folder / f"{start}{folder_name(checkpoint.step)}" for start in (".partial-", ""))
+    try:
+        _make_room(partial, sum(entry["bytes"] for entry in manifest["files"]))
+        for entry in manifest["files"]:
+            shutil.copyfile(checkpoint.path / entry["name"], partial / entry["name"])
+            sync(partial / entry["name"])
+            if _sha256(partial / entry["name"]) != entry["sha256"]:
+                raise OSError(f"{partial / entry['name']} reads back differently than it was written")
+        _publish(partial, final, manifest)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Checkpoint(final, read_manifest(final))
+
+
 def prune(folder: Path, ranks: Ranks, *, keep_last: int, keep_every: int, newest: int) -> None:
     """Delete all but the newest keep_last checkpoints and those at multiples of keep_every (0: none of these).
 

@@ -16,6 +16,7 @@ VERBS = {
     "evaluate": "how good is an encoder: the paper's evaluations",
     "embed": "images -> features of a trained run",
     "report": "the page of a run, or several runs beside one another",
+    "checkpoint": "inspect, verify, prune and convert the checkpoints of a run",
     "export": "a trained network -> a folder for transformers, timm, ONNX or safetensors",
     "neighbours": "nearest neighbours among embeddings, as a list and a picture",
     "visualize": "pictures of features, neighbours, predictions and masks of a trained run",
