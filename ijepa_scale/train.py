@@ -40,7 +40,8 @@ from ijepa_scale.run.setup import InputError, Run, check, set_up
 from ijepa_scale.run.step_pictures import StepPictures, cut_back
 
 RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/lab/speed.md
-NOT_COUNTS = ("model_flops", "hardware_flops", "data_wait_seconds", "stop", "noted")  # of what ranks agree on
+TOLD = ("noted", "stop", "writing")  # of what ranks agree on: whether somebody met something
+NOT_COUNTS = ("model_flops", "hardware_flops", "data_wait_seconds", *TOLD)
 
 
 def pretrain(
@@ -157,7 +158,8 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             pictures.draw(step)
         if progress and progress.lost:
             stop_request.ask(progress.lost)
-        outcome = train_step(run, step, feed, stop=bool(stop_request.pending()), meanwhile=records.settle)
+        stop, writing = bool(stop_request.pending()), saver.writing
+        outcome = train_step(run, step, feed, stop=stop, writing=writing, meanwhile=records.settle)
         records.add(outcome)
         run.keep_positions(outcome.batches)
         if outcome.noted or not outcome.applied:
@@ -165,6 +167,8 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
             report_passes(run, step, outcome.batches, say, log)
             report_bad_images(run, step, outcome.batches, say, log)
         skips.count(step, applied=outcome.applied, batches=outcome.batches)
+        if saver.begun and not outcome.writing:
+            saver.finish()
         done, reason = step + 1, agreed_reason(run.ranks, stop_request) if outcome.stop else ""
         if done % config.checkpoint.every_steps == 0 or done == horizon.stop or reason:
             records.settle()
@@ -185,8 +189,10 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
     return reason
 
 
-def train_step(run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callable[[], None]) -> StepOutcome:
-    """One optimizer step on all ranks. stop: whether this rank was asked to stop.
+def train_step(
+    run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callable[[], None], writing: bool = False
+) -> StepOutcome:
+    """One optimizer step on all ranks. stop, writing: whether this rank was asked to stop, or writes a checkpoint.
 
     While a GPU has the forward to do, the host does its own work: the next batch, agreements of ranks, meanwhile(). It
     waits for the device once, inside engine.step(), which asks whether the gradients are finite. (At ZeRO-3 DeepSpeed
@@ -213,7 +219,7 @@ def train_step(run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callab
             feed.load()
         if last:
             meanwhile()
-            agreed = agree(run, batches, data_wait_seconds=feed.waited - waited, stop=stop)
+            agreed = agree(run, batches, data_wait_seconds=feed.waited - waited, stop=stop, writing=writing)
         with explained_memory_errors(run):
             engine.backward(terms[-1]["loss"])
     with explained_memory_errors(run):
@@ -224,12 +230,13 @@ def train_step(run: Run, step: int, feed: Feed, *, stop: bool, meanwhile: Callab
         run.ema.update()
     record = step_record(run, step, scheduled, agreed, applied=applied, seconds=time.perf_counter() - started)
     numbers = HostCopy([value for micro in terms for value in micro.values()] + [gradient_norm(run)])
-    return StepOutcome(record, list(terms[0]), numbers, applied, batches, agreed["noted"] > 0, agreed["stop"] > 0)
+    told = {name: agreed[name] > 0 for name in TOLD}
+    return StepOutcome(record, list(terms[0]), numbers, applied, batches, **told)
 
 
-def agree(run: Run, batches: list[Batch], *, data_wait_seconds: float, stop: bool) -> dict[str, float]:
-    """Sums over all ranks: what the objective did in a step, seconds of waiting, and what somebody must be told."""
-    own = {"data_wait_seconds": data_wait_seconds, "stop": float(stop), "noted": 0.0}
+def agree(run: Run, batches: list[Batch], **own: float) -> dict[str, float]:
+    """Sums over all ranks: what the objective did in a step, what each says of itself, what somebody must be told."""
+    own = {name: float(value) for name, value in own.items()} | {"noted": 0.0}
     for batch in batches:
         for key, value in run.objective.done(batch.masks).items():
             own[key] = own.get(key, 0.0) + value

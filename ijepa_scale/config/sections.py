@@ -313,6 +313,8 @@ class CheckpointConfig:
     every_steps: int = 1000
     keep_last: int = 2  # newest checkpoints kept
     keep_every: int = 0  # besides, every checkpoint whose step is a multiple of this is kept; 0: none
+    # Training waits for a copy of the state in the host's memory alone, which is written beside the steps that follow.
+    asynchronous: bool = False
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 1, f"checkpoint.every_steps must be 1 or more, got {self.every_steps}")

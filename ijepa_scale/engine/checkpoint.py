@@ -9,8 +9,10 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,27 +86,81 @@ def save(folder: Path, engine: Any, ema: ShardedEMA, ranks: Ranks, *, step: int,
     Order: files under a temporary name, fsync, read back; manifest; fsync; rename; pointer. Raises OSError on
     every rank when any could not write; what was there before is then untouched, the temporary folder gone.
     """
-    pieces = {
-        f"{kind}|{name}|{start}": values.cpu().contiguous() for kind, name, start, values in _own_pieces(engine, ema)
-    }
-    file_bytes = sum(values.numel() * values.element_size() for values in pieces.values())
-    total_bytes = int(ranks.sum([float(file_bytes)])[0])
-    manifest = {
-        "format": FORMAT,
-        "step": step,
-        "optimizer_step": int(engine.optimizer.optimizer.state[masters(engine.optimizer)[0]]["step"].item()),
-        "world_size": ranks.world_size,
-    }
-    final, partial = folder / folder_name(step), folder / f".partial-{folder_name(step)}"
-    try:
-        ranks.together(lambda: _make_room(partial, total_bytes) if ranks.first else None)
-        files = ranks.gather(ranks.together(lambda: _write_file(partial, ranks.rank, pieces)))
-        ranks.together(lambda: _publish(partial, final, {**manifest, "files": files, **meta}) if ranks.first else None)
-    except OSError:
-        if ranks.first:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return final
+    return Saving(folder, engine, ema, ranks, step=step, meta=meta).finish()
+
+
+class Saving:
+    """A checkpoint of the state as it is now. It is there, and resumed from, only after finish() on all ranks.
+
+    aside: this rank's state is copied, and a thread writes it while training goes on; else finish() writes it. Raises
+    OSError on every rank where there is no room.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Any,
+        ema: ShardedEMA,
+        ranks: Ranks,
+        *,
+        step: int,
+        meta: dict[str, Any],
+        aside: bool = False,
+    ) -> None:
+        pieces = {
+            f"{kind}|{name}|{start}": values.to("cpu", copy=aside).contiguous()
+            for kind, name, start, values in _own_pieces(engine, ema)
+        }
+        file_bytes = sum(values.numel() * values.element_size() for values in pieces.values())
+        total_bytes = int(ranks.sum([float(file_bytes)])[0])
+        self.step, self._ranks = step, ranks
+        self._manifest = {
+            "format": FORMAT,
+            "step": step,
+            "optimizer_step": int(engine.optimizer.optimizer.state[masters(engine.optimizer)[0]]["step"].item()),
+            "world_size": ranks.world_size,
+            **meta,
+        }
+        self._final, self._partial = folder / folder_name(step), folder / f".partial-{folder_name(step)}"
+        with self._cleaned_up():
+            ranks.together(lambda: _make_room(self._partial, total_bytes) if ranks.first else None)
+        self._written: Future[dict[str, Any]] = Future()
+        self._pieces = pieces
+        if aside:
+            # A daemon: where training ends with an error it is left half-way, as by a kill.
+            threading.Thread(target=self._write, name="checkpoint", daemon=True).start()
+        self._aside = aside
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread still writes."""
+        return self._aside and not self._written.done()
+
+    def finish(self) -> Path:
+        """Wait for all files, and make them the checkpoint. All ranks call it. Raises as save() does."""
+        if not self._aside:
+            self._write()
+        with self._cleaned_up():
+            files = self._ranks.gather(self._ranks.together(self._written.result))
+            manifest = {**self._manifest, "files": files}
+            self._ranks.together(lambda: _publish(self._partial, self._final, manifest) if self._ranks.first else None)
+        return self._final
+
+    def _write(self) -> None:
+        try:
+            self._written.set_result(_write_file(self._partial, self._ranks.rank, self._pieces))
+        except BaseException as error:  # for finish() to raise
+            self._written.set_exception(error)
+        self._pieces = {}
+
+    @contextlib.contextmanager
+    def _cleaned_up(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            if self._ranks.first:
+                shutil.rmtree(self._partial, ignore_errors=True)
+            raise
 
 
 def _make_room(partial: Path, total_bytes: int) -> None:
@@ -152,23 +208,6 @@ def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
     write_whole(folder / LATEST, final.name + "\n")
     sync(folder)
-
-
-def copy(checkpoint: Checkpoint, folder: Path, manifest: dict[str, Any]) -> Checkpoint:
-    """The same state under another manifest, whole or not at all, as folder/step-XXXXXXXX. OSError where it fails."""
-    partial, final = (folder / f"{start}{folder_name(checkpoint.step)}" for start in (".partial-", ""))
-    try:
-        _make_room(partial, sum(entry["bytes"] for entry in manifest["files"]))
-        for entry in manifest["files"]:
-            shutil.copyfile(checkpoint.path / entry["name"], partial / entry["name"])
-            sync(partial / entry["name"])
-            if _sha256(partial / entry["name"]) != entry["sha256"]:
-                raise OSError(f"{partial / entry['name']} reads back differently than it was written")
-        _publish(partial, final, manifest)
-    except OSError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return Checkpoint(final, read_manifest(final))
 
 
 def prune(folder: Path, ranks: Ranks, *, keep_last: int, keep_every: int, newest: int) -> None:

@@ -22,6 +22,7 @@ class StepOutcome:
     batches: list[Batch]
     noted: bool  # some rank met an unreadable image, or the end of its shards
     stop: bool  # some rank was asked to stop
+    writing: bool  # some rank still writes a checkpoint
 
 
 class LateRecords:

@@ -132,7 +132,7 @@ def convert(path: Path, out: Path) -> Checkpoint:
     today = {"objective": objective.name, "config": to_dict(config), "architecture": objective.architecture()}
     folder = RunFolder(out)
     folder.lock()
-    written = checkpoints.copy(found, folder.checkpoints, found.manifest | today)
+    written = stored.copy(found, folder.checkpoints, found.manifest | today)
     folder.describe(to_yaml(config), converted_from=str(path.resolve()))
     return written
 

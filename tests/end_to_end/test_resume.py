@@ -1,5 +1,6 @@
 """A run that was stopped, killed or moved goes on as if nothing had happened."""
 
+import json
 import os
 import shutil
 import signal
@@ -292,6 +293,30 @@ def test_a_killed_owner_frees_its_folder_although_its_workers_live_on(tmp_path):
 
 def test_a_full_disk_costs_a_checkpoint_but_not_the_run(runs, whole_runs, tmp_path):
     runs(tmp_path / "run", target=worker_faults.full_disk_at, before=("1,2",))
+    assert checkpoints_of(tmp_path / "run") == [12]
+    assert_same_run(tmp_path / "run", whole_runs(1), STEPS)
+
+
+def test_checkpoints_that_are_written_beside_training_are_those_of_a_run_that_waits(runs, whole_runs, tmp_path):
+    """On a disk so slow that one is ready some steps later, and the next has to wait for it."""
+    overrides = ("checkpoint.asynchronous=true", "checkpoint.every_steps=2", "checkpoint.keep_every=4")
+    ends = runs(tmp_path / "run", *overrides, target=worker_faults.slow_disk, before=("1.0",))
+    assert "checkpoint before is still being written" in ends[0].output
+    assert checkpoints_of(tmp_path / "run") == [4, 8, 10, 12]
+    assert_same_run(tmp_path / "run", whole_runs(1), STEPS)
+    for step in (8, 12):  # which both have kept
+        ours, theirs = (
+            json.loads((run / "checkpoints" / f"step-{step:08d}" / "manifest.json").read_text())
+            for run in (tmp_path / "run", whole_runs(1))
+        )
+        assert ours["files"] == theirs["files"] and ours["optimizer_step"] == theirs["optimizer_step"]
+
+
+@pytest.mark.slow
+def test_a_full_disk_costs_a_checkpoint_that_is_written_beside_training_and_no_more(runs, whole_runs, tmp_path):
+    overrides = ("checkpoint.asynchronous=true",)
+    ends = runs(tmp_path / "run", *overrides, target=worker_faults.full_disk_at, before=("1,2",))
+    assert "warning: no checkpoint at step 4: " in ends[0].output
     assert checkpoints_of(tmp_path / "run") == [12]
     assert_same_run(tmp_path / "run", whole_runs(1), STEPS)
 

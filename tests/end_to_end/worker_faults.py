@@ -42,16 +42,28 @@ def full_disk_at(saves: str, *arguments: str) -> None:
     """These saves, counted from 1, find a full disk, as rank 1 sees it."""
     bad = {int(number) for number in saves.split(",")}
     counter = itertools.count(1)
-    save = checkpoint.save
+    write = checkpoint._write_file
 
-    def failing(folder: Any, engine: Any, ema: Any, ranks: Any, **options: Any) -> Any:
-        if next(counter) not in bad or ranks.rank != 1:
-            return save(folder, engine, ema, ranks, **options)
+    def failing(partial: Path, rank: int, pieces: Any) -> Any:
+        if next(counter) not in bad or rank != 1:
+            return write(partial, rank, pieces)
         full = mock.Mock(side_effect=OSError(28, "No space left on device"))
         with mock.patch.object(checkpoint, "save_file", full):
-            return save(folder, engine, ema, ranks, **options)
+            return write(partial, rank, pieces)
 
-    with mock.patch.object(checkpoint, "save", failing):
+    with mock.patch.object(checkpoint, "_write_file", failing):
+        pretrain(*arguments)
+
+
+def slow_disk(seconds: str, *arguments: str) -> None:
+    """A checkpoint's file takes so long to write, on rank 1."""
+    write = checkpoint._write_file
+
+    def slow(partial: Path, rank: int, pieces: Any) -> Any:
+        time.sleep(float(seconds) * rank)
+        return write(partial, rank, pieces)
+
+    with mock.patch.object(checkpoint, "_write_file", slow):
         pretrain(*arguments)
 
 

@@ -80,9 +80,15 @@ class StandIn:
         return [*self.masters, *state, *(shard for shard in self.ema.shards if shard is not None)]
 
 
-def save(folder: Path, step: int, ranks: Ranks = ALONE, **meta: object) -> Path:
+def save(folder: Path, step: int, ranks: Ranks = ALONE, *, aside: bool = False, **meta: object) -> Path:
+    """aside: the state is another one before the checkpoint is finished."""
     engine = StandIn(ranks.rank, ranks.world_size, step)
-    return checkpoint.save(folder, engine, engine.ema, ranks, step=step, meta=meta)
+    if not aside:
+        return checkpoint.save(folder, engine, engine.ema, ranks, step=step, meta=meta)
+    saving = checkpoint.Saving(folder, engine, engine.ema, ranks, step=step, meta=meta, aside=True)
+    for values in engine.all():
+        values.fill_(7.0)
+    return saving.finish()
 
 
 def assert_loads(found: checkpoint.Checkpoint, step: int) -> None:

@@ -79,6 +79,33 @@ def test_a_kill_at_any_point_leaves_a_whole_checkpoint(tmp_path, victim, point, 
     assert_next_save_clears_leftovers(folder)
 
 
+@pytest.mark.parametrize(
+    "victim, point, count, newest",
+    [
+        (1, "half a file", 1, 1),
+        (0, "rename", 1, 1),
+        pytest.param(0, "fsync", 1, 1, marks=pytest.mark.slow),
+        pytest.param(0, "fsync", 4, 2, marks=pytest.mark.slow),
+        pytest.param(0, "rename", 2, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_kill_while_a_checkpoint_is_written_aside_leaves_a_whole_one(tmp_path, victim, point, count, newest):
+    folder = tmp_path / "checkpoints"
+    save(folder, 1)
+    arguments = (str(folder), 2, victim, point, count, True)
+    ends = run_ranks(worker_checkpoint.save_and_die, 2, tmp_path / "output", *arguments, timeout=60)
+    assert ends[victim].code == -9, ends[victim].output
+    found, skipped = checkpoint.newest_good(folder, ALONE)
+    assert skipped == []
+    assert_loads(found, newest)
+    assert_next_save_clears_leftovers(folder)
+
+
+def test_what_is_written_aside_is_the_state_as_it_was(tmp_path):
+    save(tmp_path, 1, aside=True)
+    assert_loads(checkpoint.newest_good(tmp_path, ALONE)[0], 1)
+
+
 def test_a_kill_while_a_damaged_checkpoint_is_replaced(tmp_path):
     folder = tmp_path / "checkpoints"
     save(folder, 1)
@@ -234,9 +261,24 @@ def test_any_flipped_bit_is_found(tmp_path):
     ],
 )
 def test_a_save_that_fails_on_one_rank_fails_on_all_and_costs_nothing(tmp_path, victim, way, words):
-    result = tmp_path / "facts.json"
-    folder = tmp_path / "checkpoints"
-    assert_all(run_ranks(worker_checkpoint.fail_to_save, 2, tmp_path / "output", str(folder), victim, way, str(result)))
+    assert_costs_nothing(tmp_path, victim, way, words)
+
+
+@pytest.mark.parametrize(
+    "victim, way, words",
+    [
+        (1, "file size limit", "File too large"),
+        pytest.param(0, "too little free", "GB free", marks=pytest.mark.slow),
+    ],
+)
+def test_so_does_one_that_is_written_aside(tmp_path, victim, way, words):
+    assert_costs_nothing(tmp_path, victim, way, words, aside=True)
+
+
+def assert_costs_nothing(tmp_path, victim, way, words, aside=False):
+    folder, result = tmp_path / "checkpoints", tmp_path / "facts.json"
+    arguments = (str(folder), victim, way, str(result), aside)
+    assert_all(run_ranks(worker_checkpoint.fail_to_save, 2, tmp_path / "output", *arguments))
     facts = json.loads(result.read_text())
     assert all(words in error for error in facts["errors"]), facts["errors"]
     assert facts["left"] == ["latest", "step-00000001"]

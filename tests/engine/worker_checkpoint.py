@@ -53,12 +53,12 @@ def die_at(point: str, count: int) -> Any:
     return mock.patch.object(owner, name, counted)
 
 
-def save_and_die(folder: str, step: int, victim: int, point: str, count: int) -> None:
+def save_and_die(folder: str, step: int, victim: int, point: str, count: int, aside: bool = False) -> None:
     """Save and prune on all ranks; the victim is killed on the way."""
     ranks = join()
     if ranks.rank == victim:
         die_at(point, count).start()
-    standin.save(Path(folder), step, ranks)
+    standin.save(Path(folder), step, ranks, aside=aside)
     checkpoint.prune(Path(folder), ranks, keep_last=1, keep_every=0, newest=step)
 
 
@@ -77,7 +77,7 @@ def agree(folders: dict[str, str], result: str) -> None:
         Path(result).write_text(json.dumps(facts))
 
 
-def fail_to_save(folder: str, victim: int, way: str, result: str) -> None:
+def fail_to_save(folder: str, victim: int, way: str, result: str, aside: bool = False) -> None:
     """Save step 1; fail at step 2 since the victim cannot write; save step 3. What each rank was told at step 2."""
     ranks = join()
     path = Path(folder)
@@ -85,7 +85,7 @@ def fail_to_save(folder: str, victim: int, way: str, result: str) -> None:
     error = ""
     with cannot_write(way) if ranks.rank == victim else mock.patch.dict({}):
         try:
-            standin.save(path, 2, ranks)
+            standin.save(path, 2, ranks, aside=aside)
         except OSError as caught:
             error = str(caught)
     facts: dict[str, Any] = {"errors": ranks.gather(error), "left": sorted(p.name for p in path.iterdir())}
