@@ -4,7 +4,7 @@ import contextlib
 import faulthandler
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ijepa_scale.engine.device import memory_bytes, rates
 from ijepa_scale.engine.feed import Feed, HostCopy, collecting_by_hand
 from ijepa_scale.engine.optim import set_schedules
 from ijepa_scale.engine.signals import EXIT_SECONDS, STOP_EXIT_CODE, Stopped, StopRequest
+from ijepa_scale.engine.watchdog import Watchdog
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.run.health import HealthChecks
 from ijepa_scale.run.incidents import (
@@ -134,22 +135,30 @@ def train(run: Run, stop_request: StopRequest) -> str:
             pinned=run.ranks.device.type == "cuda",
         )
         stack.enter_context(batches)
+        watchdog = Watchdog(run.ranks, run.config.engine.hang_seconds)
+        stack.callback(watchdog.close)
         stack.push(closing_in_time)
-        return loop(run, stop_request, progress, log, batches)
+        return loop(run, stop_request, progress, log, batches, watchdog)
 
 
-def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Log, batches: MicroBatchStream) -> str:
+def loop(
+    run: Run,
+    stop_request: StopRequest,
+    progress: Progress | None,
+    log: Log,
+    batches: MicroBatchStream,
+    watchdog: Watchdog,
+) -> str:
     """The steps. All ranks go through it alike; returns as train() does."""
     config, horizon = run.config, run.horizon
     say: Say = progress.message if progress else lambda text: None
-    feed = Feed(batches, run.ranks.device)
+    feed = Feed(watched(batches, watchdog), run.ranks.device)
     records = LateRecords(run, log, progress, say)
     health, pictures = HealthChecks(run, log, say), StepPictures(run, log, say)
     skips, saver = Skips(run, log, say), Saver(run, say)
     introduce(run, say)
     for step in range(run.start_step, horizon.stop):
-        if config.engine.hang_seconds:  # a rank that hangs leaves the others waiting in a collective, for ever
-            faulthandler.dump_traceback_later(config.engine.hang_seconds, exit=True)
+        watchdog.at(step)
         if health.due(step):
             records.settle()
             health.measure(step, loss=records.loss)
@@ -172,7 +181,8 @@ def loop(run: Run, stop_request: StopRequest, progress: Progress | None, log: Lo
         done, reason = step + 1, agreed_reason(run.ranks, stop_request) if outcome.stop else ""
         if done % config.checkpoint.every_steps == 0 or done == horizon.stop or reason:
             records.settle()
-            saver.save(done, last=bool(reason) or done == horizon.stop)
+            with watchdog.doing("saving after step"):
+                saver.save(done, last=bool(reason) or done == horizon.stop)
         if done % RELEASE_STEPS == 0:
             gc.collect()
             run.ranks.release_memory()
@@ -280,6 +290,16 @@ def gradient_norm(run: Run) -> torch.Tensor:
 def agreed_reason(ranks: distributed.Ranks, stop_request: StopRequest) -> str:
     """Why any rank was asked to stop, on all of them; "" where none was."""
     return ", ".join(sorted(set(filter(None, ranks.gather(stop_request.pending())))))
+
+
+def watched(batches: MicroBatchStream, watchdog: Watchdog) -> Iterator[Batch]:
+    """The batches, with a word to the watchdog while one is waited for."""
+    while True:
+        with watchdog.doing("waiting for the images of step"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def next_batch(feed: Feed) -> Batch:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -225,7 +226,8 @@ def test_too_many_bad_images_stop_the_run_on_all_ranks_with_their_list(config, t
     assert len(set(re.findall(r"deep/er/\d+\.jpg", output.split("max_bad_fraction")[-1]))) > 8
 
 
-def test_a_rank_that_hangs_ends_the_others_with_their_stacks(config, tmp_path):
+@pytest.mark.parametrize("stopped", [1, pytest.param(0, marks=pytest.mark.slow)])
+def test_a_rank_that_is_stopped_ends_the_others_which_name_it(config, tmp_path, stopped):
     draw_images(tmp_path / "images", 40)
     arguments = ["--config", str(config), f"data.source={tmp_path / 'images'}", f"run_dir={tmp_path / 'out'}"]
     arguments += [f"data.cache_dir={tmp_path / 'cache'}", "optimization.max_steps=100000", "engine.hang_seconds=5"]
@@ -234,11 +236,27 @@ def test_a_rank_that_hangs_ends_the_others_with_their_stacks(config, tmp_path):
     while not (metrics.exists() and metrics.read_text().count("grad_norm") > 2):
         assert time.monotonic() < deadline and ranks.processes[0].is_alive(), ranks.logs[0].read_text()
         time.sleep(0.1)
-    os.kill(ranks.pid(1), signal.SIGSTOP)
-    ranks.processes[0].join(30)
-    os.kill(ranks.pid(1), signal.SIGKILL)
-    ends = ranks.wait()
-    assert ends[0].code == 1 and "Timeout (0:00:05)!" in ends[0].output and "in loop" in ends[0].output
+    os.kill(ranks.pid(stopped), signal.SIGSTOP)
+    ranks.processes[1 - stopped].join(30)
+    os.kill(ranks.pid(stopped), signal.SIGKILL)
+    end = ranks.wait()[1 - stopped]
+    assert end.code == 1 and "in loop" in end.output
+    assert f"error: rank {1 - stopped} (" in end.output and "more than engine.hang_seconds=5 seconds: " in end.output
+    who = "the first rank" if stopped == 0 else f"rank 1 ({socket.gethostname()}, pid {ranks.pid(1)})"
+    assert f"seconds: {who} gives no sign any more: it is stopped, or its machine is gone; the same" in end.output
+
+
+@pytest.mark.slow
+def test_a_loader_that_hangs_ends_all_ranks_which_name_its_own(config, tmp_path):
+    draw_images(tmp_path / "images", 40)
+    arguments = ["--config", str(config), f"data.source={tmp_path / 'images'}", f"run_dir={tmp_path / 'out'}"]
+    arguments += [f"data.cache_dir={tmp_path / 'cache'}", "optimization.max_steps=100", "engine.hang_seconds=5"]
+    ends = run_ranks(worker_faults.stuck_loader, 2, tmp_path, "1", "3", *arguments)
+    for end in ends:
+        assert end.code == 1
+        assert re.search(
+            r"seconds: rank 1 \(\S+, pid \d+\) has been waiting for the images of step \d+ for \d+ s;", end.output
+        )
 
 
 def test_out_of_memory_names_the_micro_batch():

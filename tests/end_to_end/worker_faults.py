@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 
 from ijepa_scale import train
+from ijepa_scale.data import collate
 from ijepa_scale.engine import checkpoint, signals
 from ijepa_scale.objectives import ijepa
 from ijepa_scale.run import records as metrics
@@ -191,4 +192,18 @@ def hub_that_warns(*arguments: str) -> None:
         return check(*given)
 
     with mock.patch.object(train, "check", warned):
+        pretrain(*arguments)
+
+
+def stuck_loader(rank: str, batch: str, *arguments: str) -> None:
+    """One rank's loader never gives the batch of that number, counted from 0."""
+    counter = itertools.count()
+    following = collate.MicroBatchStream.__next__
+
+    def stuck(stream: collate.MicroBatchStream) -> Any:
+        while os.environ["RANK"] == rank and next(counter) >= int(batch):
+            time.sleep(1)
+        return following(stream)
+
+    with mock.patch.object(collate.MicroBatchStream, "__next__", stuck):
         pretrain(*arguments)

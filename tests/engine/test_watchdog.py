@@ -1,0 +1,41 @@
+"""Whom a rank names when a step takes too long."""
+
+import dataclasses
+
+import pytest
+
+from ijepa_scale.engine.watchdog import STEP, Sign, explained
+
+
+def signs(*doing, steps=None, silent=()):
+    """Twice of each rank, a beat apart, those of silent ranks unchanged."""
+    steps = steps or [40] * len(doing)
+    first = [Sign(rank, 7, steps[rank], what, 30.4, f"node{rank}", 100 + rank) for rank, what in enumerate(doing)]
+    return [first, [sign if sign.rank in silent else dataclasses.replace(sign, count=8) for sign in first]]
+
+
+WAITING = "waiting for the images of step"
+
+
+@pytest.mark.parametrize(
+    "heard, words",
+    [
+        (signs(STEP, STEP, STEP, silent=(1,)), "rank 1 (node1, pid 101) gives no sign any more: it is stopped"),
+        (signs(STEP, WAITING, STEP), "rank 1 (node1, pid 101) has been waiting for the images of step 41 for 30 s"),
+        (signs(STEP, STEP, STEP, steps=[41, 40, 41]), "rank 1 (node1, pid 101) has been in step 41 for 30 s"),
+        (signs(WAITING, STEP, steps=[41, 40]), "rank 1 (node1, pid 101) has been in step 41 for 30 s"),
+        (signs(STEP, STEP), "all ranks live and are within the step"),
+        (signs(STEP), "the stack below"),
+        ([], "the first rank gives no sign any more"),
+    ],
+)
+def test_the_rank_that_holds_up_the_others_is_named(heard, words):
+    own = Sign(0, 8, 40, STEP, 30.0, "node0", 100)
+    said = explained(own, heard)
+    assert words in said
+    assert all(f"rank {rank} (" not in said for rank in range(3) if f"rank {rank} (" not in words)
+
+
+def test_several_are_all_named():
+    said = explained(Sign(3, 8, 40, STEP, 30.0, "node3", 103), signs(STEP, STEP, STEP, STEP, silent=(0, 2)))
+    assert "rank 0 (node0, pid 100) gives no sign" in said and "rank 2 (node2, pid 102) gives no sign" in said
