@@ -94,6 +94,14 @@ def torchrun(nodes: tuple[Node, Node], rank: int, per_node: int) -> list[object]
     return [*head, "--nproc-per-node", per_node, "--master-addr", nodes[0].address, "--master-port", 29511]
 
 
+def deepspeed(nodes: tuple[Node, Node], rank: int, per_node: int) -> list[object]:
+    """The same by DeepSpeed's launcher, which then needs no ssh."""
+    hosts = Path("/etc/netns", nodes[rank].name, "hostfile")
+    hosts.write_text("".join(f"{node.name} slots={per_node}\n" for node in nodes))
+    head = [Path(sys.executable).parent / "deepspeed", "--hostfile", hosts, "--no_ssh", "--node_rank", rank]
+    return [*head, "--master_addr", nodes[0].address, "--master_port", 29512]
+
+
 def ended(process: subprocess.Popen, log: Path, timeout: float) -> Ended:
     """The end of a node's command; where it outlives the timeout the test fails."""
     try:

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.end_to_end.runs import assert_close_run, checkpoints_of, steps_of, wait_for_step
-from tests.nodes import ended, torchrun, two_nodes
+from tests.nodes import deepspeed, ended, torchrun, two_nodes
 from tests.processes import PRETRAIN, assert_all, pretrain, run_ranks, undrawn
 
 pytestmark = pytest.mark.slow
@@ -21,19 +21,19 @@ def nodes():
 def start(nodes, small_config, tmp_path):
     """start(node's number, per_node, *overrides): the node's part of a run in tmp_path/run, and its log."""
 
-    def begin(number, per_node, *overrides):
+    def begin(number, per_node, *overrides, launcher=torchrun):
         log = tmp_path / f"node-{number}.txt"
         words = ["--config", small_config, f"run_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}"]
-        return nodes[number].start(log, *torchrun(nodes, number, per_node), PRETRAIN, *words, *overrides), log
+        return nodes[number].start(log, *launcher(nodes, number, per_node), PRETRAIN, *words, *overrides), log
 
     yield begin
     for node in nodes:
         node.kill_all()
 
 
-@pytest.mark.parametrize("per_node", [1, 2])
-def test_two_nodes_train_as_one(start, small_config, tmp_path, per_node):
-    started = [start(number, per_node) for number in (0, 1)]
+@pytest.mark.parametrize("launcher, per_node", [(torchrun, 1), (torchrun, 2), (deepspeed, 1)])
+def test_two_nodes_train_as_one(start, small_config, tmp_path, launcher, per_node):
+    started = [start(number, per_node, launcher=launcher) for number in (0, 1)]
     ends = [ended(*one, 200) for one in started]
     assert_all(ends)
     words = ["--config", str(small_config), f"run_dir={tmp_path / 'one'}", f"data.cache_dir={tmp_path / 'cache'}"]
