@@ -86,6 +86,7 @@ def two_nodes() -> Iterator[tuple[Node, Node]]:
             node.kill_all()
             subprocess.run(["ip", "netns", "del", node.name], capture_output=True)
             shutil.rmtree(folder, ignore_errors=True)
+            Path("/tmp", f"{node.name}-hostfile").unlink(missing_ok=True)
 
 
 def torchrun(nodes: tuple[Node, Node], rank: int, per_node: int) -> list[object]:
@@ -96,7 +97,7 @@ def torchrun(nodes: tuple[Node, Node], rank: int, per_node: int) -> list[object]
 
 def deepspeed(nodes: tuple[Node, Node], rank: int, per_node: int) -> list[object]:
     """The same by DeepSpeed's launcher, which then needs no ssh."""
-    hosts = Path("/etc/netns", nodes[rank].name, "hostfile")
+    hosts = Path("/tmp", f"{nodes[rank].name}-hostfile")
     hosts.write_text("".join(f"{node.name} slots={per_node}\n" for node in nodes))
     head = [Path(sys.executable).parent / "deepspeed", "--hostfile", hosts, "--no_ssh", "--node_rank", rank]
     return [*head, "--master_addr", nodes[0].address, "--master_port", 29512]

@@ -113,7 +113,7 @@ class Watchdog:
         limit = f"engine.hang_seconds={self._seconds:g}"
         print(
             f"error: {own.who} ends, as step {own.step + 1} has taken more than {limit} seconds: "
-            f"{explained(own, heard)}; the same command goes on from the last checkpoint",
+            f"{explained(own, heard, self._ranks.world_size)}; the same command goes on from the last checkpoint",
             file=sys.stderr,
             flush=True,
         )
@@ -143,18 +143,21 @@ def _store_of(ranks: Ranks) -> Any:
     return store if store is not None else made(port, first=False)
 
 
-def explained(own: Sign, heard: list[list[Sign]]) -> str:
+def explained(own: Sign, heard: list[list[Sign]], world_size: int) -> str:
     """Which ranks hold up the others. heard: signs of all ranks, several times; none where the store was silent."""
     if not heard:
         return "the first rank gives no sign any more: it is stopped, or its machine is gone"
     counts, then = {sign.rank: sign.count for sign in heard[0]}, heard[-1]
-    silent = [sign for sign in then if sign.rank != own.rank and sign.count == counts.get(sign.rank)]
+    silent = [sign.who for sign in then if sign.rank != own.rank and sign.count == counts.get(sign.rank)]
+    silent += [
+        f"rank {rank}" for rank in sorted(set(range(world_size)) - {sign.rank for sign in then})
+    ]  # from the start
     if silent:
-        return "; ".join(f"{sign.who} gives no sign any more: it is stopped, or its machine is gone" for sign in silent)
+        return "; ".join(f"{who} gives no sign any more: it is stopped, or its machine is gone" for who in silent)
     behind = min(sign.step for sign in then)
     all_alike = behind == max(sign.step for sign in then)
     slow = [sign for sign in then if (sign.doing != STEP if all_alike else sign.step == behind)]
-    if not slow and len(then) == 1:
+    if not slow and world_size == 1:
         return "where it stands the stack below shows"
     if not slow:
         return "all ranks live and are within the step: a collective that does not end, as over a link that is cut"

@@ -31,11 +31,16 @@ WAITING = "waiting for the images of step"
 )
 def test_the_rank_that_holds_up_the_others_is_named(heard, words):
     own = Sign(0, 8, 40, STEP, 30.0, "node0", 100)
-    said = explained(own, heard)
+    said = explained(own, heard, len(heard[0]) if heard else 2)
     assert words in said
     assert all(f"rank {rank} (" not in said for rank in range(3) if f"rank {rank} (" not in words)
 
 
 def test_several_are_all_named():
-    said = explained(Sign(3, 8, 40, STEP, 30.0, "node3", 103), signs(STEP, STEP, STEP, STEP, silent=(0, 2)))
+    said = explained(Sign(3, 8, 40, STEP, 30.0, "node3", 103), signs(STEP, STEP, STEP, STEP, silent=(0, 2)), 4)
     assert "rank 0 (node0, pid 100) gives no sign" in said and "rank 2 (node2, pid 102) gives no sign" in said
+
+
+def test_a_rank_that_has_never_given_a_sign_is_named():
+    said = explained(Sign(0, 8, 40, STEP, 30.0, "node0", 100), signs(STEP), 2)
+    assert said == "rank 1 gives no sign any more: it is stopped, or its machine is gone"
