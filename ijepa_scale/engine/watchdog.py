@@ -60,6 +60,7 @@ class Watchdog:
         self._heard: list[list[Sign]] = []
         self._closed = threading.Event()
         self._store = _store_of(ranks) if seconds and ranks.world_size > 1 else None
+        self._tell()  # at once: who this is the others then know
         for name, work in (("signs", self._talk), ("watchdog", self._watch)) if seconds else ():
             threading.Thread(target=work, name=name, daemon=True).start()
 
@@ -85,11 +86,14 @@ class Watchdog:
         while not self._closed.wait(self._beat):
             # Whatever a store raises: that nothing is heard is told when it matters.
             with contextlib.suppress(Exception):
-                self._count += 1
-                if self._store is not None:
-                    self._store.set(str(self._ranks.rank), json.dumps(self._own().__dict__))
+                self._tell()
                 if self._asked:
                     self._heard.append(self._signs())
+
+    def _tell(self) -> None:
+        self._count += 1
+        if self._store is not None:
+            self._store.set(str(self._ranks.rank), json.dumps(self._own().__dict__))
 
     def _watch(self) -> None:
         while not self._closed.wait(self._beat):
