@@ -297,8 +297,8 @@ FREE = {
     "optimization.micro_batch_size", "optimization.stop_at_step", "engine.zero_stage", "engine.hang_seconds",
     "engine.activation_checkpointing", "engine.compile",
     "checkpoint.every_steps", "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.asynchronous",
-    "logging.wandb", "logging.wandb_project", "logging.health_every_steps", "logging.health_images", "logging.pictures_every_steps",
-    "report.train_images", "report.test_images",
+    "logging.wandb", "logging.wandb_project", "logging.health_every_steps", "logging.health_images",
+    "logging.pictures_every_steps", "report.train_images", "report.test_images",
 }  # fmt: skip
 
 
