@@ -123,7 +123,7 @@ class Saving:
         }
         self._final, self._partial = folder / folder_name(step), folder / f".partial-{folder_name(step)}"
         with self._cleaned_up():
-            ranks.together(lambda: _make_room(self._partial, total_bytes) if ranks.first else None)
+            ranks.together(lambda: make_room(self._partial, total_bytes) if ranks.first else None)
         self._written: Future[dict[str, Any]] = Future()
         self._pieces = pieces
         if aside:
@@ -143,7 +143,7 @@ class Saving:
         with self._cleaned_up():
             files = self._ranks.gather(self._ranks.together(self._written.result))
             manifest = {**self._manifest, "files": files}
-            self._ranks.together(lambda: _publish(self._partial, self._final, manifest) if self._ranks.first else None)
+            self._ranks.together(lambda: publish(self._partial, self._final, manifest) if self._ranks.first else None)
         return self._final
 
     def _write(self) -> None:
@@ -163,7 +163,7 @@ class Saving:
             raise
 
 
-def _make_room(partial: Path, total_bytes: int) -> None:
+def make_room(partial: Path, total_bytes: int) -> None:
     """An empty folder for a checkpoint's files. OSError where they will not fit."""
     folder = partial.parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -191,10 +191,10 @@ def _write_file(partial: Path, rank: int, pieces: dict[str, torch.Tensor]) -> di
                     raise OSError(f"{path} reads back differently than it was written: {key}")
     except SafetensorError as error:  # what safetensors makes of a full disk
         raise OSError(f"{path} cannot be written: {error}") from error
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
-def _publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, give the folder its name, and point to it."""
     folder = final.parent
     manifest = {**manifest, "sha256": _digest(manifest)}
@@ -251,7 +251,7 @@ def _verify(path: Path, ranks: Ranks) -> tuple[dict[str, Any], str]:
                 return manifest, f"{entry['name']} is missing"
             if file.stat().st_size != entry["bytes"]:
                 return manifest, f"{entry['name']} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            if _sha256(file) != entry["sha256"]:
+            if sha256_of(file) != entry["sha256"]:
                 return manifest, f"{entry['name']} does not match its SHA-256: it was changed or damaged"
     except (ValueError, OSError, KeyError, TypeError) as error:
         return {}, str(error) or type(error).__name__
@@ -303,8 +303,8 @@ def set_aside(paths: list[Path]) -> None:
         os.rename(path, aside)
 
 
-def _file_index(checkpoint: Checkpoint, files: contextlib.ExitStack) -> dict[tuple[str, str], list]:
-    """(kind, parameter) -> its pieces as (first element, key, open file)."""
+def file_index(checkpoint: Checkpoint, files: contextlib.ExitStack) -> dict[tuple[str, str], list]:
+    """(kind, parameter) -> its pieces as (first element, key, open file). ValueError where a file cannot be read."""
     index = defaultdict(list)
     for entry in checkpoint.manifest["files"]:
         try:
@@ -333,7 +333,7 @@ def _fill(values: torch.Tensor, start: int, pieces: list, what: str) -> None:
 def restore(checkpoint: Checkpoint, engine: Any, ema: ShardedEMA) -> None:
     """Bring masters, moments, EMA, weights and averaged networks to the checkpoint's state, bit for bit."""
     with contextlib.ExitStack() as files:
-        index = _file_index(checkpoint, files)
+        index = file_index(checkpoint, files)
         for kind, name, start, values in _own_pieces(engine, ema):
             _fill(values, start, index[kind, name], f"{name} ({kind})")
     for flat in masters(engine.optimizer):
@@ -366,7 +366,7 @@ def read_weights(checkpoint: Checkpoint, shapes: dict[str, torch.Size], kind: st
     """
     weights = {}
     with contextlib.ExitStack() as files:
-        index = _file_index(checkpoint, files)
+        index = file_index(checkpoint, files)
         for name, shape in shapes.items():
             values, pieces = torch.empty(shape.numel()), index[kind, name]
             held = max((first + file.get_slice(key).get_shape()[0] for first, key, file in pieces), default=0)
@@ -381,7 +381,7 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))  # fp32; NaN equals itself
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

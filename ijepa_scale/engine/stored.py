@@ -30,7 +30,7 @@ def held(checkpoint: Checkpoint) -> list[Held]:
     """What there is of each kind. ValueError where a file cannot be read."""
     with contextlib.ExitStack() as files:
         found = []
-        index = checkpoints._file_index(checkpoint, files)
+        index = checkpoints.file_index(checkpoint, files)
         for kind in KINDS:
             of_kind = [pieces for (other, _), pieces in index.items() if other == kind]
             lengths = [_length(piece) for pieces in of_kind for piece in pieces]
@@ -44,7 +44,7 @@ def faults(checkpoint: Checkpoint, expected: Names) -> Iterator[str]:
     expected: what there must be. Each element of each parameter must be there once, and be finite.
     """
     with contextlib.ExitStack() as files:
-        index = checkpoints._file_index(checkpoint, files)
+        index = checkpoints.file_index(checkpoint, files)
         wanted = {(kind, name): count for kind, names in expected.items() for name, count in names.items()}
         for kind, name in sorted(index.keys() - wanted.keys()):
             yield f"{name} ({kind}) belongs to no network of its config"
@@ -70,13 +70,13 @@ def copy(checkpoint: Checkpoint, folder: Path, manifest: dict[str, Any]) -> Chec
     """The same state under another manifest, whole or not at all, as folder/step-XXXXXXXX. OSError where it fails."""
     partial, final = (folder / f"{start}{checkpoints.folder_name(checkpoint.step)}" for start in (".partial-", ""))
     try:
-        checkpoints._make_room(partial, sum(entry["bytes"] for entry in manifest["files"]))
+        checkpoints.make_room(partial, sum(entry["bytes"] for entry in manifest["files"]))
         for entry in manifest["files"]:
             shutil.copyfile(checkpoint.path / entry["name"], partial / entry["name"])
             sync(partial / entry["name"])
-            if checkpoints._sha256(partial / entry["name"]) != entry["sha256"]:
+            if checkpoints.sha256_of(partial / entry["name"]) != entry["sha256"]:
                 raise OSError(f"{partial / entry['name']} reads back differently than it was written")
-        checkpoints._publish(partial, final, manifest)
+        checkpoints.publish(partial, final, manifest)
     except OSError:
         shutil.rmtree(partial, ignore_errors=True)
         raise

@@ -37,7 +37,7 @@ def rewrite(path, **changes):
     manifest = json.loads((path / "manifest.json").read_text()) | changes
     for entry in manifest["files"]:
         file = path / entry["name"]
-        entry.update(bytes=file.stat().st_size, sha256=checkpoints._sha256(file))
+        entry.update(bytes=file.stat().st_size, sha256=checkpoints.sha256_of(file))
     (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": checkpoints._digest(manifest)}))
 
 
