@@ -21,7 +21,7 @@ help:
 	@echo "make gpu-check  on a GPU, eight minutes: rates, tests, the ViT-H/14 step (PYTHON=python3: its packages, no .venv)"
 	@echo "make gpu-tests  a part of it; gpu-benchmarks: all kernels at all shapes; gpu-step-vith14: beside the baseline"
 	@echo "make test       the quick tests; make test-all adds the slow ones; make lint: ruff, mypy, layers"
-	@echo "make test-versions  the quick tests with torch $(VERSIONS), each in .venvs/ (make test-version-oldest: one)"
+	@echo "make test-versions  the quick tests with torch $(VERSIONS), each in .versions/ (make test-version-oldest: one)"
 	@echo "make lock       renew requirements.lock: versions that are a month old"
 
 PIP_INSTALL = python -m pip install -qq --disable-pip-version-check  # errors alone: it warns of what its user configured
@@ -67,21 +67,20 @@ test: setup
 test-all: setup
 	$(PYTEST) -m "slow or not slow" $(ARGS)
 
-# The rest stays as recorded, but for the newest.
-VERSIONS := oldest 2.13 2.14 newest
-TORCH_oldest := 'torch==2.11.*' 'numpy==2.3.*'  # Triton 3.6, whose interpreter runs every kernel with that NumPy
-TORCH_newest := 'torch>=2.11'
-.PRECIOUS: .venvs/%/.ready
+# Each is a folder before .venv on the path: torch, and what must fit to it. The rest, and CUDA's libraries, are .venv's.
+VERSIONS := oldest 2.12 newest
+PACKAGES_oldest := --no-deps 'torch==2.11.*' 'torchvision==0.26.*' 'triton==3.6.*' 'numpy==2.3.*'
+PACKAGES_2.12 := --no-deps 'torch==2.12.*' 'torchvision==0.27.*' 'triton==3.7.*'
+PACKAGES_newest := '.[dev]'  # all that resolves
+.PRECIOUS: .versions/%/.ready
 test-versions: $(VERSIONS:%=test-version-%)
-.venvs/%/.ready: pyproject.toml requirements.lock
-	@echo "setup: torch $* in .venvs/$*"
-	@$(PYTHON) -m venv .venvs/$*
-	@grep -vE '^(torch|triton|nvidia-|cuda-|setuptools|numpy)' requirements.lock > .venvs/$*/constraints.txt
-	@.venvs/$*/bin/$(PIP_INSTALL) --editable '.[dev]' $(or $(TORCH_$*),'torch==$*.*') \
-		$(if $(filter newest,$*),,--constraint .venvs/$*/constraints.txt)
+.versions/%/.ready: .venv/.ready
+	@echo "setup: torch $* in .versions/$*"
+	@rm -rf .versions/$*
+	@$(BIN)/$(PIP_INSTALL) --target .versions/$* $(PACKAGES_$*)
 	@touch $@
-test-version-%: .venvs/%/.ready
-	PATH="$(CURDIR)/.venvs/$*/bin:$$PATH" $(PYTEST) $(ARGS)
+test-version-%: .versions/%/.ready
+	PYTHONPATH="$(CURDIR):$(CURDIR)/kernels:$(CURDIR)/.versions/$*" $(PYTEST) $(ARGS)
 
 # These need no network and no .venv where PYTHON is given and has the packages. gpu-check: eight minutes on one GPU.
 GPU_SETUP := $(if $(filter file default,$(origin PYTHON)),setup)
