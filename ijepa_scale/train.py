@@ -42,7 +42,7 @@ from ijepa_scale.run.step_pictures import StepPictures, cut_back
 
 RELEASE_STEPS = 20  # between releases of memory and collections of Python's cycles; docs/lab/speed.md
 TOLD = ("noted", "stop", "writing")  # of what ranks agree on: whether somebody met something
-NOT_COUNTS = ("model_flops", "hardware_flops", "data_wait_seconds", *TOLD)
+NOT_COUNTS = ("model_flops", "hardware_flops", *TOLD)
 
 
 def pretrain(
@@ -208,7 +208,8 @@ def train_step(
     waits for the device once, inside engine.step(), which asks whether the gradients are finite. (At ZeRO-3 DeepSpeed
     also waits at the end of the backward.)
     """
-    engine, started, waited = run.engine, time.perf_counter(), feed.waited
+    engine, started = run.engine, time.perf_counter()
+    waited, forwards = feed.waits.seconds, feed.forwards.seconds
     scheduled = run.schedules.at(step)
     set_schedules(
         engine.optimizer.optimizer.param_groups,
@@ -222,14 +223,15 @@ def train_step(
         if micro:
             engine.step()  # of the micro-step before, which DeepSpeed counts
         batches.append(next_batch(feed))
-        with explained_memory_errors(run):
+        with explained_memory_errors(run), feed.forwards.running():
             terms.append(engine(batches[-1].images, batches[-1].masks))
         last = micro + 1 == run.dataset.accumulation_steps
         if not last or step + 1 < run.horizon.stop:
             feed.load()
         if last:
             meanwhile()
-            agreed = agree(run, batches, data_wait_seconds=feed.waited - waited, stop=stop, writing=writing)
+            own = {"data wait": feed.waits.seconds - waited, "forward": feed.forwards.seconds - forwards}
+            agreed, each = agree(run, batches, own, stop=stop, writing=writing)
         with explained_memory_errors(run):
             engine.backward(terms[-1]["loss"])
     with explained_memory_errors(run):
@@ -238,27 +240,39 @@ def train_step(
     applied = engine.was_step_applied()
     if applied:  # a skipped step leaves the EMA as it was, too
         run.ema.update()
-    record = step_record(run, step, scheduled, agreed, applied=applied, seconds=time.perf_counter() - started)
+    record = step_record(run, step, scheduled, agreed, each, applied=applied, seconds=time.perf_counter() - started)
     numbers = HostCopy([value for micro in terms for value in micro.values()] + [gradient_norm(run)])
     told = {name: agreed[name] > 0 for name in TOLD}
     return StepOutcome(record, list(terms[0]), numbers, applied, batches, **told)
 
 
-def agree(run: Run, batches: list[Batch], **own: float) -> dict[str, float]:
-    """Sums over all ranks: what the objective did in a step, what each says of itself, what somebody must be told."""
+def agree(
+    run: Run, batches: list[Batch], each: dict[str, float], **own: float
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Sums over all ranks: what the objective did in a step, what somebody must be told. And `each`, of every rank."""
     own = {name: float(value) for name, value in own.items()} | {"noted": 0.0}
     for batch in batches:
         for key, value in run.objective.done(batch.masks).items():
             own[key] = own.get(key, 0.0) + value
         own["noted"] += len(batch.bad) + (len(batch.stream.passes) if batch.stream else 0)
-    return run.ranks.sum_by_name(own)
+    return run.ranks.sums_and_each(own, each)
 
 
 def step_record(
-    run: Run, step: int, scheduled: dict[str, float], agreed: dict[str, float], *, applied: bool, seconds: float
+    run: Run,
+    step: int,
+    scheduled: dict[str, float],
+    agreed: dict[str, float],
+    each: dict[str, list[float]],
+    *,
+    applied: bool,
+    seconds: float,
 ) -> dict[str, Any]:
     """A line of metrics.jsonl, but for the loss, its terms and the gradient norm (run/records.py names all keys)."""
     counts = {key: int(value) for key, value in agreed.items() if key not in NOT_COUNTS}
+    waits = each["data wait"]
+    alone = [wait + forward for wait, forward in zip(waits, each["forward"], strict=True)]
+    slowest = max(range(len(alone)), key=alone.__getitem__)
     return {
         "kind": "step",
         "step": step,
@@ -274,7 +288,11 @@ def step_record(
             devices=run.ranks.world_size,
             peak=run.peak,
         ),
-        "data_wait_seconds": agreed["data_wait_seconds"] / run.ranks.world_size,
+        "data_wait_seconds": sum(waits) / len(waits),
+        "data_wait_worst_seconds": max(waits),
+        "slowest_rank": run.ranks.name(slowest),
+        "slowest_rank_seconds": alone[slowest],
+        "mean_rank_seconds": sum(alone) / len(alone),
         "step_seconds": seconds,
         "memory_bytes": memory_bytes(),
     }

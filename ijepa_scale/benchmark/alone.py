@@ -111,7 +111,7 @@ def listed(taken: Steps, steps: int) -> dict[str, Any]:
         "graphs_compiled": graphs,
         "peak_memory_bytes": memory_bytes(),
         "allocator_retries": allocator_retries(device) - retries,
-        "data_wait_seconds": taken.feed.waited,
+        "data_wait_seconds": taken.feed.waits.seconds,
         "losses": [record["loss"] for record in taken.records],
         "model_flops": [record["model_flops"] for record in taken.records],
         "context_tokens": [record["context_tokens"] for record in taken.records],

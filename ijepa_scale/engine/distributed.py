@@ -38,17 +38,25 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all. control: a gloo group for small agreements on the CPU; None where there is one rank."""
+    """This process among all.
+
+    control: a gloo group for small agreements on the CPU; None where there is one rank. hosts: of each rank.
+    """
 
     rank: int
     world_size: int
     local_rank: int
     device: torch.device
     control: Any = None
+    hosts: tuple[str, ...] = ()
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    def name(self, rank: int) -> str:
+        """For people: with its machine, where that is known."""
+        return f"rank {rank} ({self.hosts[rank]})" if self.hosts else f"rank {rank}"
 
     def sum(self, values: list[float]) -> list[float]:
         """Element-wise sums over the ranks, in fp64."""
@@ -57,9 +65,18 @@ class Ranks:
             dist.all_reduce(totals, group=self.control)
         return totals.tolist()
 
-    def sum_by_name(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The same of named values, whose names and order are those of every rank."""
-        return dict(zip(values, self.sum(list(values.values())), strict=True))
+    def sums_and_each(
+        self, summed: Mapping[str, float], each: Mapping[str, float]
+    ) -> tuple[dict[str, float], dict[str, list[float]]]:
+        """(the sums of some named values, and those of every rank of others, in rank order), by one all-reduce.
+
+        Names and their order are the same on every rank.
+        """
+        count = len(summed)
+        own = [value if rank == self.rank else 0.0 for value in each.values() for rank in range(self.world_size)]
+        found = self.sum([*summed.values(), *own])
+        values = {name: found[count + i * self.world_size :][: self.world_size] for i, name in enumerate(each)}
+        return dict(zip(summed, found[:count], strict=True)), values
 
     def gather(self, value: T) -> list[T]:
         """Every rank's value, in rank order, on every rank."""
@@ -200,7 +217,8 @@ def start() -> Ranks:
     del store
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    return Ranks(rank, world_size, local_rank, device, control)
+    ranks = Ranks(rank, world_size, local_rank, device, control)
+    return replace(ranks, hosts=tuple(ranks.gather(socket.gethostname())))
 
 
 def _prepare_cpu() -> None:

@@ -11,50 +11,63 @@ import torch
 from ijepa_scale.data.collate import Batch
 
 
+class Stopwatch:
+    """Seconds of the device's time, in all, between what was given to it before running() and after it.
+
+    On a GPU those of what it has come past, so a step late.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._seconds = 0.0
+        self._ahead: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @property
+    def seconds(self) -> float:
+        while self._ahead and self._ahead[0][1].query():
+            before, after = self._ahead.popleft()
+            self._seconds += before.elapsed_time(after) / 1000
+        return self._seconds
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        if self.device.type == "cuda":
+            before = self._moment()
+            yield
+            self._ahead.append((before, self._moment()))
+        else:
+            started = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - started
+
+    def _moment(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+
 class Feed:
-    """Batches on the device. load() starts copying the next one, on a stream of its own; take() hands it out."""
+    """Batches on the device. load() starts copying the next one, on a stream of its own; take() hands it out.
+
+    waits: how long the loader has kept the device waiting. forwards: for the forwards of what is fed.
+    """
 
     def __init__(self, batches: Iterator[Batch], device: torch.device):
         self.batches, self.device = batches, device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._waited = 0.0
-        self._waits: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self.waits, self.forwards = Stopwatch(device), Stopwatch(device)
         self._loaded: Batch | Exception | None = None
-
-    @property
-    def waited(self) -> float:
-        """Seconds that the loader has kept the device waiting, in all.
-
-        On a GPU those in which it had done what it was given: of waits that it has come past, so a step late.
-        """
-        while self._waits and self._waits[0][1].query():
-            before, after = self._waits.popleft()
-            self._waited += before.elapsed_time(after) / 1000
-        return self._waited
 
     def load(self) -> None:
         """Fetch the next batch and start its copy. What goes wrong is raised by the take() that would hand it out."""
-        started, before = time.perf_counter(), self._moment()
-        try:
-            batch = next(self.batches)
-        except Exception as error:
-            self._loaded = error
-        else:
+        with self.waits.running():
+            try:
+                batch = next(self.batches)
+            except Exception as error:
+                self._loaded = error
+                return
             with torch.cuda.stream(self.stream):
                 self._loaded = batch.map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True).contiguous())
-        after = self._moment()
-        if before is None or after is None:
-            self._waited += time.perf_counter() - started
-        else:
-            self._waits.append((before, after))
-
-    def _moment(self) -> torch.cuda.Event | None:
-        """When a GPU has done what it was given so far."""
-        if self.stream is None:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
-        return event
 
     def take(self) -> Batch:
         """The next batch, for work on the current stream. Raises what the loader raised."""

@@ -1,7 +1,8 @@
 """Where the records of a run go: metrics.jsonl, and wandb.
 
 A step record has kind "step" and the keys step, epoch, loss, lr, weight_decay, ema_momentum, grad_norm, context_tokens,
-target_tokens, images_per_second, data_wait_seconds, step_seconds, memory_bytes, model_flops, hardware_flops,
+target_tokens, images_per_second, data_wait_seconds, data_wait_worst_seconds, slowest_rank (a name),
+slowest_rank_seconds, mean_rank_seconds, step_seconds, memory_bytes, model_flops, hardware_flops,
 flops_per_second_per_device and, where the device's peak is known, mfu and hfu; a health record has kind "health" and
 step, feature_std, rankme, drift and, where there are labels, knn; one of kind "pictures" their files in RUN/pictures by
 title, and the seconds that all of it took.

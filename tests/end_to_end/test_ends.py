@@ -2,11 +2,13 @@
 
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
+from ijepa_scale.run.records import read_records
 from tests.data.small_sources import write_parquet
 from tests.end_to_end import worker_faults
 from tests.end_to_end.runs import Runs, checkpoints_of
@@ -126,3 +128,14 @@ def test_a_stopped_copy_of_parquet_goes_on_with_the_files_that_are_left(runs, tm
 def copies_in(cache):
     """When each whole copy was made."""
     return {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow") if "incomplete" not in str(path)}
+
+
+def test_the_slowest_rank_and_the_worst_wait_are_recorded(runs, tmp_path):
+    runs(tmp_path / "run", "optimization.stop_at_step=4", target=worker_faults.slow_forward, before=("1",))
+    steps = [record for record in read_records(tmp_path / "run" / "metrics.jsonl") if record["kind"] == "step"]
+    assert [record["slowest_rank"] for record in steps] == [f"rank 1 ({socket.gethostname()})"] * 4
+    for record in steps:
+        seconds, mean = record["slowest_rank_seconds"], record["mean_rank_seconds"]
+        assert 0.2 < seconds < record["step_seconds"] and 2 * mean < 2 * seconds - 0.15
+    waits = [(record["data_wait_seconds"], record["data_wait_worst_seconds"]) for record in steps]
+    assert sum(worst for _, worst in waits) > 0.3 and max(worst - mean for mean, worst in waits) > 0.14

@@ -207,3 +207,23 @@ def stuck_loader(rank: str, batch: str, *arguments: str) -> None:
 
     with mock.patch.object(collate.MicroBatchStream, "__next__", stuck):
         pretrain(*arguments)
+
+
+def slow_forward(rank: str, *arguments: str) -> None:
+    """One rank's forward takes 0.2 s longer, and the images of step 2 come 0.3 s late."""
+    forward, following = ijepa.IJepa.forward, collate.MicroBatchStream.__next__
+    counter, this = itertools.count(), os.environ["RANK"] == rank
+
+    def slow(self: ijepa.IJepa, *inputs: Any) -> dict[str, torch.Tensor]:
+        time.sleep(0.2 * this)
+        return forward(self, *inputs)
+
+    def late(stream: collate.MicroBatchStream) -> Any:
+        time.sleep(0.3 * (this and next(counter) == 2))
+        return following(stream)
+
+    with (
+        mock.patch.object(ijepa.IJepa, "forward", slow),
+        mock.patch.object(collate.MicroBatchStream, "__next__", late),
+    ):
+        pretrain(*arguments)

@@ -1,5 +1,6 @@
 import os
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,18 @@ def test_memory_that_tensors_left_goes_back_to_the_system():
     before, freed, released = map(float, ended.stdout.split())
     assert freed > before + 40  # what it is about: 60 to 330 MB in some runs
     assert released < before + 20
+
+
+def sums_and_each() -> None:
+    ranks = distributed.start()
+    found = ranks.sums_and_each({"a": 1.0 + ranks.rank, "b": -2.0}, {"x": 10.0 * ranks.rank, "y": 3.0 - ranks.rank})
+    assert found == ({"a": 6.0, "b": -6.0}, {"x": [0.0, 10.0, 20.0], "y": [3.0, 2.0, 1.0]})
+    assert [ranks.name(rank) for rank in range(3)] == [f"rank {rank} ({socket.gethostname()})" for rank in range(3)]
+    ranks.close()
+
+
+def test_values_of_each_rank_and_sums(tmp_path):
+    assert_all(run_ranks(sums_and_each, 3, tmp_path))
 
 
 def use_and_free() -> None:
