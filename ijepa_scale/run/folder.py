@@ -28,6 +28,16 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self._lock: TextIO | None = None
 
+    @property
+    def gone(self) -> bool:
+        """Whether what this process has locked is not at its path any more: moved, deleted, or its disk unmounted."""
+        if self._lock is None:
+            return False
+        try:
+            return not os.path.samestat(os.fstat(self._lock.fileno()), os.stat(self.path / ".lock"))
+        except OSError:
+            return True
+
     def lock(self) -> None:
         """Claim the folder for this process until it ends. Raises ValueError naming the process that has it."""
         self.path.mkdir(parents=True, exist_ok=True)

@@ -33,6 +33,7 @@ class Saver:
 
         Raises RunError, on all ranks, where it gives up.
         """
+        self._check_folder()
         if self._begun:
             if any(self._run.ranks.gather(self._begun.writing)) and not last:
                 self._say("the checkpoint before is still being written, and is waited for: save less often")
@@ -71,7 +72,16 @@ class Saver:
             size = sum(file.stat().st_size for file in path.iterdir()) / 1e6
             self._say(f"checkpoint {path} ({size:.1f} MB, {self._held + time.perf_counter() - started:.1f} s)")
 
+    def _check_folder(self) -> None:
+        """A new folder in the place of one that was moved away would have part of the run, and the old one the rest."""
+        if any(self._run.ranks.gather(self._run.folder.gone)):
+            raise RunError(
+                f"run_dir {self._run.folder.path} was moved, deleted or unmounted while the run wrote to it; "
+                "put it back, and the same command goes on from its last checkpoint"
+            )
+
     def _failed(self, step: int, error: OSError, *, last: bool) -> None:
+        self._check_folder()
         self._say(f"warning: no checkpoint at step {step}: {error}; earlier checkpoints are untouched")
         self._failed_in_a_row += 1
         if last or self._failed_in_a_row == STRIKES:
