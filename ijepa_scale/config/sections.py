@@ -272,6 +272,8 @@ class EngineConfig:
     gradient_dtype: str = "fp32"  # in which ranks send gradients to one another: fp32 | bf16 (half the bytes)
     # none | predictor (its blocks, or a decoder's) | every_2, ... (also every Nth of the context encoder) | full
     activation_checkpointing: str = free("none")
+    # none | cpu: masters, moments and EMA in the host's memory, and the optimizer's step there
+    offload_optimizer: str = free("none")
     compile: bool = free(False)  # torch.compile of the transformer blocks
     hang_seconds: float = free(1800.0)  # a step with its save that takes longer ends the run, with all stacks; 0: off
     deepspeed: dict[str, Any] = field(default_factory=dict)  # merged last into the generated DeepSpeed config
@@ -290,6 +292,11 @@ class EngineConfig:
         _require(
             self.gradient_dtype in ("fp32", "bf16"),
             f"engine.gradient_dtype must be fp32 or bf16, got {self.gradient_dtype!r}",
+        )
+        _require(
+            self.offload_optimizer in ("none", "cpu"),
+            f"engine.offload_optimizer must be none or cpu, got {self.offload_optimizer!r}"
+            + ("; disks are not supported" if self.offload_optimizer == "nvme" else ""),
         )
         _ = self.recompute_every
 

@@ -12,12 +12,21 @@ class Bucket:
     """Parameters of one group whose weights lie end to end and whose gradients travel together.
 
     weights: flat, padded, in the parameters' dtype; own: this rank's part of it. master: fp32, this rank's part (own
-    itself where weights are fp32). gradients: flat like weights while they are collected. gradient: this rank's part of
-    the sum over ranks and micro-steps, in fp32 or as it travelled.
+    itself where weights are fp32); with offload it and the average lie in the host's memory. gradients: flat like
+    weights while they are collected. gradient: this rank's part of the sum over ranks and micro-steps, in fp32 or as it
+    travelled.
     """
 
-    def __init__(self, group: dict[str, Any], parameters: list[torch.nn.Parameter], rank: int, ranks: int):
-        self.group, self.parameters = group, parameters
+    def __init__(
+        self,
+        group: dict[str, Any],
+        parameters: list[torch.nn.Parameter],
+        rank: int,
+        ranks: int,
+        *,
+        offload: bool = False,
+    ):
+        self.group, self.parameters, self.offload = group, parameters, offload
         self.offsets = [0]
         for parameter in parameters:
             self.offsets.append(self.offsets[-1] + parameter.numel())
@@ -30,7 +39,10 @@ class Bucket:
             view.copy_(parameter.detach())
             parameter.data = view
         self.own = self.weights.narrow(0, rank * self.share, self.share)
-        self.master = self.own if first.dtype == torch.float32 else self.own.float()
+        if offload:
+            self.master = self.own.to("cpu", torch.float32, copy=True)
+        else:
+            self.master = self.own if first.dtype == torch.float32 else self.own.float()
         self.ema: torch.Tensor | None = None  # fp32, this rank's part of the masters' average
         self.target: torch.Tensor | None = None  # flat, like weights, of the averaged network
         self.target_own: torch.Tensor | None = None  # this rank's part of it (the EMA itself where weights are fp32)
@@ -47,8 +59,8 @@ class Bucket:
         for parameter, offset in zip(averages, self.offsets, strict=False):
             parameter.data = self.target.narrow(0, offset, parameter.numel()).view(parameter.shape)
         self.target_own = self.target.narrow(0, self.rank * self.share, self.share)
-        fp32 = self.target.dtype == torch.float32
-        self.ema = self.target_own if fp32 else torch.empty_like(self.master, requires_grad=False)
+        alone = self.target.dtype == torch.float32 and not self.offload
+        self.ema = self.target_own if alone else torch.empty_like(self.master, requires_grad=False)
         return self.ema, self.target
 
     def add(self, index: int, gradient: torch.Tensor, dtype: torch.dtype) -> None:
@@ -77,10 +89,12 @@ class Bucket:
         self.held.clear()
 
 
-def buckets_of(groups: list[dict[str, Any]], size: int, rank: int, ranks: int) -> list[Bucket]:
+def buckets_of(
+    groups: list[dict[str, Any]], size: int, rank: int, ranks: int, *, offload: bool = False
+) -> list[Bucket]:
     """Each group's parameters in order, cut into buckets of `size` elements or of one larger parameter."""
     return [
-        Bucket(group, group["params"][first:last], rank, ranks)
+        Bucket(group, group["params"][first:last], rank, ranks, offload=offload)
         for group in groups
         for first, last in runs([parameter.numel() for parameter in group["params"]], size)
     ]

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ijepa_kernels.ema import ema_update
-from ijepa_scale.engine.zero import flat_group, flat_parameters, is_stage3, masters
+from ijepa_scale.engine.zero import flat_group, flat_parameters, is_offloaded, is_stage3, masters
 
 
 class ShardedEMA:
@@ -16,6 +16,7 @@ class ShardedEMA:
     pass that updates the masters; update() starts the all-gather, which the target's next forward waits for.
     ZeRO-3: the target's own shards are views of what update() writes, so there is no communication. In fp32 the
     target's weights are the EMA itself.
+    Where the optimizer's state lies in the host's memory the EMA lies beside it, and the target's weights are a copy.
     """
 
     def __init__(self, engine: Any, twins: Iterable[tuple[Any, Any]]):
@@ -50,13 +51,14 @@ class ShardedEMA:
 
     def _bind_partitioned(self, flat: int, averages: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         master = masters(self.optimizer)[flat]
-        target = torch.zeros_like(master, dtype=averages[0].dtype)
+        target = torch.zeros(master.numel(), dtype=averages[0].dtype, device=averages[0].ds_tensor.device)
         offset = 0
         for parameter in averages:
             share = parameter.partition_numel()
             parameter.ds_tensor.data = target.narrow(0, offset, share)
             offset += share
-        return (target if target.dtype == torch.float32 else torch.empty_like(master)), target
+        alone = target.dtype == torch.float32 and not is_offloaded(self.optimizer)
+        return (target if alone else torch.empty_like(master, requires_grad=False)), target
 
     def _bind_whole(self, flat: int, averages: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
         return self.optimizer.buckets[flat].average(averages)
@@ -70,8 +72,10 @@ class ShardedEMA:
         for flat, (shard, target) in enumerate(zip(self.shards, self.targets, strict=True)):
             if shard is not None and target is not None:
                 momentum = flat_group(self.optimizer, flat)["ema_momentum"]
-                copy = target if target is not shard else None
+                copy = None if target is shard or is_offloaded(self.optimizer) else target
                 ema_update(shard, masters(self.optimizer)[flat].detach(), momentum, copy)
+                if is_offloaded(self.optimizer):
+                    target.copy_(shard)
         self._settle()
 
     @torch.no_grad()

@@ -111,7 +111,8 @@ class MuonAndAdamW(torch.optim.AdamW):
             zeros = {kind: torch.zeros_like(flat) for kind in ("exp_avg", "exp_avg_sq")}
             state.update(step=torch.zeros((), device=flat.device), **zeros)
         state["step"] += 1
-        own = direction(flat.grad, state["exp_avg"], 1.0)
+        # on the device that weights are on, whatever the state's
+        own = direction(flat.grad, state["exp_avg"], 1.0).to(self.parameters_of[flat][0].ds_tensor.device)
         parts_RL = gathered(own, own.dtype).view(dist.get_world_size(), -1)
         flat.mul_(1 - group["lr"] * group["weight_decay"])
         offset = 0
@@ -120,5 +121,5 @@ class MuonAndAdamW(torch.optim.AdamW):
             whole = parts_RL[:, offset : offset + share].flatten()[: shape.numel()].view(shape)
             first = dist.get_rank() * share
             values = update(whole).flatten()[first : first + share]
-            flat[offset : offset + values.numel()].sub_(values, alpha=group["lr"])
+            flat[offset : offset + values.numel()].sub_(values.to(flat.device), alpha=group["lr"])
             offset += share

@@ -7,6 +7,9 @@ sent once, to the ranks that own its parts. docs/lab/speed.md counts the bytes.
     backward -> each gradient into its bucket -> bucket full: reduce-scatter -> this rank's shard of its sum
     step     -> norm of the shards -> AdamW, weights, EMA: one pass over each shard -> all-gather of the weights starts
     forward  -> each block waits for its weights, the target encoder (engine/ema.py) for its own
+
+With offload a bucket's gradient goes to the host, where masters, moments and EMA lie and AdamW runs. Its weights and
+those of the average come back.
 """
 
 from __future__ import annotations
@@ -51,14 +54,20 @@ class ShardedAdamW(ZeROOptimizer):
         accumulation_steps: int,
         clip: float,
         boundary: Callable[[], bool],
+        offload: bool,
     ):
-        """optimizer: torch's, whose groups and state are used. boundary: whether this micro-step is the step's last."""
+        """optimizer: torch's, whose groups and state are used. boundary: whether this micro-step is the step's last.
+
+        offload: whether masters, moments and EMA lie in the host's memory.
+        """
         super().__init__()
         self.optimizer, self.param_names, self.clip, self.boundary = optimizer, param_names, clip, boundary
+        self.offload_optimizer = offload
+        self._travelling: dict[str, torch.Tensor] = {}  # memory of the host for what goes there and back
         self.dp_process_group = dist.group.WORLD
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.overflow, self._global_grad_norm = False, torch.zeros(())
-        self.buckets = buckets_of(optimizer.param_groups, bucket_size, self.rank, self.ranks)
+        self.buckets = buckets_of(optimizer.param_groups, bucket_size, self.rank, self.ranks, offload=offload)
         self.in_flight = 1
         self._at_once = self.buckets  # whose weights are waited for at the end of the step
         for group in optimizer.param_groups:
@@ -203,41 +212,74 @@ class ShardedAdamW(ZeROOptimizer):
         if self.clip:
             scale = ((self.clip / (norm + 1e-6)).clamp_(max=1.0) / self.ranks).float()
         for bucket in self.buckets:
-            group, state = bucket.group, self.optimizer.state[bucket.master]
-            state["step"] += 1
-            if group.get("muon"):
-                self._update_matrices(bucket, state["exp_avg"], scale)
-                continue
-            adamw_ema(
-                bucket.master,
-                _of(bucket.gradient),
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                step=state["step"],
-                grad_scale=scale,
-                weight=None if bucket.master is bucket.own else bucket.own,
-                ema=bucket.ema,
-                momentum=group["ema_momentum"] if bucket.ema is not None else 1.0,
-                target=None if bucket.target_own is bucket.ema else bucket.target_own,
-            )
+            self.optimizer.state[bucket.master]["step"] += 1
+            if self.offload_optimizer:
+                self._update_on_host(bucket, scale)
+            else:
+                weight = None if bucket.master is bucket.own else bucket.own
+                target = None if bucket.target_own is bucket.ema else bucket.target_own
+                self._update_bucket(bucket, _of(bucket.gradient), scale, weight, target)
         self._share_weights()
 
-    def _update_matrices(self, bucket: Bucket, momentum: torch.Tensor, scale: float | torch.Tensor) -> None:
+    def _update_on_host(self, bucket: Bucket, scale: float | torch.Tensor) -> None:
+        gradient = self._on_host("gradient", _of(bucket.gradient)).copy_(_of(bucket.gradient))
+        weight = self._on_host("weight", bucket.own)
+        target = None if bucket.target_own is None else self._on_host("target", bucket.target_own)
+        scale = scale.cpu() if isinstance(scale, torch.Tensor) else scale
+        self._update_bucket(bucket, gradient, scale, weight, target)
+        bucket.own.copy_(weight)
+        if target is not None:
+            _of(bucket.target_own).copy_(target)
+
+    def _on_host(self, name: str, like: torch.Tensor) -> torch.Tensor:
+        """Memory for one bucket at a time, page-locked so that a GPU copies at its link's full rate."""
+        if name not in self._travelling:
+            largest = max(bucket.share for bucket in self.buckets)
+            self._travelling[name] = torch.empty(largest, dtype=like.dtype, pin_memory=like.is_cuda)
+        return self._travelling[name][: like.numel()]
+
+    def _update_bucket(
+        self,
+        bucket: Bucket,
+        gradient: torch.Tensor,
+        scale: float | torch.Tensor,
+        weight: torch.Tensor | None,
+        target: torch.Tensor | None,
+    ) -> None:
+        """weight, target: where copies of the master and of its average go; beside the master, like the gradient."""
+        group, state = bucket.group, self.optimizer.state[bucket.master]
+        if group.get("muon"):
+            self._update_matrices(bucket, direction(gradient, state["exp_avg"], scale))
+            if weight is not None:
+                weight.copy_(bucket.master)
+            if bucket.ema is not None:
+                ema_update(bucket.ema, bucket.master.detach(), group["ema_momentum"], target)
+            return
+        adamw_ema(
+            bucket.master,
+            gradient,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            step=state["step"],
+            grad_scale=scale,
+            weight=weight,
+            ema=bucket.ema,
+            momentum=group["ema_momentum"] if bucket.ema is not None else 1.0,
+            target=target,
+        )
+
+    def _update_matrices(self, bucket: Bucket, own: torch.Tensor) -> None:
+        """own: this rank's part of what is made orthogonal, on the device that weights are on, whatever its own."""
         group, master = bucket.group, bucket.master.detach()
-        whole = gathered(direction(_of(bucket.gradient), momentum, scale), self.travel_dtype)
+        whole = gathered(own.to(bucket.own.device), self.travel_dtype)
         shapes = [parameter.shape for parameter in bucket.parameters]
         master.mul_(1 - group["lr"] * group["weight_decay"])
         for place, values in own_updates(whole, shapes, self.rank * bucket.share, bucket.share):
-            master[place : place + values.numel()].sub_(values, alpha=group["lr"])
-        if bucket.master is not bucket.own:
-            bucket.own.copy_(master)
-        if bucket.ema is not None:
-            copy = None if bucket.target_own is bucket.ema else bucket.target_own
-            ema_update(bucket.ema, master, group["ema_momentum"], copy)
+            master[place : place + values.numel()].sub_(values.to(master.device), alpha=group["lr"])
 
     @torch.no_grad()
     def update_lp_params(self) -> None:
@@ -315,6 +357,7 @@ class Engine(deepspeed.DeepSpeedEngine):
             accumulation_steps=self.gradient_accumulation_steps(),
             clip=self.gradient_clipping(),
             boundary=self.is_gradient_accumulation_boundary,
+            offload=self.zero_cpu_offload(),
         )
 
     _configure_bf16_optimizer = _configure_zero_optimizer  # what it is called at ZeRO-1

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.overrides import TorchFunctionMode
 
 from ijepa_scale.engine.distributed import quiet
 from ijepa_scale.engine.muon import MuonAndAdamW
@@ -33,11 +34,12 @@ REFUSED = {
     "zero_optimization.stage": "set engine.zero_stage",
     "zero_optimization.compute_grad_norm": "metrics.jsonl has the norm of every step",
     "zero_optimization.round_robin_gradients": "it reorders the shards, and the EMA would average the wrong weights",
-    "zero_optimization.cpu_offload": "the sharded EMA lives beside the master weights on the device",
+    "zero_optimization.cpu_offload": "set engine.offload_optimizer=cpu",
     "zero_optimization.cpu_offload_param": "the averaged network's shards are rebound on the device",
     "zero_optimization.zero_quantized_nontrainable_weights": "it would quantize the averaged network",
-    "zero_optimization.zenflow": "it moves the master weights off the device",
-    "zero_optimization.offload_optimizer": "the sharded EMA lives beside the master weights on the device",
+    "zero_optimization.zenflow": "its optimizer is one of DeepSpeed's, and steps beside the EMA",
+    "zero_optimization.offload_optimizer": "set engine.offload_optimizer=cpu",
+    "zero_force_ds_cpu_optimizer": "the optimizer on the host is torch's AdamW, which no compiler has to build",
     "zero_optimization.offload_param": "the averaged network's shards are rebound on the device",
     "zero_optimization.zero_hpz_partition_size": "secondary shards of the averaged network would never be updated",
     "zero_optimization.mics_shard_size": "the averaged network is sharded over all ranks",
@@ -53,11 +55,13 @@ def deepspeed_config(
     accumulation_steps: int,
     clip_grad_norm: float = 0.0,
     gradient_dtype: str = "fp32",
+    offload: bool = False,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """DeepSpeed's config. precision: fp32 or bf16. gradient_dtype: in which they are sent, the same.
 
-    extra: engine.deepspeed, merged last.
+    offload: whether masters, moments and EMA lie in the host's memory, and are updated there. extra: engine.deepspeed,
+    merged last.
 
     Raises ValueError for a setting in extra that would break the sharded EMA or contradict another key.
     """
@@ -65,6 +69,8 @@ def deepspeed_config(
     if zero_stage == 3:
         # Its replacement of torch.nn.functional.linear is process-wide and changes bf16 gradients by 2e-3.
         zero["memory_efficient_linear"] = False
+        # A step copies the gradients of one sub-group at a time. DeepSpeed's 1e9 is all of them: 4 bytes a parameter.
+        zero["sub_group_size"] = BUCKET
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
@@ -78,6 +84,9 @@ def deepspeed_config(
     }
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+        config["zero_force_ds_cpu_optimizer"] = False  # its own is C++ that is built at the first start
     for key, reason in REFUSED.items():
         section, _, leaf = key.rpartition(".")
         values = (extra or {}).get(section, {}) if section else extra or {}
@@ -103,13 +112,58 @@ def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def building_context(config: dict[str, Any]) -> contextlib.AbstractContextManager:
-    """Where to build the model: under ZeRO-3 parameters are cut as they are made, so no rank holds the whole."""
-    if config["zero_optimization"]["stage"] == 3:
-        import deepspeed
+@contextlib.contextmanager
+def building_context(config: dict[str, Any]) -> Iterator[None]:
+    """Where to build the model: under ZeRO-3 parameters are cut as they are made, so no rank holds the whole.
 
-        return deepspeed.zero.Init(config_dict_or_path=config)
-    return contextlib.nullcontext()
+    Weights are undefined there, until initialize() or write_weights().
+    """
+    with contextlib.ExitStack() as stack:
+        if config["zero_optimization"]["stage"] == 3:
+            import deepspeed
+
+            class Parts(deepspeed.zero.Init):
+                """Without a broadcast of each parameter from rank 0: its values do not stay."""
+
+                def _zero_init_param(self, parameter: Any) -> None:
+                    self._convert_to_deepspeed_param(parameter)
+                    parameter.partition()
+
+            if "bf16" in config:  # else it would make them in fp32 first, which leaves holes in a CPU's memory
+                stack.callback(torch.set_default_dtype, torch.get_default_dtype())
+                torch.set_default_dtype(torch.bfloat16)
+            stack.enter_context(Parts(config_dict_or_path=config))
+        stack.enter_context(_Undrawn())
+        yield
+
+
+class _Undrawn(TorchFunctionMode):
+    """Parameters stay as they are allocated: torch would draw random weights, minutes of them for 2 B parameters."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+def write_weights(
+    parameters: Iterable[tuple[str, Any]], initial: Callable[[str, torch.Size], torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Make parameters initial(name, shape), in dtype, or this rank's parts of them where ZeRO-3 has cut them.
+
+    At most one of them is held whole in fp32.
+    """
+    for name, parameter in parameters:
+        if not hasattr(parameter, "ds_tensor"):
+            parameter.data = initial(name, parameter.shape).to(parameter.device, dtype, copy=True)
+            continue
+        shard = parameter.ds_tensor
+        start = dist.get_rank(parameter.ds_process_group) * shard.numel()
+        values = initial(name, parameter.ds_shape).flatten()[start : start + shard.numel()]
+        shard.zero_()
+        shard[: values.numel()].copy_(values)
 
 
 def initialize(
@@ -124,17 +178,14 @@ def initialize(
 
     whole: modules of this class have their weights gathered together under ZeRO-3.
     """
-    with torch.no_grad():
-        parameter: Any  # with what zero.Init attached
-        for name, parameter in model.named_parameters():
-            if not hasattr(parameter, "ds_tensor"):
-                parameter.copy_(initial(name, parameter.shape))
-                continue
-            shard = parameter.ds_tensor
-            start = dist.get_rank(parameter.ds_process_group) * shard.numel()
-            values = initial(name, parameter.ds_shape).flatten()[start : start + shard.numel()]
-            shard.zero_()
-            shard[: values.numel()].copy_(values)
+    dtype = torch.bfloat16 if "bf16" in config else torch.float32
+    trained: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    write_weights([(name, p) for name, p in model.named_parameters() if name not in trained], initial, dtype)
+    for parameter in trained.values():  # which are written from their masters, below
+        if hasattr(parameter, "ds_tensor"):
+            parameter.ds_tensor.zero_()  # for the padding at its end
+        elif parameter.dtype != dtype:
+            parameter.data = torch.empty_like(parameter, dtype=dtype)
     if "bf16" not in config:
         # oneDNN keeps its code for 1,024 shapes. In fp32 it does GELU alone, of new shapes at every step: what it keeps
         # lies between the step's tensors, whose memory then cannot be put together again. A step has some ten shapes.
@@ -168,6 +219,7 @@ def initialize(
             if fragment.name != name:
                 name, values = fragment.name, initial(fragment.name, shapes[fragment.name]).flatten()
             fragment.of(flats).copy_(values[fragment.start : fragment.start + fragment.numel])
+    refresh_weights(engine.optimizer)
     return engine
 
 
@@ -187,6 +239,11 @@ class Fragment:
 
 def is_stage3(optimizer: Any) -> bool:
     return hasattr(optimizer, "fp32_partitioned_groups_flat")
+
+
+def is_offloaded(optimizer: Any) -> bool:
+    """Whether masters, moments and EMA lie in the host's memory."""
+    return bool(optimizer.offload_optimizer)
 
 
 def masters(optimizer: Any) -> list[torch.Tensor]:
@@ -232,7 +289,7 @@ def refresh_weights(optimizer: Any) -> None:
     for flat, master in enumerate(masters(optimizer)):
         optimizer.fp16_partitioned_groups_flat[flat].data.copy_(master.data)
         optimizer._unflatten_partitioned_parameters(flat)
-    persistent = optimizer.persistent_parameters
+    persistent = [parameter for parameter in optimizer.persistent_parameters if parameter.requires_grad]
     if persistent:  # kept gathered between steps: gather them anew
         persistent[0].partition(persistent)
         persistent[0].all_gather(persistent)

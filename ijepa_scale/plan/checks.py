@@ -24,6 +24,7 @@ def settings(
         accumulation_steps=config.optimization.global_batch_size // (micro_batch_size * ranks),
         clip_grad_norm=config.optimization.clip_grad_norm,
         gradient_dtype=config.engine.gradient_dtype,
+        offload=config.engine.offload_optimizer == "cpu",
         extra=config.engine.deepspeed,
     )
     return micro_batch_size, precision, deepspeed

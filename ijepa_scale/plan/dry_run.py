@@ -80,6 +80,7 @@ def _parameter_lines(objective: Objective, model: Model, sharding: Sharding) -> 
     state = memory.state(model, sharding)
     parts = {"weights": state.weights, "gradients": state.gradients, "optimizer": state.optimizer}
     parts |= {"EMA": state.ema} if averaged else {}
+    host = f", and {state.host / 2**30:,.2f} GiB of the host's memory" * bool(state.host)
     gpus = f"each of {sharding.ranks} GPUs" if sharding.ranks > 1 else "one GPU"
     return [
         "parameters     "
@@ -87,6 +88,7 @@ def _parameter_lines(objective: Objective, model: Model, sharding: Sharding) -> 
         + f", an EMA of {averaged / 1e6:,.1f} M of them" * bool(averaged),
         f"state          in bf16 {state.total / 2**30:,.2f} GiB on {gpus} (ZeRO-{sharding.zero_stage}): "
         + ", ".join(f"{name} {held / 2**30:,.2f}" for name, held in parts.items())
+        + host
         + "; on others: launch/plan.py",
     ]
 

@@ -4,7 +4,7 @@ A test holds the state to what lies there under ZeRO-1, -2 and -3, to the byte.
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Sharding:
     """How state is cut. micro_steps: a step's. sent: bytes of a gradient's value on its way. bucket: in elements.
 
     persistence, prefetch, reuse: DeepSpeed's stage3_param_persistence_threshold, stage3_prefetch_bucket_size and
-    stage3_max_reuse_distance, in elements.
+    stage3_max_reuse_distance, in elements. offload: whether masters, moments and EMA lie in the host's memory.
     """
 
     zero_stage: int
@@ -65,6 +65,7 @@ class Sharding:
     micro_steps: int = 1
     sent: int = FP32
     bucket: int = BUCKET
+    offload: bool = False
     persistence: int = 100_000
     prefetch: int = 50_000_000
     reuse: int = 1_000_000_000
@@ -77,7 +78,10 @@ class Sharding:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on a GPU. gradients: the most of them that are kept at once. buffers: what comes and goes besides."""
+    """Bytes on a GPU. gradients: the most of them that are kept at once. buffers: what comes and goes besides.
+
+    host: what engine.offload_optimizer has put into the host's memory; not in the total.
+    """
 
     weights: float
     gradients: float
@@ -85,6 +89,7 @@ class Memory:
     ema: float
     activations: float = 0.0
     buffers: float = 0.0
+    host: float = 0.0
 
     @property
     def total(self) -> float:
@@ -122,12 +127,13 @@ def sharding_of(settings: dict[str, Any], *, ranks: int) -> Sharding:
         micro_steps=settings["gradient_accumulation_steps"],
         sent={"fp32": FP32, "bf16": BF16}[settings["communication_data_type"]],
         bucket=int(zero["reduce_bucket_size"]),
+        offload="offload_optimizer" in zero,
         **of_stage_3,
     )
 
 
 def state(model: Model, sharding: Sharding) -> Memory:
-    """Weights, gradients, masters with their moments, and EMA, of a rank."""
+    """Weights, gradients, masters with their moments, and EMA, of a rank, and what of it lies on the host."""
     return _partitioned(model, sharding) if sharding.zero_stage == 3 else _sharded(model, sharding)
 
 
@@ -159,25 +165,41 @@ def _sharded(model: Model, sharding: Sharding) -> Memory:
         gradients = whole // ranks * sharding.sent
     else:  # added up in fp32: whole at ZeRO-1, of this rank's part alone at ZeRO-2
         gradients = FP32 * (whole // ranks if sharding.every_micro_step else whole)
-    return Memory(
+    found = Memory(
         weights=BF16 * whole + model.constants,
         gradients=gradients,
         optimizer=3 * FP32 * whole // ranks,
         ema=FP32 * averaged // ranks + BF16 * averaged,
     )
+    if not sharding.offload:
+        return found
+    # And the way there and back of one bucket at a time: its gradient as it comes, its weights, those of the average.
+    if ranks == 1:
+        comes = FP32 if accumulates else BF16
+    else:
+        comes = FP32 if accumulates and sharding.every_micro_step else sharding.sent
+    largest = max(one for group in model.groups for one in buckets(group, sharding)) // ranks
+    travelling = largest * (comes + BF16 + (BF16 if averaged else 0))
+    return replace(
+        found, optimizer=0, ema=BF16 * averaged, host=found.optimizer + FP32 * averaged // ranks + travelling
+    )
 
 
 def _partitioned(model: Model, sharding: Sharding) -> Memory:
-    """Small parameters that are trained lie on every rank besides."""
+    """Small parameters that are trained lie on every rank besides. The host's gradients are there twice."""
     ranks = sharding.ranks
     pieces = sum(piece(numel, ranks) for group in model.groups for numel in group.numels)
     averaged = sum(piece(numel, ranks) for group in model.groups if group.averaged for numel in group.numels)
-    return Memory(
+    found = Memory(
         weights=BF16 * (pieces + sum(small_numels(model, sharding))) + model.constants,
         gradients=FP32 * pieces,
         optimizer=3 * FP32 * pieces,
         ema=(FP32 + BF16) * averaged,
     )
+    if not sharding.offload:
+        return found
+    host = 2 * found.gradients + found.optimizer + FP32 * averaged
+    return replace(found, gradients=0, optimizer=0, ema=BF16 * averaged, host=host)
 
 
 def passing(model: Model, sharding: Sharding, *, gathered: int) -> float:

@@ -128,12 +128,14 @@ def time_rows(planned: Planned, settings: Sequence[Setting], price: float) -> tu
 
 def memory_rows(planned: Planned, settings: Sequence[Setting]) -> tuple[list[str], list[list[str]]]:
     heads = [*NAMES, "weights", "gradients", "optimizer", "EMA", "activations", "buffers"]
+    offloads = any(one.memory.host for one in settings)
     rows = []
     for one in settings:
         held = one.memory
-        parts = (held.weights, held.gradients, held.optimizer, held.ema, held.activations, held.buffers, held.total)
+        parts = [held.weights, held.gradients, held.optimizer, held.ema, held.activations, held.buffers, held.total]
+        parts += [held.host] * offloads
         rows.append([*_named(planned, one), *(f"{part / GIB:,.1f}" for part in parts)])
-    return [*heads, f"of {settings[0].usable / GIB:,.1f}"], rows
+    return [*heads, f"of {settings[0].usable / GIB:,.1f}", *(["host"] if offloads else [])], rows
 
 
 def rendered(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -204,6 +206,11 @@ def _of_this_config(planned: Planned) -> list[str]:
         lines.append("what the terms loss.variance and loss.covariance take, of time and of links, is not counted")
     if not math.isclose(config.optimization.clip_grad_norm, 0.0):
         lines.append("clipping costs nothing: the norm is taken anyway")
+    if config.engine.offload_optimizer == "cpu":
+        lines.append(
+            "host: memory of the node for each of its GPUs; the time is that of a GPU's own optimizer: what the host's "
+            "takes, and its copies, is not known and comes on top"
+        )
     if config.optimization.optimizer == "muon":
         lines.append("Muon's products run at the rate of large ones; at ZeRO-3 every rank computes all of them")
     return lines

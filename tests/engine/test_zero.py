@@ -1,6 +1,10 @@
 """DeepSpeed's config, and a model built for ZeRO-3."""
 
 import ctypes
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -93,3 +97,38 @@ def many_token_counts() -> None:
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no mallinfo2 (glibc 2.33) to ask")
 def test_token_counts_leave_nothing_in_memory(tmp_path):
     assert_all(run_ranks(many_token_counts, 1, tmp_path))
+
+
+def digest_of(weights: Mapping[str, torch.Tensor]) -> str:
+    """Of names and bytes."""
+    whole = hashlib.sha256()
+    for name, values in sorted(weights.items()):
+        whole.update(name.encode() + values.detach().numpy().tobytes())
+    return whole.hexdigest()
+
+
+def digests(result: str) -> None:
+    ranks, found = distributed.start(), {}
+    for stage in (1, 2, 3):
+        engine, ema = tiny.start_engine(ranks, zero_stage=stage, precision="fp32")
+        found[f"weights at {stage}"] = digest_of(tiny.weights_of(engine, ""))
+        engine, ema = tiny.start_engine(ranks, zero_stage=stage, precision="bf16", offload=stage == 3)
+        for kind, flats in (("masters", zero.masters(engine.optimizer)), ("ema", ema.shards)):
+            found[f"{kind} at {stage}"] = digest_of(tiny.gathered(engine, ranks, flats))
+    Path(result).write_text(json.dumps(found))
+    ranks.close()
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)])
+def test_initial_weights_have_one_digest_at_every_stage_and_number_of_ranks(ranks, tmp_path):
+    """That of a plain model, without DeepSpeed."""
+    path = tmp_path / "digests.json"
+    assert_all(run_ranks(digests, ranks, tmp_path, str(path)))
+    plain = {
+        name: tiny.first_weight(name, parameter.shape) for name, parameter in tiny.build_model().named_parameters()
+    }
+    trained = {name: values for name, values in plain.items() if not name.startswith("target_encoder.")}
+    averaged = {name: values for name, values in plain.items() if name.startswith("context_encoder.")}
+    expected = {"weights": digest_of(plain), "masters": digest_of(trained), "ema": digest_of(averaged)}
+    for what, digest in json.loads(path.read_text()).items():
+        assert digest == expected[what.split()[0]], what

@@ -91,6 +91,7 @@ def start_engine(
     clip: float = 0.0,
     gradient_dtype: str = "fp32",
     muon: bool = False,
+    offload: bool = False,
     seed: int = SEED,
     terms: dict[str, Any] | None = None,
     before_ema: Callable[[Any], None] = lambda engine: None,
@@ -102,6 +103,7 @@ def start_engine(
         accumulation_steps=accumulation,
         clip_grad_norm=clip,
         gradient_dtype=gradient_dtype,
+        offload=offload,
         # small buckets where gradients are accumulated, one a group elsewhere: a plain loop is beside both
         extra={"zero_optimization": {"reduce_bucket_size": 2000}} if accumulation > 1 and zero_stage < 3 else None,
     )

@@ -20,6 +20,7 @@ SMALL = (
 )  # fmt: skip
 NAMES = {REDUCE_SCATTER: "reduce_scatter_base", ALL_GATHER: "allgather_base", ALL_REDUCE: "allreduce"}
 ADAMW, BF16 = "optimization.optimizer=adamw", "engine.gradient_dtype=bf16"
+OFFLOAD = "engine.offload_optimizer=cpu"
 BUCKETS = "engine.deepspeed={zero_optimization: {reduce_bucket_size: 30000}}"
 # Every limit of ZeRO-3's is met at this size: what is kept, what is gathered ahead, how far apart two uses may be.
 KEYS = ("stage3_max_reuse_distance", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size")
@@ -28,11 +29,12 @@ LIMITS = [
     for limits in ((100_000, 100, 10_000), (200_000, 3000, 60_000), (400_000, 100, 100_000), (10**9, 100, 20_000))
 ]
 # (ZeRO stage, micro-steps, overrides)
-QUICK = [(1, 1, (ADAMW,)), (2, 2, (BF16, BUCKETS)), (3, 1, (ADAMW, LIMITS[0]))]
+QUICK = [(1, 1, (ADAMW,)), (2, 2, (BF16, BUCKETS)), (3, 1, (ADAMW, LIMITS[0])), (2, 2, (BF16, BUCKETS, OFFLOAD))]
 MORE = [
     (1, 2, (ADAMW, BUCKETS)), (1, 1, (BF16,)), (2, 1, (ADAMW,)), (2, 2, (ADAMW,)), (3, 2, ()), (3, 1, (BF16,)),
     (3, 2, (ADAMW, LIMITS[1], "engine.activation_checkpointing=full")), (3, 1, (ADAMW, LIMITS[2])),
     (3, 1, (ADAMW, LIMITS[3], "engine.activation_checkpointing=every_2")),
+    (1, 1, (BF16, OFFLOAD)), (1, 2, (ADAMW, OFFLOAD)), (3, 2, (OFFLOAD,)),
 ]  # fmt: skip
 
 
@@ -40,7 +42,7 @@ MORE = [
     "ranks, cases",
     [
         (2, QUICK),
-        pytest.param(1, [*QUICK, MORE[0], MORE[4]], marks=pytest.mark.slow),
+        pytest.param(1, [*QUICK, MORE[0], MORE[4], *MORE[-3:]], marks=pytest.mark.slow),
         pytest.param(2, MORE, marks=pytest.mark.slow),
         pytest.param(4, [*QUICK, MORE[6]], marks=pytest.mark.slow),
     ],
@@ -66,9 +68,9 @@ def test_state_and_collectives_are_counted_exactly(ranks, cases, tmp_path):
         state = memory.state(model, sharding)
         assert found["state"] == {name: getattr(state, name) for name in found["state"]}, case
         if sharding.zero_stage < 3:
-            assert found["everything"] == state.total, case
+            assert found["everything"] == state.total + state.host, case
         else:  # and the bucket that gradients are sent from, and at this moment weights that are gathered still
-            rest = found["everything"] - state.total - sharding.sent * sharding.bucket
+            rest = found["everything"] - state.total - state.host - sharding.sent * sharding.bucket
             assert 0 <= rest <= 2 * (model.trained + model.averaged), case
         expected = collectives(model, sharding)
         for operation, name in NAMES.items():

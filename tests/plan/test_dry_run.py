@@ -144,3 +144,17 @@ def test_dry_run_says_what_it_cannot_know(few_layouts, monkeypatch):
 def test_dry_run_refuses_what_training_would(overrides, words):
     with pytest.raises(ValueError, match=words):
         plan(*overrides)
+
+
+@pytest.mark.usefixtures("few_layouts")
+def test_with_offload_a_gpu_has_no_optimizer_state_and_the_host_does():
+    usual, offloaded = (
+        dry_run(load_config(ROOT / "configs" / "vith14.yaml", [f"engine.offload_optimizer={where}"]), ranks=16)
+        for where in ("none", "cpu")
+    )
+    line = next(line for line in offloaded.splitlines() if line.startswith("state"))
+    assert "optimizer 0.00" in line and "of the host's memory" in line and "of the host's memory" not in usual
+    # masters and two moments of 653 M parameters and an EMA of 631 M, fp32, on 16 ranks
+    assert pytest.approx(0.60, abs=0.01) == (12 * 653e6 + 4 * 631e6) / 16 / 2**30
+    host = float(re.search(r"and ([\d.]+) GiB of the host's memory", line)[1])
+    assert host == pytest.approx(0.60, abs=0.05)  # and a bucket's way there and back

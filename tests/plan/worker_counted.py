@@ -55,6 +55,7 @@ def held(engine: Any, ema: Any) -> dict[str, int]:
     constants = sum(buffer.nbytes for buffer in module.buffers())
     moments = [value for state in optimizer.optimizer.state.values() for value in state.values() if value.numel() > 1]
     averages = {one.data_ptr(): one.nbytes for one in (*ema.shards, *ema.targets) if one is not None}
+    state = sum(one.nbytes for one in [*zero.masters(optimizer), *moments])
     if zero.is_stage3(optimizer):
         weights = sum(p.ds_tensor.nbytes + p.nbytes for p in module.parameters() if p.requires_grad)
         gradients = optimizer.grad_partitions_flat_buffer.nbytes
@@ -62,12 +63,16 @@ def held(engine: Any, ema: Any) -> dict[str, int]:
         weights = sum(bucket.weights.nbytes for bucket in optimizer.buckets)
         parts = [one for bucket in optimizer.buckets for one in (bucket.gradient, bucket.gradients)]
         gradients = sum({one.data_ptr(): one.nbytes for one in parts if one is not None}.values())
-    return {
-        "weights": weights + constants,
-        "gradients": gradients,
-        "optimizer": sum(one.nbytes for one in [*zero.masters(optimizer), *moments]),
-        "ema": sum(averages.values()),
-    }
+    found = {"weights": weights + constants, "gradients": gradients}
+    if not zero.is_offloaded(optimizer):
+        return found | {"optimizer": state, "ema": sum(averages.values()), "host": 0}
+    host = state + sum(one.nbytes for one in ema.shards if one is not None)
+    if zero.is_stage3(optimizer):
+        found["gradients"] = 0
+        host += gradients + sum(one.grad.nbytes for one in zero.masters(optimizer))
+    else:
+        host += sum(one.nbytes for one in optimizer._travelling.values())
+    return found | {"optimizer": 0, "ema": sum(one.nbytes for one in ema.targets if one is not None), "host": host}
 
 
 def count(config: Any, ranks: distributed.Ranks) -> dict[str, Any]:
