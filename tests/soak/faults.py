@@ -218,7 +218,7 @@ def _images(site: Site) -> list[Path]:
 def more_images(site: Site) -> Iterator[str]:
     new = site.source / "train" / "class-0" / "new.png"
     shutil.copy(_images(site)[0], new)
-    yield "source"
+    yield "restore them"
     new.unlink()
 
 
@@ -227,7 +227,7 @@ def fewer_images(site: Site) -> Iterator[str]:
     lost = site.rng.choice(_images(site))
     kept = site.source.with_name("kept.png")
     lost.rename(kept)
-    yield "source"
+    yield "restore them"
     kept.rename(lost)
 
 
@@ -236,7 +236,7 @@ def other_images(site: Site) -> Iterator[str]:
     changed = site.rng.choice(_images(site))
     before, status = changed.read_bytes(), changed.stat()
     Image.new("RGB", (50, 50), "red").save(changed)
-    yield "source"
+    yield "restore them"
     changed.write_bytes(before)
     os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
 
