@@ -70,7 +70,7 @@ def steps_of(run_dir: Path) -> list[dict[str, Any]]:
 def last_step(run_dir: Path) -> int:
     """The step of the newest record; -1 before the first. A line may be half written."""
     path = run_dir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    lines = path.read_text(errors="replace").split("\n")[:-1] if path.exists() else []
     return len([line for line in lines if '"kind": "step"' in line]) - 1
 
 
