@@ -12,7 +12,7 @@ GPU_PYTHON := $(if $(filter file default,$(origin PYTHON)),$(BIN)/python,$(PYTHO
 GPU_PATH := PYTHONPATH=.:kernels$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: help setup latest lock test-versions pretrain benchmark test test-all lint gpu-check gpu-tests gpu-benchmarks gpu-steps
+.PHONY: help setup latest lock test-versions audit pretrain benchmark test test-all lint gpu-check gpu-tests gpu-benchmarks gpu-steps
 .NOTPARALLEL:  # whatever is timed has the machine to itself
 help:
 	@echo "make setup      create .venv and install requirements.lock (once); LATEST=1: the newest versions that resolve"
@@ -22,6 +22,7 @@ help:
 	@echo "make gpu-tests  a part of it; gpu-benchmarks: all kernels at all shapes; gpu-step-vith14: beside the baseline"
 	@echo "make test       the quick tests; make test-all adds the slow ones; make lint: ruff, mypy, layers"
 	@echo "make test-versions  the quick tests with torch $(VERSIONS), each in .versions/ (make test-version-oldest: one)"
+	@echo "make audit      look up known vulnerabilities of what requirements.lock names (it needs pypi.org or osv.dev)"
 	@echo "make lock       renew requirements.lock: versions that are a month old"
 
 PIP_INSTALL = python -m pip install -qq --disable-pip-version-check  # errors alone: it warns of what its user configured
@@ -45,6 +46,18 @@ lock: setup
 	uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev --no-annotate \
 		--exclude-newer '30 days' --custom-compile-command "make lock" \
 		pyproject.toml --output-file requirements.lock
+
+# Whether something was found is said by pip-audit's last line; without one nothing was audited, whatever its exit code.
+AUDIT = .versions/audit/bin/pip-audit --no-deps --disable-pip --strict --progress-spinner off --requirement requirements.lock
+.versions/audit/bin/pip-audit:
+	@$(PYTHON) -m venv .versions/audit
+	@.versions/audit/bin/$(PIP_INSTALL) pip-audit
+audit: .versions/audit/bin/pip-audit
+	@for service in pypi osv; do \
+		said=$$($(AUDIT) --vulnerability-service $$service 2>&1); code=$$?; \
+		case "$$said" in *"known vulnerabilit"*) echo "$$said"; exit $$code;; esac; \
+		echo "audit: $$service does not answer: $$(echo "$$said" | tail -n 1 | cut -c 1-200)"; \
+	done; echo "audit: NOT AUDITED: run it where pypi.org or osv.dev can be reached"; exit 2
 
 # Of the launcher its errors alone. It warns where it finds no GPU, but not where it is told that there is none.
 ifeq ($(filter-out 0,$(GPUS)),)
