@@ -17,6 +17,7 @@ from ijepa_scale.build_objectives import build_objective as build_objective
 from ijepa_scale.build_objectives import predictor_size as predictor_size
 from ijepa_scale.build_objectives import vit_size as vit_size
 from ijepa_scale.config import OptimizationConfig, PretrainConfig
+from ijepa_scale.config.redaction import HIDDEN
 from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.files import cache_path
 from ijepa_scale.data.images import ImageSet, check_images, open_file, open_images, splits_of
@@ -123,6 +124,9 @@ def check_source_given(config: PretrainConfig) -> None:
             "data.source is not set: give a folder of images, of tars or of Parquet files, or a hub id, for example "
             "data.source=/data/my_images; or data.source=scenes for rendered scenes"
         )
+    for path, _ in config.data.mixed_sources:
+        if HIDDEN in path:
+            raise ValueError(f"data.source {path} is as a run keeps it, without its password or query: give all of it")
 
 
 def _prepared_sources(config: PretrainConfig) -> list[tuple[str, float]]:
@@ -335,9 +339,10 @@ def build_micro_batch_size(config: PretrainConfig, ranks: int) -> int:
     whole = config.optimization.global_batch_size
     micro = config.optimization.micro_batch_size or whole // ranks
     if micro == 0 or whole % (micro * ranks):
-        near = max(1, round(whole / (max(micro, 1) * ranks))) * max(micro, 1) * ranks
+        least = max(micro, 1)
+        near = max(1, round(whole / (least * ranks))) * least * ranks
         raise ValueError(
-            f"optimization.global_batch_size {whole} is not a multiple of micro_batch_size {max(micro, 1)} x {ranks} "
-            f"ranks; use optimization.global_batch_size={near} or another micro_batch_size"
+            f"optimization.global_batch_size {whole} is not a multiple of optimization.micro_batch_size {least} x "
+            f"{ranks} ranks; use optimization.global_batch_size={near} or another micro_batch_size"
         )
     return micro

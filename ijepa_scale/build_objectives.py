@@ -22,7 +22,8 @@ def vit_size(model: ModelConfig) -> ViTSize:
     if model.name not in VIT_SIZES:
         raise ValueError(f"unknown model.name {model.name!r}; choose one of {', '.join(VIT_SIZES)}")
     named = VIT_SIZES[model.name]
-    return ViTSize(
+    return _size(
+        "model.width, model.depth, model.heads and model.mlp_width",
         width=model.width or named.width,
         depth=model.depth or named.depth,
         heads=model.heads or named.heads,
@@ -33,7 +34,21 @@ def vit_size(model: ModelConfig) -> ViTSize:
 def predictor_size(config: PretrainConfig) -> ViTSize:
     model = config.predictor
     heads = model.heads or vit_size(config.model).heads
-    return ViTSize(width=model.width, depth=model.depth, heads=heads, mlp_width=4 * model.width)
+    return _size(
+        "predictor.width, predictor.depth and predictor.heads (of 0 the encoder's)",
+        width=model.width,
+        depth=model.depth,
+        heads=heads,
+        mlp_width=4 * model.width,
+    )
+
+
+def _size(keys: str, **sizes: int) -> ViTSize:
+    """ValueError, which names the keys, for sizes that make no transformer."""
+    try:
+        return ViTSize(**sizes)
+    except ValueError as error:
+        raise ValueError(f"{keys}: {error}") from error
 
 
 def target_layers(config: PretrainConfig) -> tuple[int, ...]:
@@ -100,7 +115,8 @@ def build_data2vec(config: PretrainConfig) -> Data2VecObjective:
 def build_mae(config: PretrainConfig) -> MaeObjective:
     options = config.mae
     return MaeObjective(
-        decoder=ViTSize(
+        decoder=_size(
+            "mae.decoder_width, mae.decoder_depth and mae.decoder_heads",
             width=options.decoder_width,
             depth=options.decoder_depth,
             heads=options.decoder_heads,
@@ -124,7 +140,13 @@ def build_cae(config: PretrainConfig) -> CaeObjective:
 
 def build_sketch(config: PretrainConfig) -> SketchObjective:
     options = config.sketch
-    size = ViTSize(width=options.width, depth=options.depth, heads=options.heads, mlp_width=4 * options.width)
+    size = _size(
+        "sketch.width, sketch.depth and sketch.heads",
+        width=options.width,
+        depth=options.depth,
+        heads=options.heads,
+        mlp_width=4 * options.width,
+    )
     return SketchObjective(
         decoder=size,
         predictor=predictor_size(config) if options.kind == "flow" else None,

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from ijepa_scale.build import scenes
-from ijepa_scale.config import over
+from ijepa_scale.config import over, ranges
+from ijepa_scale.config.redaction import redacted
 from ijepa_scale.data.files import cache_path
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.engine.distributed import Ranks
@@ -62,6 +63,10 @@ class Request:
                 "--train-images and --test-images must be 0 (all) or more, got "
                 f"{self.train_images} and {self.test_images}"
             )
+        most = {"batch_size": ranges.BATCH, "workers": ranges.PROCESSES, "image_size": ranges.PIXELS, "seed": 2**63 - 1}
+        for key, limit in most.items():
+            if getattr(self, key) > limit:
+                raise ValueError(f"--{key.replace('_', '-')} must be {limit:,} or less, got {getattr(self, key)}")
         if self.batch_size < 1 or min(self.workers, self.image_size, self.seed) < 0:
             raise ValueError(
                 "--batch-size must be 1 or more, --workers, --image-size and --seed 0 or more, got "
@@ -103,13 +108,28 @@ def evaluate_tasks(ranks: Ranks, request: Request) -> None:
         seconds = time.perf_counter() - started
         if ranks.first:
             if request.arguments:
-                outcome = replace(outcome, facts={**outcome.facts, "arguments": request.arguments})
+                outcome = replace(outcome, facts={**outcome.facts, "arguments": redacted(request.arguments)})
             write_results(folder, facts, asked.name, asked.settings, outcome, seconds)
             _show(folder, asked, outcome, seconds)
             log_evaluation(loaded.path, asked.name, {measure.name: measure.value for measure in outcome.measures})
     say(f"results: {folder / RESULTS}")
     if folder.parent.name == "evaluations" and ((run := folder.parents[1]) / "checkpoints").is_dir():
         say(f"on the page of the run: python launch/report.py {run} (or ijepa-scale report)")
+
+
+def check_request(request: Request) -> None:
+    """ValueError for settings that are wrong whatever is evaluated: before an encoder or images are opened."""
+    names = list(TASKS) if request.task == "all" else [request.task]
+    _check_overrides(request, names)
+    for name in names:
+        refused = []
+        for usual in TASKS[name].usual:
+            try:
+                over(usual, _overrides(request, name, usual))
+            except ValueError as error:
+                refused.append(error)
+        if len(refused) == len(TASKS[name].usual):
+            raise refused[0]
 
 
 def _image_size(request: Request, loaded: Loaded) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ijepa_kernels.dispatch import chosen
-from ijepa_scale.config import PretrainConfig, to_dict
+from ijepa_scale.config import PretrainConfig, to_dict, without_secrets
 from ijepa_scale.data.collate import Batch, LoadError, MicroBatchStream, micro_batch_stream
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.engine import distributed
@@ -104,7 +104,7 @@ def run_on(
             if stop_request.reason:  # since the last step
                 raise Stopped(stop_request.reason)
         elif ranks.first:
-            print("\n".join(run.notes))
+            print(without_secrets("\n".join(run.notes)))
             print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
         del run.engine, run.ema  # their memory is free for the probes
         report(run)
@@ -151,7 +151,7 @@ def loop(
 ) -> str:
     """The steps. All ranks go through it alike; returns as train() does."""
     config, horizon = run.config, run.horizon
-    say: Say = progress.message if progress else lambda text: None
+    say: Say = (lambda text: progress.message(without_secrets(text))) if progress else lambda text: None
     feed = Feed(watched(batches, watchdog), run.ranks.device)
     records = LateRecords(run, log, progress, say)
     health, pictures = HealthChecks(run, log, say), StepPictures(run, log, say)
@@ -360,13 +360,14 @@ def open_logs(run: Run, stack: contextlib.ExitStack) -> Log:
         project=config.logging.wandb_project,
         name=run.folder.path.name,
         run_dir=run.folder.path,
-        config=to_dict(config),
+        config=without_secrets(to_dict(config)),
         run_id=run.wandb_id,
     )
     stack.callback(wandb.finish)
     run.wandb_id = wandb.run_id
 
     def log(record: dict[str, Any]) -> None:
+        record = without_secrets(record)
         try:
             writer.write(record)
         except OSError as error:

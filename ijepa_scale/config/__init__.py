@@ -2,7 +2,7 @@
 
 sections.py: the keys, their defaults and units, what may change on resume and what is refused; those of objectives
 beside I-JEPA: objective_sections.py. loading.py: files, and configs of earlier versions. reading.py: YAML and overrides
-for any dataclasses. comparison.py: a comparison of several.
+for any dataclasses. comparison.py: a comparison of several. redaction.py: what of it may be shown and kept.
 """
 
 from ijepa_scale.config.comparison import CompareConfig, load_comparison
@@ -16,6 +16,7 @@ from ijepa_scale.config.loading import (
 )
 from ijepa_scale.config.objective_sections import CaeConfig, Data2VecConfig, MaeConfig, SketchConfig
 from ijepa_scale.config.reading import over
+from ijepa_scale.config.redaction import without_secrets
 from ijepa_scale.config.sections import (
     ATTENTION,
     OBJECTIVE_SECTIONS,
@@ -61,4 +62,5 @@ __all__ = [
     "to_dict",
     "to_yaml",
     "valid_keys",
+    "without_secrets",
 ]

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale.config.loading import find_config
+from ijepa_scale.config.ranges import NO_LIMIT, PROCESSES, check_ranges
 from ijepa_scale.config.reading import read
 
+PROBES = 1000  # checkpoints of a run, which are kept
 EQUAL = ("images", "seconds", "flops")
 # What the comparison sets for each of its runs.
 OWN_KEYS = ("seed", "run_dir", "optimization.max_steps", "optimization.stop_at_step", "checkpoint", "report")
@@ -43,14 +45,15 @@ class CompareConfig:
             not unknown and self.equal[:1] == ("images",),
             f"equal must be images, and after it any of seconds and flops, got {list(self.equal)}",
         )
-        for key, least in (
-            ("probes", 1),
-            ("labels_per_class", 1),
-            ("train_images", 0),
-            ("test_images", 0),
-            ("ranks", 0),
-        ):
-            _require(getattr(self, key) >= least, f"{key} must be {least} or more, got {getattr(self, key)}")
+        check_ranges(
+            "",
+            self,
+            probes=(1, PROBES),
+            labels_per_class=(1, NO_LIMIT),
+            train_images=(0, NO_LIMIT),
+            test_images=(0, NO_LIMIT),
+            ranks=(0, PROCESSES),
+        )
         _require(
             len(self.named_recipes) >= 2, f"a comparison needs two recipes or more, got {list(self.named_recipes)}"
         )

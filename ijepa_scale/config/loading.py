@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale.config import reading as config_reading
+from ijepa_scale.config.redaction import without_secrets
 from ijepa_scale.config.sections import PretrainConfig
 
 # Full names of keys and of sections in files and checkpoints of earlier versions -> their names today.
@@ -66,8 +67,8 @@ def to_dict(config: PretrainConfig) -> dict[str, Any]:
 
 
 def to_yaml(config: PretrainConfig) -> str:
-    """What load_config() reads as this config."""
-    return config_reading.to_yaml(to_dict(config))
+    """What load_config() reads as this config, less its secrets."""
+    return config_reading.to_yaml(without_secrets(to_dict(config)))
 
 
 def valid_keys() -> list[str]:
@@ -81,7 +82,9 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
     Raises ValueError for a checkpoint of a later version.
     """
     usual = config_reading.flat(to_dict(PretrainConfig()))  # of a key that an older version did not have yet
-    before, after = usual | config_reading.flat(_of_today(old)), config_reading.flat(new)
+    # A password may be another one, and is not kept: earlier versions kept it.
+    before, after = (config_reading.flat(without_secrets(one)) for one in (_of_today(old), new))
+    before = usual | before
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())

@@ -1,8 +1,10 @@
 """Sections of objectives beside I-JEPA, one each."""
 
 import os
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+
+from ijepa_scale.config import ranges
+from ijepa_scale.config.ranges import NO_LIMIT, check_choice, check_ranges
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +16,15 @@ class Data2VecConfig:  # defaults: of the released ViT-B of arXiv:2212.07525
     loss: str = "l2"  # l2 (as 2212.07525) | smooth_l1 (as 2202.03555; here with a beta of 1)
 
     def __post_init__(self) -> None:
-        _check("data2vec", self)
-        if self.loss not in ("smooth_l1", "l2"):
-            raise ValueError(f"data2vec.loss must be smooth_l1 or l2, got {self.loss!r}")
+        _check_ratio("data2vec", self.mask_ratio)
+        check_ranges(
+            "data2vec",
+            self,
+            block_side=(1, ranges.PIXELS),
+            masks_an_image=(1, ranges.BLOCKS),
+            top_layers=(1, ranges.DEPTH),
+        )
+        check_choice("data2vec", self, loss=("smooth_l1", "l2"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +35,14 @@ class MaeConfig:
     decoder_heads: int = 16
 
     def __post_init__(self) -> None:
-        _check("mae", self)
+        _check_ratio("mae", self.mask_ratio)
+        check_ranges(
+            "mae",
+            self,
+            decoder_width=(1, ranges.WIDTH),
+            decoder_depth=(1, ranges.DEPTH),
+            decoder_heads=(1, ranges.WIDTH),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +53,14 @@ class CaeConfig:
     alignment: float = 2.0  # weight of the loss against what the encoder makes of hidden patches
 
     def __post_init__(self) -> None:
-        _check("cae", self)
-        if not self.alignment >= 0:
-            raise ValueError(f"cae.alignment must not be negative, got {self.alignment}")
+        _check_ratio("cae", self.mask_ratio)
+        check_ranges(
+            "cae",
+            self,
+            regressor_depth=(1, ranges.DEPTH),
+            decoder_depth=(1, ranges.DEPTH),
+            alignment=(0, NO_LIMIT),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,25 +85,24 @@ class SketchConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "checkpoint", os.path.expanduser(self.checkpoint))
-        for key, choices in {"kind": ("decoder", "flow"), "condition": ("tokens", "mean")}.items():
-            if getattr(self, key) not in choices:
-                raise ValueError(f"sketch.{key} must be {' or '.join(choices)}, got {getattr(self, key)!r}")
-        for key, least in {"width": 1, "depth": 1, "heads": 1, "noise": 0, "perceptual": 0}.items():
-            if not getattr(self, key) >= least:
-                raise ValueError(f"sketch.{key} must be {least} or more, got {getattr(self, key)}")
+        check_choice("sketch", self, kind=("decoder", "flow"), condition=("tokens", "mean"))
+        check_ranges(
+            "sketch",
+            self,
+            width=(1, ranges.WIDTH),
+            depth=(1, ranges.DEPTH),
+            heads=(1, ranges.WIDTH),
+            noise=(0, NO_LIMIT),
+            perceptual=(0, NO_LIMIT),
+        )
         low, high = self.box_scale
         if not 0.0 < low <= high <= 1.0:
             raise ValueError(f"sketch.box_scale must satisfy 0 < low <= high <= 1, got {[low, high]}")
 
 
-def _check(name: str, section: Any) -> None:
-    """ValueError for a mask_ratio that hides none or all, and for whole numbers below 1."""
-    if not 0.0 < section.mask_ratio < 1.0:
+def _check_ratio(name: str, ratio: float) -> None:
+    """ValueError for a mask_ratio that hides none or all."""
+    if not 0.0 < ratio < 1.0:
         raise ValueError(
-            f"{name}.mask_ratio must lie between 0 and 1, so that some patches are hidden and some seen, "
-            f"got {section.mask_ratio}"
+            f"{name}.mask_ratio must lie between 0 and 1, so that some patches are hidden and some seen, got {ratio}"
         )
-    for item in fields(section):
-        value = getattr(section, item.name)
-        if isinstance(value, int) and value < 1:
-            raise ValueError(f"{name}.{item.name} must be 1 or more, got {value}")

@@ -4,12 +4,14 @@ A text key is one that is declared str, or Any: text or a list. What is typed fo
 to the letter; in a file YAML decides what is text, and what is none is refused rather than printed back as text.
 """
 
+import contextlib
 import difflib
+import functools
 import json
 import os.path
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 
 NUMBERS_TOO = {"numbers too": True}  # metadata of a text key whose words include whole numbers
+LARGEST = 1e30  # of fractions, which are computed with in fp32
 FREE = {"free": True}  # metadata of a key, or of a section with all its keys, that may change on resume
 
 
@@ -31,7 +34,8 @@ def read(schema: type[T], path: Path, overrides: list[str], names: Mapping[str, 
     """
     try:
         path.read_bytes().decode()
-        user: Any = OmegaConf.load(path)
+        with _naming(str(path)):
+            user: Any = OmegaConf.load(path)
         if isinstance(user, DictConfig):
             given = typing.cast(dict, OmegaConf.to_container(user))
             if (values := renamed(given, names or {})) != given:
@@ -49,6 +53,15 @@ def read(schema: type[T], path: Path, overrides: list[str], names: Mapping[str, 
     if not isinstance(user, DictConfig):
         raise ValueError(f"{path} must hold sections of keys, got a {type(user).__name__}")
     return _typed(schema, user, path)
+
+
+@contextlib.contextmanager
+def _naming(what: str) -> Iterator[None]:
+    """YAML's reading of a number of thousands of digits, or of a date of no calendar, raises a bare ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {_first_line(error)}") from error
 
 
 def from_literal(schema: type[T], values: dict[str, Any]) -> T:
@@ -81,12 +94,33 @@ def _typed(schema: type[T], user: DictConfig, path: Path | None) -> T:
     _check_keys(schema, values, schema)
     _check_texts(schema, values, path)
     try:
-        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), user))
+        config = OmegaConf.to_object(OmegaConf.merge(_structured(typing.cast(Any, schema)), user))
     except (OmegaConfBaseException, TypeError) as error:
-        key = getattr(error, "full_key", None) or _key_of_failure(schema, values)
+        key = _key_of_failure(schema, values) or getattr(error, "full_key", None)
         raise ValueError(f"config key {key}: {_first_line(error)}") from error
     assert isinstance(config, schema)
+    _check_numbers(asdict(typing.cast(Any, config)))
     return config
+
+
+def _check_numbers(values: Any, key: str = "") -> None:
+    """Raise ValueError for what nothing can be computed with: NaN, infinity, and numbers out of range of any run."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            _check_numbers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list | tuple):
+        for value in values:
+            _check_numbers(value, key)
+    elif isinstance(values, float) and not abs(values) <= LARGEST:
+        raise ValueError(f"config key {key}: wants a finite number, to {LARGEST:g} in size, got {values}")
+    elif isinstance(values, int) and not -(2**63) <= values < 2**63:
+        raise ValueError(f"config key {key}: wants a whole number of 64 bits, got {values}")
+
+
+@functools.cache
+def _structured(schema: type) -> DictConfig:
+    """The schema as OmegaConf has it, to be merged into, which copies it: to make it takes as long again."""
+    return OmegaConf.structured(schema)
 
 
 def _literal(value: Any) -> Any:
@@ -200,7 +234,8 @@ def _overrides(schema: type, overrides: list[str]) -> DictConfig:
         if key in text_keys and not re.match(r"\s*\[\s*\{", text):  # of a list of several sources
             OmegaConf.update(part, key, _literal(_unquoted(text)))
         else:
-            part = OmegaConf.from_dotlist([override])
+            with _naming(f"override {override[:100]!r}"):
+                part = OmegaConf.from_dotlist([override])
         for name in flat(typing.cast(dict, OmegaConf.to_container(part))):
             same = [other for other in given if f"{other}.".startswith(f"{name}.") or name.startswith(f"{other}.")]
             given.setdefault(same[0] if same else name, []).append(text)
@@ -274,13 +309,24 @@ def _written(path: Path | None, key: str, value: Any) -> str:
 
 
 def _key_of_failure(schema: type, values: dict[str, Any]) -> str:
-    """OmegaConf leaves the key out of some errors: find it by merging one key at a time."""
-    for key, value in flat(values).items():
+    """The key that OmegaConf does not take, by merging one at a time: it names none in some errors, or another one.
+
+    "": none by itself.
+    """
+    known = [name for name, _ in leaves(schema)]
+    for path, _ in _paths(values):
+        key = next((name for name in known if f"{'.'.join(map(str, path))}.".startswith(f"{name}.")), "")
+        section: Any = values
+        for part in key.split(".") if key else ():
+            section = section[part]
+        alone: Any = section
+        for part in reversed(key.split(".")):
+            alone = {part: alone}
         try:
-            OmegaConf.update(OmegaConf.structured(schema), key, value)
+            OmegaConf.to_container(OmegaConf.merge(_structured(schema), alone), resolve=True)
         except (OmegaConfBaseException, TypeError):
             return key
-    return "?"
+    return ""
 
 
 def _first_line(error: Exception) -> str:

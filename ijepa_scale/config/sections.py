@@ -9,7 +9,9 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ijepa_scale.config import ranges
 from ijepa_scale.config.objective_sections import CaeConfig, Data2VecConfig, MaeConfig, SketchConfig
+from ijepa_scale.config.ranges import NO_LIMIT, check_choice, check_ranges
 from ijepa_scale.config.reading import FREE, NUMBERS_TOO
 
 
@@ -40,7 +42,7 @@ class DataConfig:
     config: str = ""  # of a data set that has several configurations, as its card lists them
     eval_split: str = free(
         ""
-    )  # labelled images of the report; "": validation, val or test where there is one, else `split`
+    )  # labelled images of the report; "": validation, val or test if there is one, else `split`
     image_size: int = 224  # pixels, side of the square crop
     crop_scale: tuple[float, float] = (0.3, 1.0)  # area of the random crop / area of the image
     horizontal_flip: bool = False
@@ -59,12 +61,16 @@ class DataConfig:
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         _require(0.0 < low <= high <= 1.0, f"data.crop_scale must satisfy 0 < low <= high <= 1, got {[low, high]}")
-        _require(self.image_size > 0, f"data.image_size must be positive, got {self.image_size}")
-        _require(self.workers >= 0, f"data.workers must be 0 or more, got {self.workers}")
-        _require(self.num_images >= 0, f"data.num_images must be 0 or more, got {self.num_images}")
-        _require(self.shuffle_buffer >= 1, f"data.shuffle_buffer must be 1 or more, got {self.shuffle_buffer}")
-        _require(self.max_pixels >= 0, f"data.max_pixels must be 0 (any number) or more, got {self.max_pixels}")
-        _require(self.retry_seconds >= 0, f"data.retry_seconds must be 0 or more, got {self.retry_seconds}")
+        check_ranges(
+            "data",
+            self,
+            image_size=(1, ranges.PIXELS),
+            workers=(0, ranges.PROCESSES),
+            num_images=(0, NO_LIMIT),
+            shuffle_buffer=(1, NO_LIMIT),
+            max_pixels=(0, NO_LIMIT),  # 0: any number
+            retry_seconds=(0, ranges.SECONDS),
+        )
         _require(
             isinstance(self.source, str | list) and self.source != [],
             f"config key data.source: wants text, or a list of several sources, got {self.source!r}",
@@ -114,13 +120,16 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _expand_user(self, "init_from", "model.init_from")
-        _require(
-            self.attention in ATTENTION,
-            f"model.attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}",
+        check_choice("model", self, attention=ATTENTION)
+        check_ranges(
+            "model",
+            self,
+            patch_size=(1, ranges.PIXELS),
+            width=(0, ranges.WIDTH),
+            depth=(0, ranges.DEPTH),
+            heads=(0, ranges.WIDTH),
+            mlp_width=(0, ranges.MLP_WIDTH),
         )
-        _require(self.patch_size >= 1, f"model.patch_size must be 1 or more, got {self.patch_size}")
-        for key in ("width", "depth", "heads", "mlp_width"):
-            _require(getattr(self, key) >= 0, f"model.{key} must be 0 or more, got {getattr(self, key)}")
 
 
 # The sections of each objective. A config sets those of its own objective alone.
@@ -138,10 +147,7 @@ class ObjectiveConfig:
     name: str = "ijepa"  # a key of OBJECTIVE_SECTIONS: what is learned from a batch
 
     def __post_init__(self) -> None:
-        _require(
-            self.name in OBJECTIVE_SECTIONS,
-            f"objective.name must be one of {', '.join(OBJECTIVE_SECTIONS)}, got {self.name!r}",
-        )
+        check_choice("objective", self, name=tuple(OBJECTIVE_SECTIONS))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +158,7 @@ class PredictorConfig:
     attention: str = free("")  # as model.attention, of the predictor; "": its value
 
     def __post_init__(self) -> None:
-        for key, least in (("width", 1), ("depth", 1), ("heads", 0)):
-            _require(getattr(self, key) >= least, f"predictor.{key} must be {least} or more, got {getattr(self, key)}")
+        check_ranges("predictor", self, width=(1, ranges.WIDTH), depth=(1, ranges.DEPTH), heads=(0, ranges.WIDTH))
         _require(
             self.attention in ("", *ATTENTION),
             f"predictor.attention must be one of {', '.join(ATTENTION)}, or empty: as model.attention; "
@@ -176,10 +181,12 @@ class MaskConfig:
             low, high = getattr(self, key)
             _require(0.0 < low <= high <= 1.0, f"mask.{key} must satisfy 0 < low <= high <= 1, got {[low, high]}")
         low, high = self.target_aspect_ratio
-        _require(0.0 < low <= high, f"mask.target_aspect_ratio must satisfy 0 < low <= high, got {[low, high]}")
-        _require(self.num_target_blocks >= 1, f"mask.num_target_blocks must be 1 or more, got {self.num_target_blocks}")
-        _require(self.min_keep >= 1, f"mask.min_keep must be 1 or more, got {self.min_keep}")
-        budget = self.context.isdecimal() and int(self.context) >= 1
+        _require(
+            1e-3 <= low <= high <= 1e3,
+            f"mask.target_aspect_ratio must satisfy 0.001 <= low <= high <= 1000, got {[low, high]}",
+        )
+        check_ranges("mask", self, num_target_blocks=(1, ranges.BLOCKS), min_keep=(1, NO_LIMIT))
+        budget = bool(re.fullmatch(r"0*[1-9][0-9]{0,17}", self.context))
         _require(
             self.context in ("all", "batch_min") or budget,
             f"mask.context must be all, batch_min or a number of patches an image, got {self.context!r}",
@@ -216,9 +223,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "target_layers", _block_numbers("loss.target_layers", self.target_layers))
-        for key in ("variance", "covariance"):
-            _require(getattr(self, key) >= 0, f"loss.{key} must not be negative, got {getattr(self, key)}")
-        _require(self.kind in ("smooth_l1", "l2"), f"loss.kind must be smooth_l1 or l2, got {self.kind!r}")
+        check_ranges("loss", self, variance=(0, NO_LIMIT), covariance=(0, NO_LIMIT))
+        check_choice("loss", self, kind=("smooth_l1", "l2"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,22 +246,21 @@ class OptimizationConfig:
     clip_grad_norm: float = 0.0  # 0: off
 
     def __post_init__(self) -> None:
-        for key in ("global_batch_size", "epochs"):
-            _require(getattr(self, key) >= 1, f"optimization.{key} must be 1 or more, got {getattr(self, key)}")
-        for key in ("micro_batch_size", "max_steps", "stop_at_step"):
-            _require(getattr(self, key) >= 0, f"optimization.{key} must be 0 or more, got {getattr(self, key)}")
-        for key in ("start_lr", "lr", "final_lr", "clip_grad_norm"):
-            _require(getattr(self, key) >= 0, f"optimization.{key} must not be negative, got {getattr(self, key)}")
-        _require(
-            self.optimizer in ("adamw", "muon"), f"optimization.optimizer must be adamw or muon, got {self.optimizer!r}"
+        check_ranges(
+            "optimization",
+            self,
+            global_batch_size=(1, ranges.BATCH),
+            micro_batch_size=(0, ranges.BATCH),
+            epochs=(1, ranges.EPOCHS),
+            max_steps=(0, ranges.STEPS),
+            stop_at_step=(0, ranges.STEPS),
+            **dict.fromkeys(("start_lr", "lr", "final_lr", "weight_decay"), (0, ranges.LEARNING_RATE)),
+            clip_grad_norm=(0, NO_LIMIT),
         )
+        check_choice("optimization", self, optimizer=("adamw", "muon"))
         _require(
             0 <= self.warmup_epochs <= self.epochs,
             f"optimization.warmup_epochs must lie in 0..epochs ({self.epochs}), got {self.warmup_epochs}",
-        )
-        _require(
-            min(self.weight_decay) >= 0,
-            f"optimization.weight_decay must not be negative, got {list(self.weight_decay)}",
         )
         _require(
             all(0.0 <= beta < 1.0 for beta in self.betas),
@@ -284,20 +289,9 @@ class EngineConfig:
             f"engine.zero_stage must be 1, 2 or 3, got {self.zero_stage}"
             + (": stage 0 has no fp32 master weights to average; use 1" if self.zero_stage == 0 else ""),
         )
-        _require(self.hang_seconds >= 0, f"engine.hang_seconds must be 0 (off) or more, got {self.hang_seconds}")
-        _require(
-            self.precision in ("auto", "fp32", "bf16"),
-            f"engine.precision must be auto, fp32 or bf16, got {self.precision!r}",
-        )
-        _require(
-            self.gradient_dtype in ("fp32", "bf16"),
-            f"engine.gradient_dtype must be fp32 or bf16, got {self.gradient_dtype!r}",
-        )
-        _require(
-            self.offload_optimizer in ("none", "cpu"),
-            f"engine.offload_optimizer must be none or cpu, got {self.offload_optimizer!r}"
-            + ("; disks are not supported" if self.offload_optimizer == "nvme" else ""),
-        )
+        check_ranges("engine", self, hang_seconds=(0, ranges.SECONDS))
+        check_choice("engine", self, precision=("auto", "fp32", "bf16"), gradient_dtype=("fp32", "bf16"))
+        check_choice("engine", self, offload_optimizer=("none", "cpu"))
         _ = self.recompute_every
 
     @property
@@ -308,7 +302,9 @@ class EngineConfig:
             return fixed[self.activation_checkpointing]
         number = self.activation_checkpointing.removeprefix("every_")
         _require(
-            self.activation_checkpointing.startswith("every_") and number.isdecimal() and int(number) >= 2,
+            self.activation_checkpointing.startswith("every_")
+            and bool(re.fullmatch(r"[1-9][0-9]{0,8}", number))
+            and int(number) >= 2,
             "engine.activation_checkpointing must be none, predictor, full, or every_N with N from 2 (every_2: every "
             f"second block of the context encoder), got {self.activation_checkpointing!r}",
         )
@@ -324,9 +320,7 @@ class CheckpointConfig:
     asynchronous: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, f"checkpoint.every_steps must be 1 or more, got {self.every_steps}")
-        _require(self.keep_last >= 1, f"checkpoint.keep_last must be 1 or more, got {self.keep_last}")
-        _require(self.keep_every >= 0, f"checkpoint.keep_every must be 0 or more, got {self.keep_every}")
+        check_ranges("checkpoint", self, every_steps=(1, NO_LIMIT), keep_last=(1, NO_LIMIT), keep_every=(0, NO_LIMIT))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,18 +332,14 @@ class LoggingConfig:
     pictures_every_steps: int = 0  # the same few images in the colours of their features, to RUN/pictures; 0: off
 
     def __post_init__(self) -> None:
-        _require(
-            self.wandb in ("disabled", "offline", "online"),
-            f"logging.wandb must be disabled, offline or online, got {self.wandb!r}",
+        check_choice("logging", self, wandb=("disabled", "offline", "online"))
+        check_ranges(
+            "logging",
+            self,
+            health_every_steps=(0, NO_LIMIT),
+            pictures_every_steps=(0, NO_LIMIT),
+            health_images=(32, NO_LIMIT),
         )
-        _require(
-            self.health_every_steps >= 0, f"logging.health_every_steps must be 0 or more, got {self.health_every_steps}"
-        )
-        _require(
-            self.pictures_every_steps >= 0,
-            f"logging.pictures_every_steps must be 0 (off) or more, got {self.pictures_every_steps}",
-        )
-        _require(self.health_images >= 32, f"logging.health_images must be 32 or more, got {self.health_images}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,8 +348,7 @@ class ReportConfig:
     test_images: int = 2000
 
     def __post_init__(self) -> None:
-        for key in ("train_images", "test_images"):
-            _require(getattr(self, key) >= 0, f"report.{key} must be 0 or more, got {getattr(self, key)}")
+        check_ranges("report", self, train_images=(0, NO_LIMIT), test_images=(0, NO_LIMIT))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -388,6 +377,12 @@ class PretrainConfig:
         _require(
             self.data.image_size % self.model.patch_size == 0,
             f"data.image_size {self.data.image_size} is not a multiple of model.patch_size {self.model.patch_size}",
+        )
+        side = self.data.image_size // self.model.patch_size
+        _require(
+            side**2 <= ranges.PATCHES,
+            f"data.image_size {self.data.image_size} with model.patch_size {self.model.patch_size} makes {side**2:,} "
+            f"patches, more than {ranges.PATCHES:,}; use smaller images or larger patches",
         )
         _require(
             self.objective.name != "sketch" or not self.model.init_from,

@@ -1,6 +1,8 @@
 """The model under DeepSpeed ZeRO: its config, initialize(), and where each rank keeps its part of the fp32 state."""
 
 import contextlib
+import copy
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -104,11 +106,41 @@ def deepspeed_config(
     return _merged(config, extra or {})
 
 
-def _merged(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+def check_settings(settings: dict[str, Any], extra: dict[str, Any]) -> None:
+    """ValueError for what DeepSpeed does not take of extra, which is engine.deepspeed: before anything is opened.
+
+    settings: deepspeed_config()'s.
+    """
+    if not extra:
+        return
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    try:
+        with quiet():
+            DeepSpeedConfig(copy.deepcopy(settings))
+    except Exception as error:  # its assertions, pydantic's errors and those of wrong types have no common one
+        said = str(error)
+        if isinstance(error, ValidationError):  # without the values, which may be secrets
+            said = "; ".join(f"{'.'.join(map(str, one['loc']))} ({one['msg']})" for one in error.errors())
+        raise ValueError(
+            f"engine.deepspeed ({', '.join(map(str, extra))}) is refused by DeepSpeed: {' '.join(said.split())}"
+        ) from error
+    for monitor, package in {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}.items():
+        if (extra.get(monitor) or {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise ValueError(f"engine.deepspeed.{monitor} needs the package {package}: install it, or leave it out")
+
+
+def _merged(base: dict[str, Any], extra: dict[str, Any], path: str = "engine.deepspeed") -> dict[str, Any]:
+    """ValueError for a value of another type than the one in its place, over which DeepSpeed would fall in training."""
     merged = dict(base)
     for key, value in extra.items():
+        held = base.get(key)
+        kinds = (int, float) if type(held) in (int, float) else type(held)
+        if key in base and (not isinstance(value, kinds) or isinstance(value, bool) != isinstance(held, bool)):
+            raise ValueError(f"{path}.{key} wants a value as {held!r}, got {value!r}")
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merged(merged[key], value) if both else value
+        merged[key] = _merged(merged[key], value, f"{path}.{key}") if both else value
     return merged
 
 

@@ -22,11 +22,15 @@ COUNT, DISTANCE, DISTANCE_VALUE = "count", "distance", "nearest_distance"  # col
 
 @dataclass(frozen=True)
 class Task:
-    """defaults: the settings for an evaluation. column: of classes; "": that of labels."""
+    """usual: settings, one of which defaults() takes for an evaluation. column: of classes; "": that of labels."""
 
-    defaults: Callable[[Evaluation], Any]
+    usual: tuple[Any, ...]
     run: Callable[[Evaluation, Any], Outcome]
     column: str = ""
+    choose: Callable[[Evaluation], Any] | None = None
+
+    def defaults(self, evaluation: Evaluation) -> Any:
+        return self.choose(evaluation) if self.choose else self.usual[0]
 
 
 def linear_defaults(evaluation: Evaluation) -> LinearSettings:
@@ -35,14 +39,18 @@ def linear_defaults(evaluation: Evaluation) -> LinearSettings:
 
 
 TASKS: dict[str, Task] = {
-    "knn": Task(lambda _: KnnSettings(), knn),
-    "linear": Task(linear_defaults, linear),
-    "logistic": Task(lambda _: LogisticSettings(), logistic),
-    "lowshot": Task(lambda _: LowshotSettings(), lowshot),
-    "attentive": Task(lambda _: AttentiveSettings(), attentive),
-    "finetune": Task(lambda of: recipe(of.encoder.size.width, few_labels=False), finetune),
-    "count": Task(lambda _: clevr.COUNT, clevr.count, COUNT),
-    "distance": Task(lambda _: clevr.DISTANCE, clevr.distance, DISTANCE),
+    "knn": Task((KnnSettings(),), knn),
+    "linear": Task(tuple(RECIPES.values()), linear, choose=linear_defaults),
+    "logistic": Task((LogisticSettings(),), logistic),
+    "lowshot": Task((LowshotSettings(),), lowshot),
+    "attentive": Task((AttentiveSettings(),), attentive),
+    "finetune": Task(
+        tuple(recipe(width, few_labels=False) for width in (768, 1280)),
+        finetune,
+        choose=lambda of: recipe(of.encoder.size.width, few_labels=False),
+    ),
+    "count": Task((clevr.COUNT,), clevr.count, COUNT),
+    "distance": Task((clevr.DISTANCE,), clevr.distance, DISTANCE),
 }
 
 

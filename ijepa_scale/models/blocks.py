@@ -34,7 +34,8 @@ class ViTSize:
     def __post_init__(self) -> None:
         if min(self.width, self.depth, self.heads, self.mlp_width) < 1 or self.width % self.heads or self.width % 4:
             raise ValueError(
-                f"a transformer's sizes must be positive and its width a multiple of its heads and of 4, got {self}"
+                "a transformer's sizes must be positive and its width a multiple of its heads and of 4, got width "
+                f"{self.width}, depth {self.depth}, heads {self.heads}, mlp_width {self.mlp_width}"
             )
 
 

@@ -1,13 +1,15 @@
 """What a config alone shows, before anything is opened: the same for a run and for --dry-run."""
 
+import os
 from typing import Any
 
 import torch
 
 from ijepa_scale import build
 from ijepa_scale.config import PretrainConfig
-from ijepa_scale.engine import zero
+from ijepa_scale.engine import launchers, zero
 from ijepa_scale.objectives.objective import Objective
+from ijepa_scale.plan import memory
 
 
 def settings(
@@ -28,3 +30,24 @@ def settings(
         extra=config.engine.deepspeed,
     )
     return micro_batch_size, precision, deepspeed
+
+
+def check_memory(
+    config: PretrainConfig, objective: Objective, settings: dict[str, Any], *, ranks: int, device: torch.device
+) -> None:
+    """ValueError where the weights and the optimizer's state alone, counted in bf16, are more than the memory there is.
+
+    settings: as settings() gives them. device: of this rank; on a CPU the ranks of a machine share its memory.
+    """
+    model = memory.model_of(objective, config.optimization.optimizer)
+    need = memory.state(model, memory.sharding_of(settings, ranks=ranks)).total
+    if device.type == "cuda":
+        there = torch.cuda.get_device_properties(device).total_memory
+    else:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // launchers.ranks_here()
+    if need > there:
+        raise ValueError(
+            f"the weights and their optimizer's state take {need / 2**30:,.0f} GiB of each process, and it has "
+            f"{there / 2**30:,.0f} GiB: use a smaller model.name, model.width or model.depth (predictor.*, mae.* and "
+            "cae.*, too), more processes, or engine.zero_stage=3; launch/plan.py says what fits where"
+        )

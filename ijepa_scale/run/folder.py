@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import torch
 
+from ijepa_scale.config.redaction import redacted, without_secrets
 from ijepa_scale.data.files import remove_leftovers, write_whole
 
 PACKAGES = ("torch", "deepspeed", "triton", "datasets", "numpy", "pillow", "ijepa-scale")
@@ -60,13 +61,13 @@ class RunFolder:
         """Write the resolved config, and what ran it: versions, git revision, command, device."""
         write_whole(self.path / "config.yaml", config_yaml)
         environment = {
-            "command": sys.argv,
+            "command": redacted(sys.argv),
             "python": platform.python_version(),
             "packages": {name: _version(name) for name in PACKAGES},
             "git_revision": _git_revision(),
             "host": socket.gethostname(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
-            **facts,
+            **without_secrets(facts),
         }
         write_whole(self.path / "environment.json", json.dumps(environment, indent=2) + "\n")
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ijepa_scale.config.redaction import redacted
 from ijepa_scale.run.records import read_records
-from ijepa_scale.run.redaction import redacted
 from ijepa_scale.visualize.panels import Curve, Panel
 
 AXES = ("steps", "images", "seconds")

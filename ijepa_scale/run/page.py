@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
+from ijepa_scale.config.redaction import redacted
 from ijepa_scale.data.files import write_whole
 from ijepa_scale.evals.scores import Score
 from ijepa_scale.run import numbers
 from ijepa_scale.run.evaluations import evaluation_blocks
 from ijepa_scale.run.history import History, panels_of, read_history, read_json
-from ijepa_scale.run.redaction import redacted
 from ijepa_scale.run.verdict import health_verdict
 from ijepa_scale.visualize.page import (
     PNG,

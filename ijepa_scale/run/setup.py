@@ -4,15 +4,17 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from ijepa_scale import build
-from ijepa_scale.config import PretrainConfig, to_dict, to_yaml
+from ijepa_scale.config import PretrainConfig, to_dict, to_yaml, without_secrets
 from ijepa_scale.data.collate import Batch, MicroBatches, check_batches_fit, loader_processes, shared_memory
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.data.streams.positions import StreamPosition
 from ijepa_scale.engine import checkpoint as checkpoints
-from ijepa_scale.engine import launchers
+from ijepa_scale.engine import launchers, zero
 from ijepa_scale.engine.device import device_peak
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
@@ -70,6 +72,8 @@ def check(config: PretrainConfig, objective: Objective | None = None) -> Objecti
             f"the objective is of {objective.grid.shape[0]} x {objective.grid.shape[1]} patches, and data.image_size "
             f"{config.data.image_size} with model.patch_size {config.model.patch_size} gives {side} x {side}"
         )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checks.settings(config, objective, ranks=launchers.place().world_size, device=device)
     return objective
 
 
@@ -90,6 +94,8 @@ def set_up(
     micro_batch_size, precision, settings = checks.settings(
         config, objective, ranks=ranks.world_size, device=ranks.device
     )
+    zero.check_settings(settings, config.engine.deepspeed)
+    checks.check_memory(config, objective, settings, ranks=ranks.world_size, device=ranks.device)
     attention = choose_attention(config, ranks, objective)
     ranks.together(lambda: folder.lock() if ranks.first else None)
     if config.model.init_from and starts_anew(folder, ranks, resume):
@@ -162,7 +168,7 @@ def facts_of(
     return {
         "seed": config.seed,
         "objective": objective.name,
-        "config": to_dict(config),
+        "config": without_secrets(to_dict(config)),
         "architecture": objective.architecture(),
         "images": images,
         "precision": precision,

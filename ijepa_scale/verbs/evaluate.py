@@ -74,13 +74,14 @@ def evaluate(stop: "StopRequest", arguments: list[str] | None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_intermixed_args(given)
     from ijepa_scale.engine.distributed import start
-    from ijepa_scale.evaluate import Request, evaluate_tasks
+    from ijepa_scale.evaluate import Request, check_request, evaluate_tasks
 
     ranks = None
     try:
         asked = {key: value for key, value in vars(options).items() if key != "local_rank"}
         typed = [word for word in given if not word.startswith("--local_rank")]  # the launcher's, not the user's
         request = Request(**asked, arguments=typed)
+        check_request(request)
         ranks = start()
         evaluate_tasks(ranks, request)
     except (ValueError, OSError) as error:

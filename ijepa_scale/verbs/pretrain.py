@@ -78,11 +78,13 @@ def train(
     from ijepa_scale.engine.launchers import launcher_rank
 
     log = logging.getLogger("ijepa_scale")  # not the root: to it come lines that other libraries print themselves
-    log.addHandler(logging.StreamHandler())
+    log.addHandler(shown := logging.StreamHandler())
+    shown.setFormatter(WithoutSecrets())
     log.setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
     try:
         config = load(options)
         if options.dry_run:
+            from ijepa_scale.config import without_secrets
             from ijepa_scale.engine.launchers import place
             from ijepa_scale.plan.dry_run import dry_run
             from ijepa_scale.run.init_from import preview
@@ -90,7 +92,7 @@ def train(
 
             text = dry_run(config, ranks=place().world_size)
             if launcher_rank() == 0:
-                print("\n".join([text, *preview(config)]))
+                print(without_secrets("\n".join([text, *preview(config)])))
             check_shared_memory(config)  # last: what a run takes is shown on machines too small for it, too
             return 0
     except (ValueError, OSError) as error:
@@ -106,12 +108,22 @@ def train(
         return fail(error, 1)
 
 
+class WithoutSecrets(logging.Formatter):
+    """Of a line that names a URL its password is not printed."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        from ijepa_scale.config import without_secrets
+
+        return without_secrets(super().format(record))
+
+
 def fail(error: Exception, code: int) -> int:
+    from ijepa_scale.config.redaction import redacted
     from ijepa_scale.engine.launchers import launcher_rank
 
     if launcher_rank() == 0 or any(getattr(one, "local", False) for one in (error, error.__cause__)):
         place = f" (rank {launcher_rank()})" if launcher_rank() else ""
-        print(f"error{place}: {error}", file=sys.stderr, flush=True)
+        print(f"error{place}: {redacted(str(error))}", file=sys.stderr, flush=True)
     else:
         time.sleep(2)  # a launcher ends all ranks when one ends: rank 0 speaks first
     return code

@@ -107,7 +107,7 @@ def test_two_recipes_see_the_same_images_in_the_same_order(tmp_path):
         (["model.depth=3"], r"plain and other do not start from the same encoder: depth 2 and 3; give both"),
         (["model.init_from=runs/x"], r"recipe other: model.init_from: a comparison starts from random weights"),
         (["optimization.learning=1"], r"recipe other: unknown config key optimization.learning"),
-        (["optimization.micro_batch_size=3"], r"recipe other: .*is not a multiple of micro_batch_size 3"),
+        (["optimization.micro_batch_size=3"], r"recipe other: .*is not a multiple of optimization.micro_batch_size 3"),
     ],
 )
 def test_an_unequal_or_wrong_recipe_is_refused_before_anything_is_trained(tmp_path, overrides, message):

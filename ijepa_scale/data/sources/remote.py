@@ -1,5 +1,6 @@
 """Files on HTTP servers and on the HuggingFace Hub, read like local ones. Failures of the network are tried again."""
 
+import base64
 import http.client
 import io
 import logging
@@ -12,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, TypeVar, cast
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -256,7 +257,10 @@ def _full_size(response: Any) -> int | None:
 def _resolve(location: str) -> tuple[str, dict[str, str]]:
     """The URL of a location, and the headers that it needs: the user's token, for the Hub."""
     if not location.startswith("hf://"):
-        return quote(location, safe=string.punctuation), {}  # what is quoted already stays as it is
+        scheme, _, rest = location.partition("://")
+        user, at, _ = rest.partition("/")[0].rpartition("@")
+        url = quote(f"{scheme}://{rest.removeprefix(user + at)}", safe=string.punctuation)  # what is quoted stays so
+        return url, {"Authorization": f"Basic {base64.b64encode(unquote(user).encode()).decode()}"} if at else {}
     import huggingface_hub
 
     found = hub_file(location)

@@ -96,7 +96,8 @@ def open_shards(
     if kind == "list" and not is_remote(source):
         _check_there(locations, source)
     column = "" if images else _column(source, locations[0], column, patience)
-    name = f"{posixpath.basename(source.rstrip('/'))}:{found}"
+    named = source.partition("?")[0] if is_remote(source) else source  # a query may be a secret
+    name = f"{posixpath.basename(named.rstrip('/'))}:{found}"
     return Shards(name, locations, column, _count(source, found, locations, images, cache_dir, config))
 
 

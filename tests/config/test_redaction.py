@@ -1,6 +1,6 @@
 import pytest
 
-from ijepa_scale.run.redaction import HIDDEN, redacted
+from ijepa_scale.config.redaction import HIDDEN, redacted
 
 SECRET = "s3cr3tvalue"
 
