@@ -5,9 +5,12 @@ import errno
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+import numpy as np
 
 
 @contextlib.contextmanager
@@ -52,6 +55,19 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_array(path: Path) -> np.ndarray:
+    """The array of a .npy file, mapped: what is not looked at is not read, and a header cannot ask for memory.
+
+    ValueError for a file that is damaged, or that holds Python objects, which are never made.
+    """
+    try:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError, SyntaxError, zipfile.BadZipFile, OverflowError) as error:
+        raise ValueError(
+            f"{path} is no whole .npy file of numbers ({error}): delete it, and it is made again"
+        ) from error
 
 
 def write_whole(path: Path, content: str) -> None:

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections import defaultdict
@@ -236,6 +237,10 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is not of format {FORMAT}")
     if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("files"), list):
         raise ValueError(f"{MANIFEST} lacks its step or its files")
+    for entry in manifest["files"]:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or Path(name).name != name or not {"bytes", "sha256"} <= entry.keys():
+            raise ValueError(f"{MANIFEST} lists {entry!r}, which is no file of its folder")
     if manifest.get("sha256") != _digest(manifest):
         raise ValueError(f"{MANIFEST} does not match its SHA-256: it was changed or damaged")
     return manifest
@@ -312,6 +317,8 @@ def file_index(checkpoint: Checkpoint, files: contextlib.ExitStack) -> dict[tupl
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{checkpoint.path / entry['name']} cannot be read: {error}") from error
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            if not re.fullmatch(r"[^|]+\|[^|]+\|[0-9]{1,18}", key):
+                raise ValueError(f"{checkpoint.path / entry['name']} holds {key!r}, which is no part of a state")
             kind, name, start = key.split("|")
             index[kind, name].append((int(start), key, file))
     return index

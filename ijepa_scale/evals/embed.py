@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ijepa_scale.data.decoding import decode, reason_of
-from ijepa_scale.data.files import write_whole
+from ijepa_scale.data.files import read_array, write_whole
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.sources.folders import printable
 from ijepa_scale.data.transforms import center_crop
@@ -136,14 +136,17 @@ class Embeddings:
 
     @classmethod
     def read(cls, folder: Path) -> "Embeddings":
-        """ValueError where there are none."""
+        """ValueError where there are none, and where they are damaged."""
         if not (folder / FACTS).is_file():
             raise ValueError(f"{folder} holds no embeddings ({FACTS} is missing); make them with ijepa-scale embed")
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        with open(folder / IMAGES, encoding="utf-8", newline="") as file:
-            table = list(csv.DictReader(file))
-        features = np.load(folder / EMBEDDINGS).astype(np.float32)
-        if len(features) != len(table):
+        try:
+            facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+            with open(folder / IMAGES, encoding="utf-8", newline="") as file:
+                table = list(csv.DictReader(file))
+            features = np.array(read_array(folder / EMBEDDINGS), np.float32)
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{folder}: {error}; make them anew with ijepa-scale embed") from error
+        if not isinstance(facts, dict) or features.ndim != 2 or len(features) != len(table):
             raise ValueError(
                 f"{folder}: {EMBEDDINGS} and {IMAGES} are not of one run; make them with ijepa-scale embed"
             )

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ijepa_scale.data.files import make_cache, write_whole
+from ijepa_scale.data.files import make_cache, read_array, write_whole
 from ijepa_scale.evals.evaluation import Evaluation, Labelled
 from ijepa_scale.evals.extract import extract
 from ijepa_scale.evals.stores import forget_half
@@ -100,7 +100,7 @@ def _digest(facts: dict[str, Any]) -> str:
 def _holding(folder: Path, indices: np.ndarray) -> Path | None:
     """What was kept of these images, or of more."""
     for facts in sorted(folder.glob(f"*/{FACTS}")):
-        asked = np.load(facts.parent / INDICES)[0]
+        asked = read_array(facts.parent / INDICES)[0]
         if len(asked) >= len(indices) and np.isin(indices, asked).all():
             return facts.parent
     return None
@@ -148,5 +148,5 @@ def _read(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     """Which images were read, and their features. ValueError where this machine does not see them."""
     if not (folder / FACTS).is_file():
         raise ValueError(f"{folder} is not there on every node: give --cache-dir on a disk that all of them see")
-    read = np.load(folder / INDICES)[1]
-    return read[read >= 0], np.load(folder / FEATURES, mmap_mode="r")
+    read = read_array(folder / INDICES)[1]
+    return read[read >= 0], read_array(folder / FEATURES)

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from ijepa_scale.data.files import write_whole, written_whole
+from ijepa_scale.data.files import read_array, write_whole, written_whole
 
 JOURNAL = ".half.json"
 SAVE_SECONDS = 10.0  # between two entries of the journal: what a kill costs at most
@@ -60,7 +60,7 @@ class OnDisk:
 
     def rows_read(self) -> np.ndarray:
         """Once the file has its name."""
-        return np.load(self.path, mmap_mode="r")
+        return read_array(self.path)
 
     def go_on(self, rows: int, shape: Sequence[int]) -> bool:
         """Take up what the file holds, less what is past so many rows. False, and nothing done, if it holds fewer."""

@@ -111,7 +111,7 @@ class StepPictures:
         said = "Those of later steps are turned to these."
         earlier = [path for path in sorted(self._folder.glob(f"{OURS}.npz")) if step_of(path) < step]
         if earlier:
-            with np.load(earlier[-1]) as before:
+            with np.load(earlier[-1], allow_pickle=False) as before:
                 if before["images"].tolist() == names and before["scores"].shape == scores.shape:
                     scores, near = turned(scores, before["scores"])
                     said = f"They are turned, all as one, to be like those of step {step_of(earlier[-1]):,}: the "
