@@ -136,8 +136,9 @@ def explained(what: str, *, hub_id: str = "") -> Iterator[None]:
         while chain[-1].__cause__ is not None:
             chain.append(chain[-1].__cause__)
         advice = _hub_advice(hub_id, chain) if hub_id else ""
+        reason = " ".join(str(chain[-1]).split())  # YAML's and pyarrow's are of several lines
         raise ValueError(
-            f"{what}: {type(chain[-1]).__name__}: {str(chain[-1]).rstrip('.') if advice else chain[-1]}{advice}"
+            f"{what}: {type(chain[-1]).__name__}: {reason.rstrip('.') if advice else reason}{advice}"
         ) from error
 
 
