@@ -111,7 +111,15 @@ class WandbWriter:
         import wandb
 
         # Nothing is taken from the terminal: its progress line is no log, and wandb's own words would tear it.
-        settings = wandb.Settings(mode=mode, silent=True, console="off", disable_git=True, disable_code=True)  # type: ignore[arg-type]
+        # Nor are its metadata: they hold the command to the letter, with a URL's password.
+        settings = wandb.Settings(
+            mode=mode,  # type: ignore[arg-type]
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,
+        )
         # For the process as well as the run: else wandb 0.31 looks its server up for its own statistics, even offline.
         wandb.setup(settings=settings)
         self._run = wandb.init(
