@@ -188,3 +188,10 @@ def test_a_damaged_source_loses_nothing_unsaid(tmp_path_factory, monkeypatch, ca
     folder = tmp_path_factory.mktemp("damaged")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "hf")
     assert_nothing_is_lost_unsaid(*case, folder, caplog)
+
+
+def test_damaged_offsets_of_arrow_end_no_process(tmp_path, caplog):
+    """Arrow maps a file and believes it: a row was read from wherever they pointed."""
+    assert_nothing_is_lost_unsaid(
+        "Arrow", [("zero", 0.926506623785866, 107), ("more", 0.9221885624698875, 26)], tmp_path, caplog
+    )

@@ -39,7 +39,9 @@ def map_splits(
             raise ValueError(f"{source!r} has no rows; it must hold at least one image")
         with explained(f"cannot read {source!r}"):
             saved = datasets.load_from_disk(str(path))
-        saved = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+            saved = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+            for part in saved.values():
+                _check_arrow(part)
         return {str(name): functools.partial(saved.__getitem__, name) for name in saved}
     if kind == "arrow":
         return {split: functools.partial(_arrow_files, root, part) for split, part in shard_splits(files).items()}
@@ -66,7 +68,14 @@ def _arrow_files(root: str, files: list[str]) -> datasets.Dataset:
     import datasets
 
     with explained(f"cannot read the .arrow files of {root!r}"):
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(os.path.join(root, file)) for file in files])
+        read = datasets.concatenate_datasets([datasets.Dataset.from_file(os.path.join(root, file)) for file in files])
+        _check_arrow(read)
+        return read
+
+
+def _check_arrow(dataset: datasets.Dataset) -> None:
+    """Arrow believes the offsets of a file that it maps: where they are damaged, reading a row ends the process."""
+    dataset.data.validate(full=True)
 
 
 def _tar_files(root: str, files: list[str], cache: Path, column: str) -> datasets.Dataset:
