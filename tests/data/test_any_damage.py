@@ -195,3 +195,7 @@ def test_damaged_offsets_of_arrow_end_no_process(tmp_path, caplog):
     assert_nothing_is_lost_unsaid(
         "Arrow", [("zero", 0.926506623785866, 107), ("more", 0.9221885624698875, 26)], tmp_path, caplog
     )
+
+
+def test_a_byte_of_json_lines_that_is_no_text_is_refused_by_name(tmp_path, caplog):
+    assert_nothing_is_lost_unsaid("JSON Lines", [("flip", 0.25, 128)], tmp_path, caplog)

@@ -59,7 +59,10 @@ def listed_images(path: str, column: str = "") -> ListedImages:
     column: of the paths; "": found by its name and by what is there.
     """
     stat = os.stat(path)
-    return _listed_images(os.path.abspath(path), column, stat.st_size, stat.st_mtime_ns)
+    try:
+        return _listed_images(os.path.abspath(path), column, stat.st_size, stat.st_mtime_ns)
+    except UnicodeDecodeError as error:  # pyarrow's JSON takes any bytes for text until they are looked at
+        raise ValueError(f"{path} is not UTF-8 text; save the file in that encoding") from error
 
 
 @functools.lru_cache(maxsize=8)
