@@ -20,6 +20,7 @@ from ijepa_scale.engine.optim import set_schedules
 from ijepa_scale.engine.signals import EXIT_SECONDS, STOP_EXIT_CODE, Stopped, StopRequest
 from ijepa_scale.engine.watchdog import Watchdog
 from ijepa_scale.objectives.objective import Objective
+from ijepa_scale.run.alike import start_facts
 from ijepa_scale.run.health import HealthChecks
 from ijepa_scale.run.incidents import (
     Log,
@@ -65,7 +66,11 @@ def pretrain(
     try:
         try:
             objective = check(config, objective)
-            ranks = distributed.start()
+        except ValueError as error:
+            raise InputError(str(error), alone=True) from error
+        try:
+            facts = start_facts(config, **{"--resume": resume, "--allow-changes": allow_changes})
+            ranks = distributed.start(facts)
         except ValueError as error:
             raise InputError(str(error)) from error
         try:

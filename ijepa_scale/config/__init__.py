@@ -7,6 +7,7 @@ for any dataclasses. comparison.py: a comparison of several. redaction.py: what 
 
 from ijepa_scale.config.comparison import CompareConfig, load_comparison
 from ijepa_scale.config.loading import (
+    by_key,
     changed_keys,
     from_dict,
     load_config,
@@ -54,6 +55,7 @@ __all__ = [
     "PretrainConfig",
     "ReportConfig",
     "SketchConfig",
+    "by_key",
     "changed_keys",
     "from_dict",
     "load_comparison",

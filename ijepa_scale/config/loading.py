@@ -66,6 +66,11 @@ def to_dict(config: PretrainConfig) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(config)))
 
 
+def by_key(config: PretrainConfig) -> dict[str, Any]:
+    """Values by the full names of their keys, as JSON holds them."""
+    return config_reading.flat(to_dict(config))
+
+
 def to_yaml(config: PretrainConfig) -> str:
     """What load_config() reads as this config, less its secrets."""
     return config_reading.to_yaml(without_secrets(to_dict(config)))

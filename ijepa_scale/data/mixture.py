@@ -1,5 +1,7 @@
 """Several sources read by index as one, each image as often as its source's weight says."""
 
+import functools
+import hashlib
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -22,6 +24,11 @@ class Mixture:
         total = sum(self.weights)
         named = zip(self.weights, self.parts, strict=True)
         return " + ".join(f"{100 * weight / total:.3g}% {part.name}" for weight, part in named)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells mixtures apart, as of an ImageSet."""
+        return hashlib.sha256(" ".join(part.digest for part in self.parts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ijepa_scale.data.files import remove_leftovers, sync, write_whole
+from ijepa_scale.engine import roll_call
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.zero import fragments, masters, refresh_weights
@@ -248,6 +249,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 def _verify(path: Path, ranks: Ranks) -> tuple[dict[str, Any], str]:
     """The manifest, and what is wrong with the checkpoint in this rank's share of the files ("": nothing)."""
+    manifest: dict[str, Any] = {}
     try:
         manifest = read_manifest(path)
         for entry in manifest["files"][ranks.rank :: ranks.world_size]:
@@ -259,14 +261,20 @@ def _verify(path: Path, ranks: Ranks) -> tuple[dict[str, Any], str]:
             if sha256_of(file) != entry["sha256"]:
                 return manifest, f"{entry['name']} does not match its SHA-256: it was changed or damaged"
     except (ValueError, OSError, KeyError, TypeError) as error:
-        return {}, str(error) or type(error).__name__
+        return manifest, str(error) or type(error).__name__
     return manifest, ""
 
 
 def verify(path: Path, ranks: Ranks) -> tuple[Checkpoint | None, str]:
-    """The checkpoint if every rank finds it whole, else None and the first rank's complaint: the same on all ranks."""
+    """The checkpoint if every rank finds it whole, else None and the first rank's complaint: the same on all ranks.
+    ValueError, on all ranks, where they find different ones at that path, or some none."""
     manifest, complaint = _verify(path, ranks)
-    complaints = [other for other in ranks.gather(complaint) if other]
+    said = ranks.gather((manifest.get("sha256"), roll_call.who(ranks.rank), manifest.get("step", "none"), complaint))
+    for digest, other, step, _ in said:
+        if digest != said[0][0]:
+            where = f"{path} of {other} is not that of {said[0][1]}: step {step} there, {said[0][2]} here"
+            raise ValueError(f"{where}; give one on a disk that all machines share")
+    complaints = [one for *_, one in said if one]
     return (None, complaints[0]) if complaints else (Checkpoint(path, manifest), "")
 
 

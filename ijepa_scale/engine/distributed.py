@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from ijepa_scale.engine import launchers
+from ijepa_scale.engine import launchers, roll_call
 
 T = TypeVar("T")
 
@@ -118,7 +118,8 @@ class Ranks:
     def together(self, call: Callable[[], T], *, on: str = "all") -> T:
         """Run call on all ranks, or on the first of each node (on="node") before the others.
 
-        A ValueError or OSError of any rank is raised on every rank, so that none is left waiting.
+        A ValueError or OSError of any rank is raised on every rank, so that none is left waiting; where it is not of
+        this rank, it names the one that it is of.
         """
         result: Any = None
         for turn in ("node", "others") if on == "node" else ("all",):
@@ -128,9 +129,9 @@ class Ranks:
                     result = call()
                 except (ValueError, OSError) as caught:
                     error = caught
-            errors = [other for other in self.gather(error) if other is not None]
-            if errors:
-                raise error or errors[0]
+            for who, other in self.gather((roll_call.who(self.rank), error)):
+                if other is not None:
+                    raise error or _of_another(who, other)
         return result
 
     def release_memory(self) -> None:
@@ -145,6 +146,14 @@ class Ranks:
     def close(self) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _of_another(who: str, error: Exception) -> Exception:
+    """The error of another rank, which that one does not print where this machine's user looks."""
+    if isinstance(error, OSError):
+        return OSError(f"{who}: {error}")
+    error.args = (f"{who}: {error}", *error.args[1:])
+    return error
 
 
 def alone() -> Ranks:
@@ -177,10 +186,11 @@ def _quiet_warnings(rank: int) -> None:
         warnings.simplefilter("ignore")
 
 
-def start() -> Ranks:
+def start(alike: Mapping[str, str] | None = None) -> Ranks:
     """Join the process group of deepspeed's launcher, torchrun, srun or mpirun; alone where none started this process.
 
-    Raises ValueError for what the launcher's variables lack, a port that is taken, and processes that do not come.
+    alike: names and values that must be the same on all ranks. Raises ValueError for what the launcher's variables
+    lack, a port that is taken, processes that do not come or do not start, and what is not alike.
     """
     here = launchers.place()
     if not here.address:
@@ -188,8 +198,8 @@ def start() -> Ranks:
             free.bind(("127.0.0.1", 0))
             here = replace(here, address="127.0.0.1", port=free.getsockname()[1])
     os.environ.update(MASTER_ADDR=here.address, MASTER_PORT=str(here.port))
-    store = launchers.host_store(here)  # kept until DeepSpeed's is there: both are one
-    rank, world_size, local_rank = here.rank, here.world_size, launchers.roll_call(here, store)
+    store = roll_call.host_store(here)  # kept until DeepSpeed's is there: both are one
+    rank, world_size, local_rank = here.rank, here.world_size, roll_call.roll_call(here, store, alike=alike)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     _quiet_warnings(rank)
     cuda = torch.cuda.is_available()

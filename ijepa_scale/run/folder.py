@@ -8,6 +8,7 @@ import platform
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TextIO
@@ -48,14 +49,21 @@ class RunFolder:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            owner = file.read().strip() or "another process"
+            owner = file.readline().strip() or "another process"
             file.close()
             raise ValueError(f"run_dir {self.path} is in use by {owner}; stop it or choose another run_dir") from None
         file.truncate(0)
-        file.write(f"{socket.gethostname()}, pid {os.getpid()}\n")
+        file.write(f"{socket.gethostname()}, pid {os.getpid()}\n{uuid.uuid4().hex}\n")  # the latter tells runs apart
         file.flush()
         self._lock = file
         remove_leftovers(self.path)
+
+    def owner(self) -> str:
+        """What lock() wrote; "" where nothing has."""
+        try:
+            return (self.path / ".lock").read_text(encoding="utf-8")
+        except OSError:
+            return ""
 
     def describe(self, config_yaml: str, **facts: Any) -> None:
         """Write the resolved config, and what ran it: versions, git revision, command, device."""
@@ -63,7 +71,7 @@ class RunFolder:
         environment = {
             "command": redacted(sys.argv),
             "python": platform.python_version(),
-            "packages": {name: _version(name) for name in PACKAGES},
+            "packages": {name: version_of(name) for name in PACKAGES},
             "git_revision": _git_revision(),
             "host": socket.gethostname(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
@@ -91,7 +99,8 @@ class BadImages:
         return new
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """An installed package's version, or that it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -23,13 +23,21 @@ from ijepa_scale.models.attention_backends import Choices
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.plan import checks
 from ijepa_scale.run import frozen, init_from
+from ijepa_scale.run.alike import check_folder, check_images
 from ijepa_scale.run.folder import BadImages, RunFolder
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.resume import find_checkpoint, go_on
 
 
 class InputError(Exception):
-    """What the user gave cannot be trained on; found before training starts."""
+    """What the user gave cannot be trained on; found before training starts.
+
+    alone: by this process, before it has met the others.
+    """
+
+    def __init__(self, message: str, *, alone: bool = False):
+        super().__init__(message)
+        self.alone = alone
 
 
 @dataclass(kw_only=True)
@@ -98,12 +106,14 @@ def set_up(
     checks.check_memory(config, objective, settings, ranks=ranks.world_size, device=ranks.device)
     attention = choose_attention(config, ranks, objective)
     ranks.together(lambda: folder.lock() if ranks.first else None)
+    check_folder(folder, ranks)
     if config.model.init_from and starts_anew(folder, ranks, resume):
         ranks.together(lambda: init_from.check(config, objective) if ranks.first else None)
     images = given or ranks.together(lambda: build.build_images(config), on="node")
     if given:
         evaluation = build.EvalImages(given, given, held_out=False)
     else:
+        check_images(images, ranks)
         evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
     horizon = build.build_horizon(config, len(images))
     facts = facts_of(config, objective, ranks, images=len(images), precision=precision, micro_batch=micro_batch_size)

@@ -96,14 +96,14 @@ def train(
             check_shared_memory(config)  # last: what a run takes is shown on machines too small for it, too
             return 0
     except (ValueError, OSError) as error:
-        return fail(error, 2)
+        return fail(error, 2) if options.dry_run else call_off(error)
 
     from ijepa_scale.train import InputError, RunError, pretrain
 
     try:
         return pretrain(config, resume=options.resume, allow_changes=options.allow_changes, stop_request=stop_request)
     except InputError as error:
-        return fail(error, 2)
+        return call_off(error) if error.alone else fail(error, 2)
     except RunError as error:
         return fail(error, 1)
 
@@ -117,11 +117,21 @@ class WithoutSecrets(logging.Formatter):
         return without_secrets(super().format(record))
 
 
-def fail(error: Exception, code: int) -> int:
-    from ijepa_scale.config.redaction import redacted
-    from ijepa_scale.engine.launchers import launcher_rank
+def call_off(error: Exception) -> int:
+    """As fail(), where this process does not come to meet the others: they hear of it. The exit code."""
+    from ijepa_scale.engine import roll_call
 
-    if launcher_rank() == 0 or any(getattr(one, "local", False) for one in (error, error.__cause__)):
+    fail(error, 2)
+    roll_call.call_off(str(error))
+    return 2
+
+
+def fail(error: Exception, code: int) -> int:
+    """Say it once a machine. The exit code."""
+    from ijepa_scale.config.redaction import redacted
+    from ijepa_scale.engine.launchers import launcher_rank, speaks
+
+    if speaks() or any(getattr(one, "local", False) for one in (error, error.__cause__)):
         place = f" (rank {launcher_rank()})" if launcher_rank() else ""
         print(f"error{place}: {redacted(str(error))}", file=sys.stderr, flush=True)
     else:

@@ -2,14 +2,12 @@
 
 import os
 import socket
-import threading
-from datetime import timedelta
 
 import pytest
 
 from ijepa_scale.engine import launchers
-from ijepa_scale.engine.launchers import OTHER_PORT, Place, StartError, host_store, launcher_rank, place, roll_call
-from tests.processes import free_port, pretrain, run_ranks
+from ijepa_scale.engine.launchers import OTHER_PORT, Place, launcher_rank, place
+from tests.processes import pretrain, run_ranks
 
 MEET = {"MASTER_ADDR": "node1", "MASTER_PORT": "1234"}
 SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8"}
@@ -90,35 +88,3 @@ def test_a_lone_process_speaks_whatever_it_inherited(small_config, tmp_path):
     line = f"error: port {port} of this machine is taken, by another run perhaps; {OTHER_PORT}\n"
     assert code == 2 and line in output
     assert "--master_port" in line and "--master-port" in line and "MASTER_PORT" in line
-
-
-def test_processes_without_local_ranks_meet_and_number_themselves():
-    port = free_port()
-    found = {}
-
-    def start(rank):
-        here = Place(rank, 3, -1, "127.0.0.1", port)
-        store = host_store(here)
-        found[rank] = roll_call(here, store, wait=timedelta(seconds=20))
-        done.wait(20)  # rank 0's store lives as long as it is asked
-
-    done = threading.Barrier(3)
-    threads = [threading.Thread(target=start, args=(rank,)) for rank in (2, 0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {0: 0, 1: 1, 2: 2}  # all on this machine
-
-
-@pytest.mark.parametrize("rank, missing", [(0, "2 more processes (rank 1, 2)"), (1, "rank 0")])
-def test_who_is_waited_for_is_said_and_not_for_ever(capfd, rank, missing):
-    here = Place(rank, 3, 0, "127.0.0.1", free_port())
-    store = host_store(here)
-    with pytest.raises(StartError) as caught:
-        roll_call(here, store, speak=0.2, wait=timedelta(seconds=0.6))
-    said = capfd.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1
-    assert said.err.startswith(f"waiting for {missing} at 127.0.0.1:{here.port}, for up to 0.01 minutes: ")
-    assert str(caught.value).startswith(f"waited 0.01 minutes for {missing} at 127.0.0.1:{here.port}: ")
-    assert caught.value.local and ("unset RANK and WORLD_SIZE" in said.err) == (rank == 0)

@@ -42,8 +42,8 @@ def test_ranks_attend_with_one_kernel(monkeypatch):
 
 def test_a_kernel_that_is_wrong_on_another_rank_stops_all():
     wrong = ValueError("model.attention=fa3 on cuda:1 gives a wrong output")
-    with pytest.raises(ValueError, match=re.escape(str(wrong))):
-        choose(two_ranks(lambda value: wrong if value is None else value))
+    with pytest.raises(ValueError, match=re.escape(f"rank 1 (node1, pid 9): {wrong}")):
+        choose(two_ranks(lambda value: ("rank 1 (node1, pid 9)", wrong) if isinstance(value, tuple) else value))
 
 
 @pytest.mark.parametrize("theirs, fits", [("here:2", True), ("here:1", False)])

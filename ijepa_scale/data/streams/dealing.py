@@ -1,6 +1,7 @@
 """Shards dealt to the ranks, and each rank's to its streams, one for each loader process; sources mixed by weight."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -59,6 +60,12 @@ class Streams:
     @property
     def name(self) -> str:
         return " + ".join(shards.name for shards in self.sources)
+
+    @property
+    def digest(self) -> str:
+        """Tells streams apart, by the names of their shards: what is in them is seen as they are read."""
+        names = [[str(location) for location in source.locations] for source in self.sources]
+        return hashlib.sha256(repr(names).encode()).hexdigest()
 
     def __len__(self) -> int:
         """Images of all sources; 0 where that is not known."""
