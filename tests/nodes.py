@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +24,13 @@ class Node:
     address: str
     link: str
 
-    def start(self, log: Path, *command: object, **environment: str) -> subprocess.Popen:
-        """A command on this node, from the repository, as the head of a process group."""
+    def start(self, log: Path, *command: object, cwd: Path = ROOT, **environment: str) -> subprocess.Popen:
+        """A command on this node, by default from the repository, as the head of a process group."""
         words = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c", ENTER, "sh", self.name]
         with log.open("w") as file:
             return subprocess.Popen(
                 [*words, *map(str, command)],
-                cwd=ROOT,
+                cwd=cwd,
                 env={**os.environ, **ENVIRONMENT, **environment},
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -93,6 +94,77 @@ def torchrun(nodes: tuple[Node, Node], rank: int, per_node: int) -> list[object]
     """How a node of the two begins its ranks."""
     head = [sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--node-rank", rank]
     return [*head, "--nproc-per-node", per_node, "--master-addr", nodes[0].address, "--master-port", 29511]
+
+
+def ranks_alone(nodes: tuple[Node, Node], rank: int, per_node: int) -> list[object]:
+    """One rank a node, without a launcher: what one would set."""
+    assert per_node == 1
+    place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": nodes[0].address, "MASTER_PORT": 29513}
+    return ["env", *(f"{key}={value}" for key, value in place.items()), sys.executable]
+
+
+def seeing(other: Path, at: Path) -> list[object]:
+    """Before a node's command: it sees another folder at a path, as where no disk is shared."""
+    return ["sh", "-c", 'mount --bind "$1" "$2" && shift 2 && exec "$@"', "sh", other, at]
+
+
+SSHD = """\
+Port 22
+HostKey {folder}/host_key
+AuthorizedKeysFile {folder}/key.pub
+StrictModes no
+UsePAM no
+PermitRootLogin prohibit-password
+PidFile none
+"""
+SSH = """\
+#!/bin/sh
+exec {ssh} -F none -i {folder}/key -o IdentitiesOnly=yes -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null \
+    -o LogLevel=ERROR "$@"
+"""
+# What is started over ssh sees no other processes: DeepSpeed's launcher, at Ctrl-C, ends those it finds by their names.
+SERVE = """\
+mount -t tmpfs tmpfs /run && mkdir -p /run/sshd &&
+exec unshare --pid --fork --mount-proc --kill-child {sshd} -D -e -f {config}
+"""
+
+
+@dataclass(frozen=True)
+class Ssh:
+    """Keys and configs for ssh between nodes, all in one folder: nothing of the user's is read or changed."""
+
+    folder: Path
+
+    @property
+    def path(self) -> str:
+        """For PATH: ssh as these nodes know it."""
+        return f"{self.folder}:{os.environ['PATH']}"
+
+    def serve(self, node: Node) -> subprocess.Popen:
+        """An ssh server on a node. When it is killed all that was started over it ends, too."""
+        words = SERVE.format(
+            sshd=shutil.which("sshd", path="/usr/sbin:/usr/local/sbin"), config=self.folder / "sshd_config"
+        )
+        process = node.start(self.folder / f"sshd-{node.name}.txt", "sh", "-c", words)
+        until = time.monotonic() + 20
+        while subprocess.run(["ip", "netns", "exec", node.name, self.folder / "ssh", node.name, "true"]).returncode:
+            assert process.poll() is None and time.monotonic() < until, "sshd does not answer"
+            time.sleep(0.2)
+        return process
+
+
+def ssh_between(folder: Path) -> Ssh:
+    """Skips the test, saying why, where programs lack."""
+    missing = [name for name in ("ssh", "ssh-keygen", "pdsh") if not shutil.which(name)]
+    missing += [] if shutil.which("sshd", path="/usr/sbin:/usr/local/sbin") else ["sshd"]
+    if missing:
+        pytest.skip(f"a start over ssh needs {', '.join(missing)} (Debian: openssh-server, openssh-client, pdsh)")
+    for name in ("key", "host_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (folder / "sshd_config").write_text(SSHD.format(folder=folder))
+    (folder / "ssh").write_text(SSH.format(ssh=shutil.which("ssh"), folder=folder))
+    (folder / "ssh").chmod(0o755)
+    return Ssh(folder)
 
 
 def deepspeed(nodes: tuple[Node, Node], rank: int, per_node: int) -> list[object]:

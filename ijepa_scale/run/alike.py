@@ -33,7 +33,7 @@ class Images(Protocol):
 def start_facts(config: PretrainConfig, **words: Any) -> dict[str, str]:
     """For the roll call: names and values. words: of the command line, beside the config."""
     versions = {name: version_of(name) for name in PACKAGES}
-    code = f"{version_of('ijepa-scale')}, sources {code_digest()}"
+    code = f"{version_of('ijepa-scale')} (sources {code_digest()})"
     keys = {key: json.dumps(value) for key, value in by_key(config).items() if key not in OF_A_MACHINE}
     python = ".".join(platform.python_version_tuple()[:2])
     return {"ijepa-scale": code, "python": python, **versions, **keys, **{k: str(v) for k, v in words.items()}}
