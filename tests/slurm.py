@@ -19,10 +19,9 @@ NAMES = ("sbatch", "srun", "scontrol")
 
 def on_path(folder: Path) -> dict[str, str]:
     """Environment in which these commands are found, and keep in folder what they have to know of one another."""
-    for name in NAMES:
-        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {__file__} {name} "$@"\n')
+    for name, words in {"python": "", **{name: f"{__file__} {name}" for name in NAMES}}.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
         (folder / name).chmod(0o755)
-    (folder / "python").symlink_to(sys.executable)
     return {"PATH": f"{folder}:{os.environ['PATH']}", "FAKE_SLURM": str(folder)}
 
 

@@ -49,7 +49,7 @@ def submit(small_config, tmp_path):
 
 @pytest.mark.slow
 def test_a_job_near_its_time_limit_is_requeued_and_goes_on(submit, small_config, tmp_path):
-    run_dir, words = tmp_path / "run", ["optimization.max_steps=200", "checkpoint.every_steps=1000"]
+    run_dir, words = tmp_path / "run", ["optimization.max_steps=80", "checkpoint.every_steps=1000"]
     job = submit(["--nodes=1", "--ntasks-per-node=2"], f"run_dir={run_dir}", *words)
     wait_for_step(run_dir, 4, lambda: job.poll() is None, timeout=250)
     job.send_signal(signal.SIGUSR1)
@@ -57,7 +57,7 @@ def test_a_job_near_its_time_limit_is_requeued_and_goes_on(submit, small_config,
     output = (tmp_path / "log.txt").read_text()
     assert code == 0, output
     assert output.count("stopped by SIGUSR1 after step") == 1 and output.count("resumed from ") == 1, output
-    assert max(checkpoints_of(run_dir)) == 200
+    assert max(checkpoints_of(run_dir)) == 80
     words += ["--config", str(small_config), f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'one'}"]
     assert_all(run_ranks(undrawn, 2, tmp_path / "output", pretrain, *words))
     assert_close_run(run_dir, tmp_path / "one")
