@@ -13,7 +13,8 @@ from tests.processes import ENVIRONMENT, PRETRAIN, ROOT, Ended, RankProcesses, f
 
 RANKS = 2
 FAKETIME = next(map(str, Path("/usr/lib").glob("**/faketime/libfaketimeMT.so.1")), "")  # "": not installed
-LIMIT = 120.0  # seconds that any job here may take to end by itself
+SLEEP = "import select, time\ntime.sleep = lambda seconds: select.select([], [], [], seconds) and None\n"
+LIMIT = 300.0  # seconds that any job here may take to end by itself
 
 
 class Forked:
@@ -43,8 +44,10 @@ class Launched:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "output.txt"
         environment = {**os.environ, **ENVIRONMENT}
-        # The ranks' clock alone: torchrun's own sleep fails under libfaketime where the clock goes back.
+        # The ranks' clock alone. Under libfaketime time.sleep(), an absolute time of the monotonic clock, fails at times.
+        (folder / "sitecustomize.py").write_text(SLEEP)
         faked = [] if clock is None else ["env", f"LD_PRELOAD={FAKETIME}", f"FAKETIME_TIMESTAMP_FILE={clock}"]
+        faked += faked and [f"PYTHONPATH={folder}:{ENVIRONMENT['PYTHONPATH']}"]
         faked += faked and ["FAKETIME_NO_CACHE=1", "FAKETIME_DONT_FAKE_MONOTONIC=1", sys.executable]
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS)]
         with self.log.open("w") as file:
