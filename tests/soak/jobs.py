@@ -44,7 +44,7 @@ class Launched:
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "output.txt"
         environment = {**os.environ, **ENVIRONMENT}
-        # The ranks' clock alone. Under libfaketime time.sleep(), an absolute time of the monotonic clock, fails at times.
+        # The ranks' clock alone. Under libfaketime time.sleep() fails at times: it waits by an absolute time.
         (folder / "sitecustomize.py").write_text(SLEEP)
         faked = [] if clock is None else ["env", f"LD_PRELOAD={FAKETIME}", f"FAKETIME_TIMESTAMP_FILE={clock}"]
         faked += faked and [f"PYTHONPATH={folder}:{ENVIRONMENT['PYTHONPATH']}"]
