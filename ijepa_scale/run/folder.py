@@ -60,6 +60,9 @@ class RunFolder:
 
     def owner(self) -> str:
         """What lock() wrote; "" where nothing has."""
+        if self._lock is not None:  # another file object on it, when it is closed, would end the lock
+            self._lock.seek(0)
+            return self._lock.read()
         try:
             return (self.path / ".lock").read_text(encoding="utf-8")
         except OSError:

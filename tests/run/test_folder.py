@@ -15,6 +15,7 @@ def lock(folder):
 def test_one_owner_at_a_time(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.lock()
+    assert "pid" in folder.owner() and not folder.gone  # asking does not give it up
     (other,) = run_ranks(lock, 1, tmp_path, tmp_path / "run")
     assert "is in use by" in other.output and "pid" in other.output and other.code == 0
     folder._lock.close()  # as the process's end does
