@@ -32,7 +32,7 @@ class Forked:
         return not any(process.is_alive() for process in self.processes.processes)
 
     def reap(self) -> Ended:
-        """Of an ended job: the worst code (75 counts as none), and all output."""
+        """Of an ended job: the worst code, and all output."""
         ends = self.processes.wait(5)
         return Ended(worst([end.code for end in ends]), "\n".join(end.output for end in ends))
 
@@ -87,7 +87,8 @@ Job = Forked | Launched
 
 
 def worst(codes: list[int | None]) -> int | None:
-    return max(codes, key=lambda code: (code not in (0, 75), code not in (0,), code or 0))
+    """A failure before a stop on request (75), and that before 0."""
+    return max(codes, key=lambda code: (code not in (0, 75), code == 75))
 
 
 def words_of(pid: int) -> list[bytes]:
