@@ -4,6 +4,7 @@ Networks, initial weights and masks are the project's. B images a step, M blocks
 padded target patches, D width.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,8 @@ class Recipe:
     warmup: float = 0.125  # of all steps
     weight_decay: tuple[float, float] = (0.04, 0.4)
     ema: tuple[float, float] = (0.98, 1.0)
+    cooldown: float = 0.0  # of all steps, the last: the learning rate then falls to 0 in a straight line
+    curve: int = 0  # scored after each of so many steps, too
 
     @property
     def steps(self) -> int:
@@ -95,6 +98,7 @@ class DenseMasks:
         return DenseMasks(*(part.to(device) for part in parts))
 
 
+@functools.cache
 def draw_masks(spec: MultiBlock, count: int, images: int, seed: int) -> DenseMasks:
     """A pool of masks for `count` steps: each tensor of DenseMasks with one more dimension, first."""
     rng = np.random.Generator(np.random.Philox(key=seed))
@@ -172,8 +176,9 @@ def build(recipe: Recipe) -> tuple[Any, MultiBlock]:
 class Loss:
     """What is minimized, of normalized images (B, 3, H, W) and their masks."""
 
-    def __init__(self, recipe: Recipe, module: Any, grid: PatchGrid, device: torch.device):
+    def __init__(self, recipe: Recipe, module: Any, grid: PatchGrid, device: torch.device, generator: torch.Generator):
         self.recipe, self.module, self.num_patches = recipe, module, grid.num_patches
+        self.generator = generator
         places = torch.cartesian_prod(torch.arange(grid.rows), torch.arange(grid.columns)).float()
         self.distances = torch.cdist(places, places).to(device)
         self.knots = torch.linspace(*KNOTS, device=device)  # type: ignore[arg-type]
@@ -232,7 +237,7 @@ class Loss:
         known = p.predictor_embed(context) + positions[masks.context]
         asked = p.mask_token.view(-1) + positions[masks.targets]
         if recipe.stochastic_positions:
-            noise = torch.randn(images, blocks, most, recipe.width, device=context.device)
+            noise = torch.randn(images, blocks, most, recipe.width, device=context.device, generator=self.generator)
             asked = asked + F.linear(noise * recipe.stochastic_positions, p.predictor_embed.weight)
         x = torch.cat([known[:, None].expand(-1, blocks, -1, -1), asked], 2).flatten(0, 1)
         padding = ((masks.is_target - 1) * -FORBIDDEN).expand(images, blocks, most)
@@ -270,7 +275,7 @@ class Loss:
             covariance = (matrix.square().sum() - variances.square().sum()) / len(variances)
             loss = loss + recipe.variance * shortfall + recipe.covariance * covariance
         if recipe.sigreg:
-            slices = torch.randn(tokens.shape[1], 128, device=tokens.device)
+            slices = torch.randn(tokens.shape[1], 128, device=tokens.device, generator=self.generator)
             angles = (centered @ (slices / slices.norm(dim=0)))[..., None] * self.knots
             normal = torch.exp(-self.knots.square() / 2)
             waves = [(wave * inside[:, None, None]).sum(0) / inside.sum() for wave in (angles.cos(), angles.sin())]

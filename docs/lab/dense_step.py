@@ -1,10 +1,11 @@
 """The training step of docs/lab/learning.py, so that on a GPU all of it is one CUDA graph.
 
-The project's packed step launches a thousand small kernels from the host. Here the host launches one graph, and many
-runs share a GPU.
+The project's packed step launches a thousand small kernels from the host. Here the host launches one graph. Several
+runs share a GPU, each on a stream of its own, in threads of one process.
 """
 
 import math
+import threading
 from typing import Any
 
 import torch
@@ -17,16 +18,19 @@ from ijepa_scale.engine.schedules import Schedules
 
 LAYOUTS = 8192  # of masks, drawn once and used in a random order
 EAGER_STEPS = 3
+LONG = 400_000  # images, from which on a run goes first on its GPU, lest it be the last of all to end
+CAPTURING = threading.Lock()  # while a graph is recorded nobody may wait for the whole device
 
 
 class Run:
-    """A run on images (n, 3, H, W) uint8 that lie on its device."""
+    """A run on images (n, 3, H, W) uint8 that lie on its device. Its random numbers are its own."""
 
     def __init__(self, recipe: Recipe, images: torch.Tensor):
         self.recipe, self.images, device = recipe, images, images.device
         self.module, spec = build(recipe)
         self.module.to(device)
-        self.loss = Loss(recipe, self.module, spec.grid, device)
+        self.generator = torch.Generator(device).manual_seed(recipe.seed)
+        self.loss = Loss(recipe, self.module, spec.grid, device, self.generator)
         layouts = min(recipe.steps, max(16, LAYOUTS // (recipe.batch * recipe.mask_sets)))
         self.masks = draw_masks(spec, layouts, recipe.batch * recipe.mask_sets, recipe.seed + 77).to(device)
         self._schedule(layouts, device)
@@ -35,6 +39,7 @@ class Run:
             torch.tensor(values, device=device).view(1, 3, 1, 1) * 255 for values in (IMAGENET_MEAN, IMAGENET_STD)
         )
         self.done, self.graph = 0, None
+        self.stream = torch.cuda.Stream(priority=-(recipe.images > LONG)) if images.is_cuda else None
         self.last_loss = torch.zeros((), device=device)
 
     def _schedule(self, layouts: int, device: torch.device) -> None:
@@ -58,7 +63,8 @@ class Run:
         for step in range(r.steps):
             now, ramp = schedules.at(step), min(1.0, max(0.0, (step / r.steps - 0.15) / 0.15))
             corrections = (1 - 0.9 ** (step + 1), 1 - 0.999 ** (step + 1))
-            rows.append([now["lr"], now["weight_decay"], 1 - now["ema_momentum"], *corrections, ramp])
+            lr = now["lr"] * min(1.0, (r.steps - step) / (r.cooldown * r.steps)) if r.cooldown else now["lr"]
+            rows.append([lr, now["weight_decay"], 1 - now["ema_momentum"], *corrections, ramp])
         self.rows, self.counter = torch.tensor(rows, device=device), torch.zeros(1, dtype=torch.long, device=device)
 
     def _flatten(self, device: torch.device) -> None:
@@ -106,7 +112,7 @@ class Run:
     def crops(self, index: torch.Tensor) -> torch.Tensor:
         """Random resized crops, bicubic, normalized."""
         r, count, device = self.recipe, len(index), self.images.device
-        u = torch.rand(5, count, device=device)
+        u = torch.rand(5, count, device=device, generator=self.generator)
         area = r.crop_scale[0] + (r.crop_scale[1] - r.crop_scale[0]) * u[0]
         ratio = torch.exp(math.log(3 / 4) + math.log(16 / 9) * u[1])
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -145,18 +151,24 @@ class Run:
                 self._step()
             self.done = max(self.done, until)
             return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what these allocate and plan the graph then finds
-            while self.done < min(until, EAGER_STEPS):
-                self._step()
+        assert self.stream is not None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            if self.graph is None:
+                with CAPTURING:
+                    self._record(until)
+            while self.graph is not None and self.done < until:
+                self.graph.replay()
                 self.done += 1
-        torch.cuda.current_stream().wait_stream(side)
-        if self.done < until and self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self._step()  # recorded, not run
-        while self.done < until:
-            self.graph.replay()
+        self.stream.synchronize()
+
+    def _record(self, until: int) -> None:
+        while self.done < min(until, EAGER_STEPS):  # what these allocate and plan the graph then finds
+            self._step()
             self.done += 1
-        torch.cuda.synchronize()
+        if self.done < until:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self._step()  # recorded, not run
+            self.graph = graph

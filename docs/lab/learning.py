@@ -1,21 +1,25 @@
 """The runs of learning.md: what makes a small I-JEPA learn more. Many at once on one GPU, or one on a CPU.
 
-python docs/lab/learning.py --data /data/tiny-imagenet-100 --out /tmp/learning              the fifth round
+python docs/lab/learning.py --data /data/tiny-imagenet-100 --out /tmp/learning              those not there yet
 python docs/lab/learning.py --data scenes --out /tmp/learning --only "scenes.*" --processes 4
 python docs/lab/learning.py --out /tmp/learning --table                                     what has been found so far
+python docs/lab/learning.py --out docs/lab --plot docs/lab/learning.png                     scores over images, as there
 
---data: labelled images that `datasets` loads, or scenes. Each finished run is a line of OUT/results.jsonl. The same
-command goes on with those that are not there. Several processes share a GPU best under CUDA MPS:
-nvidia-cuda-mps-control -d
+--data: labelled images that `datasets` loads, or scenes. Each finished run is a line of OUT/learning.jsonl. The same
+command goes on with those that are not there. A run leaves most of a GPU idle: give it several --processes, under CUDA
+MPS (nvidia-cuda-mps-control -d), with several runs --at-once in each.
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,48 +47,60 @@ TINY = {"images": 38_400, "variance": 0.02, "covariance": 0.004, "muon_lr": 1e-3
 TINY |= {"crop_scale": (0.3, 1.0), "flip": False}
 CALM = {"weight_decay": (0.04, 0.04), "ema": (0.98, 0.98), "final_lr": 1e-3}  # nothing changes after the warm-up
 
-# Longest first, so that no process is left alone with one.
+CALM_3, CALM_10 = ({**CALM, "variance": 0.003 * w, "covariance": 0.0006 * w} for w in (3, 10))
+
 IMAGES: dict[str, dict[str, Any]] = {
-    "1M": {"images": 1_024_000},
-    "1M, AdamW": {"images": 1_024_000, **ADAMW},
-    "256k, patch 4": {"images": 256_000, **PATCH_4},
-    "512k": {"images": 512_000},
-    "256k": {"images": 256_000},
-    "256k, AdamW": {"images": 256_000, **ADAMW},
-    "256k, nothing decays": {"images": 256_000, **CALM},
-    "256k, nothing decays, w x3": {"images": 256_000, **CALM, "variance": 0.009, "covariance": 0.0018},
-    "64k, patch 4": {"images": 64_000, **PATCH_4},
+    "1M, nothing decays, w x3": {**CALM_3, "images": 1_024_000, "curve": 2000},
+    "1M": {"images": 1_024_000, "curve": 2000},
+    "nothing decays": CALM,
+    "nothing decays, seed 1": {**CALM, "seed": 1},
+    "nothing decays, seed 2": {**CALM, "seed": 2},
+    "nothing decays, w x3": CALM_3,
+    "nothing decays, w x3, seed 1": {**CALM_3, "seed": 1},
+    "nothing decays, w x10": CALM_10,
+    "nothing decays, w x10, seed 1": {**CALM_10, "seed": 1},
     "seed 0": {},
     "seed 1": {"seed": 1},
     "seed 2": {"seed": 2},
-    "nothing decays": CALM,
     "weight decay 0.04": {"weight_decay": (0.04, 0.04)},
     "ema 0.98": {"ema": (0.98, 0.98)},
     "lr stays": {"final_lr": 1e-3},
     "w x3": {"variance": 0.009, "covariance": 0.0018},
     "w x10": {"variance": 0.03, "covariance": 0.006},
-    "w /3": {"variance": 0.001, "covariance": 0.0002},
-    "muon 1.2e-3": {"muon_lr": 1.2e-3},
-    "muon 5e-3": {"muon_lr": 5e-3},
-    "muon 5e-3, w x3": {"muon_lr": 5e-3, "variance": 0.009, "covariance": 0.0018},
-    "target norm: none": {"target_norm": "none"},
-    "target norm: batch": {"target_norm": "batch"},
-    "DynTanh": {"dyn_tanh": 0.5, "target_norm": "none"},
-    "DynTanh, then LayerNorm": {"dyn_tanh": 0.5},
-    "stochastic positions 0.25": {"stochastic_positions": 0.25},
-    "stochastic positions 1": {"stochastic_positions": 1.0},
-    "context loss 0.2": {"context_loss": 0.2},
-    "context loss 0.5": {"context_loss": 0.5},
-    "layers 2, 4, 6, w x3": {"target_layers": (2, 4, 6), "variance": 0.009, "covariance": 0.0018},
-    "SIGReg 0.001": {"sigreg": 0.001, "variance": 0.0, "covariance": 0.0},
-    "SIGReg 0.005": {"sigreg": 0.005, "variance": 0.0, "covariance": 0.0},
-    "4 sets of masks": {"mask_sets": 4, "batch": 16, "images": 32_000},
-    "6 small targets": {"target_scale": (0.1, 0.15), "target_blocks": 6},
-    "2 large targets": {"target_scale": (0.3, 0.4), "target_blocks": 2},
-    "context of 0.5 to 0.7": {"context_scale": (0.5, 0.7)},
-    "predictor 6 deep": {"predictor_depth": 6},
-    "9 blocks": {"depth": 9},
-    "width 256": {"width": 256},
+    "192k, nothing decays": {**CALM, "images": 192_000},
+    "192k, nothing decays, seed 1": {**CALM, "images": 192_000, "seed": 1},
+    "192k, nothing decays, warm-up 0.5": {**CALM, "images": 192_000, "warmup": 0.5},
+    "192k, nothing decays, warm-up 0.5, seed 1": {**CALM, "images": 192_000, "warmup": 0.5, "seed": 1},
+    "192k, nothing decays, w x3": {**CALM_3, "images": 192_000},
+    "192k, nothing decays, w x3, seed 1": {**CALM_3, "images": 192_000, "seed": 1},
+    "192k, nothing decays, w x3, warm-up 0.5": {**CALM_3, "images": 192_000, "warmup": 0.5},
+    "192k, nothing decays, w x3, warm-up 0.5, seed 1": {**CALM_3, "images": 192_000, "warmup": 0.5, "seed": 1},
+    "192k, nothing decays, w x3, warm-up 0.5, seed 2": {**CALM_3, "images": 192_000, "warmup": 0.5, "seed": 2},
+    "192k, nothing decays, w x10": {**CALM_10, "images": 192_000},
+    "192k, nothing decays, w x3, one lr": {**CALM_3, "images": 192_000, "lr": 2.5e-3, "final_lr": 2.5e-3},
+    "192k, nothing decays, w x3, muon 5e-3": {**CALM_3, "images": 192_000, "muon_lr": 5e-3},
+    "192k, AdamW, nothing decays, w x3": {**ADAMW, **CALM_3, "images": 192_000},
+    "192k, nothing decays, w x3, cooldown": {**CALM_3, "images": 192_000, "cooldown": 0.2},
+    "192k, nothing decays, w x3, ema 0.99": {**CALM_3, "images": 192_000, "ema": (0.99, 0.99)},
+    "192k, nothing decays, w x3, ema 0.96": {**CALM_3, "images": 192_000, "ema": (0.96, 0.96)},
+    "192k, nothing decays, w x3, weight decay 0.2": {**CALM_3, "images": 192_000, "weight_decay": (0.2, 0.2)},
+    "192k, nothing decays, w x3, 32 a step": {**CALM_3, "images": 192_000, "batch": 32},
+    "48k, nothing decays, w x3, 4 sets of masks": {**CALM_3, "mask_sets": 4, "batch": 16, "images": 48_000},
+    "64k, nothing decays, w x3, patch 4": {**CALM_3, **PATCH_4, "images": 64_000},
+    "nothing decays, w x3, 6 small targets": {**CALM_3, "target_scale": (0.1, 0.15), "target_blocks": 6},
+    "nothing decays, w x3, 2 large targets": {**CALM_3, "target_scale": (0.3, 0.4), "target_blocks": 2},
+    "nothing decays, w x3, context of 0.5 to 0.7": {**CALM_3, "context_scale": (0.5, 0.7)},
+    "nothing decays, w x3, stochastic positions 0.25": {**CALM_3, "stochastic_positions": 0.25},
+    "nothing decays, w x3, stochastic positions 1": {**CALM_3, "stochastic_positions": 1.0},
+    "nothing decays, w x3, context loss 0.2": {**CALM_3, "context_loss": 0.2},
+    "nothing decays, w x3, layers 2, 4, 6": {**CALM_3, "target_layers": (2, 4, 6)},
+    "nothing decays, SIGReg 0.001": {**CALM, "sigreg": 0.001, "variance": 0.0, "covariance": 0.0},
+    "nothing decays, SIGReg 0.005": {**CALM, "sigreg": 0.005, "variance": 0.0, "covariance": 0.0},
+    "nothing decays, w x3, predictor 6 deep": {**CALM_3, "predictor_depth": 6},
+    "nothing decays, w x3, 9 blocks": {**CALM_3, "depth": 9},
+    "nothing decays, w x3, width 256": {**CALM_3, "width": 256},
+    "nothing decays, w x3, no mirror": {**CALM_3, "flip": False},
+    "nothing decays, w x3, l1": {**CALM_3, "loss": "l1"},
 }
 ON_SCENES: dict[str, dict[str, Any]] = {
     "scenes: 614k": {**TINY, "images": 614_400, "muon_lr": 2.5e-3},
@@ -123,8 +139,10 @@ def prepare(data: str, cache: Path) -> None:
     for name, split in (("train", "train"), ("test", held_out)):
         columns = ["count", "distance"] if scenes else ["label"]
         rows = loaded[split].shuffle(seed=0)
-        images = np.stack([_pixels(row["image"]) for row in rows.select_columns(["image"])])
-        np.save(cache / f"{name}_images.npy", images)
+        parts = [rows.select(range(i, min(i + 500, len(rows)))) for i in range(0, len(rows), 500)]
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(lambda part: [_pixels(one) for one in part["image"]], parts))
+        np.save(cache / f"{name}_images.npy", np.stack([one for part in images for one in part]))
         np.save(cache / f"{name}_labels.npy", np.stack([np.asarray(rows[column]) for column in columns], 1))
 
 
@@ -172,26 +190,44 @@ def score(run: Run, data: dict[str, torch.Tensor]) -> dict[str, float]:
 # --- processes
 
 
-def work(queue: Any, cache: Path, out: Path, device_name: str, deadline: float) -> None:
-    """A process: runs until none is left. What the deadline cuts off is scored as it is, and says so."""
+def work(queue: Any, cache: Path, out: Path, device_name: str, deadline: float, at_once: int) -> None:
+    """A process: runs until none is left, on a GPU several beside each other, each in a thread."""
     torch.set_num_threads(1)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     data = load(cache, torch.device(device_name))
-    while time.time() < deadline and (recipe := queue.get()) is not None:
-        torch.manual_seed(recipe.seed)
-        started = time.time()
-        run = Run(recipe, data["train_images"])
-        while run.done < recipe.steps and time.time() < deadline:
-            run.train(min(recipe.steps, run.done + (50 if device_name == "cuda" else 1)))  # between looks at the clock
-        took = time.time() - started
-        found = {"steps": run.done, "images": run.done * recipe.batch, "seconds": took, "loss": float(run.last_loss)}
-        found["ended"] = run.done == recipe.steps
-        if np.isfinite(found["loss"]):
-            found |= score(run, data)
-        with open(out / "results.jsonl", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps({**found, "recipe": asdict(recipe)}) + "\n")
-        print(f"{recipe.name}: {took:.0f} s, {in_words(found)}", flush=True)
+    if device_name == "cuda":
+        torch.cuda.synchronize()
+    threads = [threading.Thread(target=take, args=(queue, data, out, deadline)) for _ in range(at_once)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def take(queue: Any, data: dict[str, torch.Tensor], out: Path, deadline: float) -> None:
+    """Runs, one after another. What the deadline cuts off is scored as it is, and says so."""
+    on_gpu = data["train_images"].is_cuda
+    with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
+        while time.time() < deadline and (recipe := queue.get()) is not None:
+            started, run = time.time(), Run(recipe, data["train_images"])
+            while run.done < recipe.steps and time.time() < deadline:
+                before = run.done
+                run.train(min(recipe.steps, run.done + (50 if on_gpu else 1)))  # between looks at the clock
+                if recipe.curve and before // recipe.curve < run.done // recipe.curve and run.done < recipe.steps:
+                    keep(run, data, out, time.time() - started)
+            keep(run, data, out, time.time() - started)
+
+
+def keep(run: Run, data: dict[str, torch.Tensor], out: Path, seconds: float) -> None:
+    recipe = run.recipe
+    found = {"steps": run.done, "images": run.done * recipe.batch, "seconds": seconds, "loss": float(run.last_loss)}
+    found["ended"] = run.done == recipe.steps
+    if np.isfinite(found["loss"]):
+        found |= score(run, data)
+    with open(out / "learning.jsonl", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps({**found, "recipe": asdict(recipe)}) + "\n")
+    print(f"{recipe.name}: {found['images']:,} images, {seconds:.0f} s, {in_words(found)}", flush=True)
 
 
 def in_words(found: dict[str, Any]) -> str:
@@ -200,7 +236,7 @@ def in_words(found: dict[str, Any]) -> str:
 
 
 def results(out: Path) -> Iterator[dict[str, Any]]:
-    path = out / "results.jsonl"
+    path = out / "learning.jsonl"
     yield from map(json.loads, path.read_text().splitlines() if path.exists() else ())
 
 
@@ -218,15 +254,40 @@ def table(out: Path) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
+def plot(out: Path, path: Path) -> None:
+    """Scores over images: runs of one schedule as curves, others as points."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), sharex=True, layout="constrained")
+    for axis, score in zip(axes, ("k-NN", "linear", "linear, last 4"), strict=True):
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for row in results(out):
+            recipe = row["recipe"]
+            kind = "ends on its schedule" if recipe["weight_decay"][1] > 0.1 else "nothing decays"
+            kind += " (w x3)" if recipe["variance"] == 0.009 else " (w x10)" if recipe["variance"] == 0.03 else ""
+            curves.setdefault(recipe["name"] if recipe["curve"] else kind, []).append((row["images"], row[score]))
+        for name, points in curves.items():
+            line = "o-" if name.startswith("1M") else "x"
+            axis.plot(*zip(*sorted(points), strict=True), line, label=name, markersize=5)
+        axis.set(title=f"{score}, %", xlabel="images seen", xscale="log")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="labelled images that `datasets` loads, or scenes")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", default="", metavar="REGEX", help="runs whose whole name it matches")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other in a process, on a GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="after which runs are cut off and scored")
     parser.add_argument("--table", action="store_true", help="print what has been found, run nothing")
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw what has been found, run nothing")
     options = parser.parse_args()
+    if options.plot:
+        return plot(options.out, options.plot)
     if not options.table:
         if not options.data:
             parser.error("--data is needed: labelled images that `datasets` loads, or scenes")
@@ -241,10 +302,12 @@ def main() -> None:
             if not done and (not options.only or re.fullmatch(options.only, recipe.name)):
                 queue.put(recipe)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        arguments = (queue, options.out / "data", options.out, device, deadline)
+        at_once = options.at_once if device == "cuda" else 1
+        arguments = (queue, options.out / "data", options.out, device, deadline, at_once)
         workers = [context.Process(target=work, args=arguments) for _ in range(options.processes)]
         for worker in workers:
-            queue.put(None)
+            for _ in range(at_once):
+                queue.put(None)
             worker.start()
         for worker in workers:
             worker.join()

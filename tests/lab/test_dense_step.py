@@ -45,7 +45,7 @@ def test_loss_and_gradients_are_those_of_the_packed_step(layers):
     draw = dense_loss.BlockMasks(spec, "all", 0)
     masks = draw(3, range(6))
     run = dense_step.Run(recipe, IMAGES)
-    loss = dense_loss.Loss(recipe, module, spec.grid, torch.device("cpu"))
+    loss = dense_loss.Loss(recipe, module, spec.grid, torch.device("cpu"), torch.Generator())
     found = loss((IMAGES[:6] - run.mean) / run.std, dense_of(masks, 6), torch.tensor(1.0))
     expected = module(IMAGES[:6], masks)["loss"]
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
