@@ -40,6 +40,8 @@ def run_tests(*arguments: str, seconds: float, say: Say) -> dict[str, Any]:
         found = of_report(report)
         if time.monotonic() - started > seconds:
             found["faults"].append(f"the tests were stopped after {seconds:.0f} s: not all have run")
+        elif done.returncode not in (0, 1):  # all passed, or some failed
+            found["faults"].append(f"pytest ended with code {done.returncode}: not all have run")
         return found
 
 

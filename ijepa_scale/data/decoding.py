@@ -74,7 +74,9 @@ USUAL = Limits()
 
 
 def reason_of(error: Exception) -> str:
-    """Why an image cannot be read, without its name."""
+    """Why an image cannot be read, without its name. ValueError where it is no fault of the image: a package lacks."""
+    if isinstance(error, ImportError):
+        raise ValueError(f"no image can be read: {error}; install it: pip install {error.name}") from error
     return error.reason if isinstance(error, BadImageError) else f"{type(error).__name__}: {error}"
 
 

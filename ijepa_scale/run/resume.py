@@ -89,6 +89,9 @@ def refuse_misfit(objective: Objective, found: Checkpoint, facts: dict[str, Any]
     for key in ("images", "precision", *objective.batch_facts(), "streams"):
         if found.manifest.get(key) != facts.get(key):
             changed[key] = (found.manifest.get(key), facts.get(key))
+    digests = [known.get("images_digest", "") for known in (found.manifest, facts)]  # older checkpoints have none
+    if all(digests) and digests[0] != digests[1]:
+        changed["names and contents of images, as SHA-256"] = tuple(digest[:12] for digest in digests)
     if changed and not allow:
         listed = "\n  ".join(f"{key}: {old!r} -> {new!r}" for key, (old, new) in changed.items())
         raise ValueError(

@@ -112,6 +112,16 @@ def test_a_suite_that_takes_too_long_is_stopped_and_says_so(tmp_path, monkeypatc
     assert found["faults"] == ["the tests were stopped after 2 s: not all have run"]
 
 
+@pytest.mark.slow
+def test_a_suite_that_is_interrupted_says_so(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    body = "import os, signal\n\ndef test_one(): pass\n\ndef test_two(): os.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "tests" / "test_cut.py").write_text(body)
+    monkeypatch.setattr(suites, "ROOT", tmp_path)
+    found = suites.run_tests("tests", seconds=60.0, say=lambda text: None)
+    assert found["faults"] == ["pytest ended with code 2: not all have run"]
+
+
 @pytest.mark.parametrize(
     "arguments, words", [(["--parts", "device", "lunch"], "unknown parts lunch"), (["--toy"], "give --out FOLDER")]
 )

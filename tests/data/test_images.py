@@ -2,6 +2,7 @@ import io
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -14,6 +15,7 @@ from PIL import Image
 
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import check_images, open_images
+from ijepa_scale.data.transforms import RandomCrop
 from tests.data.small_sources import WHOLE
 from tests.processes import assert_all, run_ranks
 
@@ -109,6 +111,14 @@ def test_class_labels_without_an_image_read(tmp_path):
     labels = open_images(str(tmp_path / "set")).label_columns()
     assert labels.keys() == {"breed"}  # test sets come with labels that are all -1
     assert (labels["breed"].names, labels["breed"].values.tolist()) == (["x", "y"], [1, -1, 0])
+
+
+def test_a_package_that_is_missing_is_no_fault_of_an_image(tmp_path, monkeypatch):
+    write_files(tmp_path, {"0.jpg": encoded(0, "JPEG")})
+    images = open_images(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(ValueError, match=r"^no image can be read: .*simplejpeg.*; install it: pip install simplejpeg$"):
+        images.crop_or_substitute(0, RandomCrop(8, key=(0,)))
 
 
 # Bad images

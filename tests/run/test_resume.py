@@ -57,6 +57,17 @@ def test_what_an_older_checkpoint_does_not_say_means_the_default(tmp_path):
         resume({}, config={"model": {"name": "vit_tiny"}, "optimization": {"lr": 0.5}})
 
 
+def test_images_that_have_changed_are_refused(tmp_path):
+    """As many as before, under other names or of other content; older checkpoints do not say."""
+    facts = {"architecture": OBJECTIVE.architecture(), "config": to_dict(PretrainConfig()), "images": 9}
+    found = Checkpoint(tmp_path, {**facts, "images_digest": "a" * 64})
+    refuse_misfit(OBJECTIVE, found, {**facts, "images_digest": "a" * 64}, allow=False)
+    refuse_misfit(OBJECTIVE, Checkpoint(tmp_path, facts), {**facts, "images_digest": "a" * 64}, allow=False)
+    with pytest.raises(ValueError, match=r"contents of images, as SHA-256: 'a{12}' -> 'b{12}'\nrestore them"):
+        refuse_misfit(OBJECTIVE, found, {**facts, "images_digest": "b" * 64}, allow=False)
+    refuse_misfit(OBJECTIVE, found, {**facts, "images_digest": "b" * 64}, allow=True)
+
+
 def test_another_objective_is_refused_whatever_is_allowed(tmp_path):
     facts = {"architecture": {}, "config": to_dict(PretrainConfig())}
     found = Checkpoint(tmp_path, {"architecture": {}, "config": {"objective": {"name": "other"}}})

@@ -216,8 +216,10 @@ def _images(site: Site) -> list[Path]:
 def more_images(site: Site) -> Iterator[str]:
     new = site.source / "train" / "class-0" / "new.png"
     shutil.copy(_images(site)[0], new)
-    yield "restore them"
-    new.unlink()
+    try:
+        yield "restore them"
+    finally:
+        new.unlink()
 
 
 @contextlib.contextmanager
@@ -225,8 +227,10 @@ def fewer_images(site: Site) -> Iterator[str]:
     lost = site.rng.choice(_images(site))
     kept = site.source.with_name("kept.png")
     lost.rename(kept)
-    yield "restore them"
-    kept.rename(lost)
+    try:
+        yield "restore them"
+    finally:
+        kept.rename(lost)
 
 
 @contextlib.contextmanager
@@ -234,9 +238,11 @@ def other_images(site: Site) -> Iterator[str]:
     changed = site.rng.choice(_images(site))
     before, status = changed.read_bytes(), changed.stat()
     Image.new("RGB", (50, 50), "red").save(changed)
-    yield "restore them"
-    changed.write_bytes(before)
-    os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
+    try:
+        yield "restore them"
+    finally:
+        changed.write_bytes(before)
+        os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 BETWEEN = (

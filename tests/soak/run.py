@@ -18,10 +18,10 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -51,6 +51,7 @@ SETTINGS = (
     f"checkpoint.keep_last={KEPT}",
     "engine.hang_seconds=10",
 )
+Kind = TypeVar("Kind", Fault, Damage)
 SHARED_MEMORY = Path("/dev/shm")
 
 
@@ -114,24 +115,27 @@ class Soak:
         with small_disk(self.disk, "disk" not in self.lacking):
             disk = "" if "disk" in self.lacking else str(self.disk)
             site = Site(self.disk / "run", self.source, self.work / "clock", disk, self.rng)
-            stopped, slack = False, 1
-            while True:
-                spared = time.monotonic() > deadline  # to the end, undisturbed
-                if not spared and self.rng.random() < 0.5 and len(site.checkpoints) == KEPT:
-                    slack += self.damage(site, stage)
-                ended, stopped, slack = self.attempt(site, stage, stopped, slack, hurt=not spared)
-                if ended:
-                    break
             try:
-                assert_same_run(site.run_dir, whole, STEPS)
-                assert len(steps_of(site.run_dir)) == STEPS
-            except AssertionError as error:
-                raise SoakError(f"the run differs from an undisturbed one: {str(error)[:300]}") from error
-            assert_clean(site, self.temporary, before)
+                self.hurt(site, stage, deadline)
+                assert_same(site, whole)
+                assert_clean(site, self.temporary, before)
+            except SoakError:
+                shutil.copytree(self.disk, self.work / f"failed-{self.count}", dirs_exist_ok=True)
+                raise
+
+    def hurt(self, site: Site, stage: int, deadline: float) -> None:
+        stopped, slack, ended = False, 1, False
+        while not ended:
+            spared = time.monotonic() > deadline  # to the end, undisturbed
+            if not spared and self.rng.random() < 0.5 and len(site.checkpoints) == KEPT:
+                costs = self.damage(site, stage)
+                slack, stopped = slack + costs, stopped and not costs  # a stop's checkpoint may be the damaged one
+            ended, stopped, slack = self.attempt(site, stage, stopped, slack, hurt=not spared)
 
     def damage(self, site: Site, stage: int) -> int:
         """Between two starts; returns how many checkpoints it may have cost."""
-        damage: Damage = self.rng.choice([damage for damage in BETWEEN if self.only(damage)])
+        if (damage := self.one_of(BETWEEN)) is None:
+            return 0
         step, started, code = last_step(site.run_dir), time.monotonic(), None
         with damage.act(site) as words:
             if words:
@@ -158,7 +162,8 @@ class Soak:
         launcher = needs in ("launcher", "clock") or early
         site.clock.write_text("+0")
         aside = self.rng.random() < 0.5
-        more = (f"checkpoint.asynchronous={str(aside).lower()}", f"data.workers={self.rng.randrange(2)}")
+        workers = 0 if needs == "clock" else self.rng.randrange(2)  # libfaketime's locks do not outlive a fork
+        more = (f"checkpoint.asynchronous={str(aside).lower()}", f"data.workers={workers}")
         recorded, had = last_step(site.run_dir) + 1, bool(site.checkpoints)
         clock = site.clock if needs == "clock" else None
         job = self.start(site.run_dir, stage, *more, launcher=launcher, clock=clock)
@@ -189,11 +194,13 @@ class Soak:
             raise SoakError(f"{fault.name}: the command was refused: {end.output[-2000:]}")
         return finished, end.code == 75, slack + aside + (fault.costs if hit and fault else 0)
 
-    def only(self, kind: Fault | Damage) -> bool:
-        return not self.pattern or bool(re.fullmatch(self.pattern, kind.name))
+    def choose(self) -> Fault | None:
+        return self.one_of([fault for fault in DURING if fault.needs not in self.lacking])
 
-    def choose(self) -> Fault:
-        return self.rng.choice([fault for fault in DURING if fault.needs not in self.lacking and self.only(fault)])
+    def one_of(self, kinds: Sequence[Kind]) -> Kind | None:
+        """Of those that --only takes."""
+        asked = [kind for kind in kinds if not self.pattern or re.fullmatch(self.pattern, kind.name)]
+        return self.rng.choice(asked) if asked else None
 
     def wait_for_moment(self, job: Job, site: Site, recorded: int, early: bool) -> bool:
         """A random moment of a job: while it is set up, or from a random step on. False: it has ended before."""
@@ -223,7 +230,6 @@ class Soak:
     def fail(self, words: str) -> None:
         """What the newest fault has led to."""
         kept = self.work / f"failed-{self.count}"
-        shutil.copytree(self.disk, kept, dirs_exist_ok=True)
         print(f"FAILED, run {self.count} (kept in {kept}, output {self.starts:05}): {words}", flush=True)
         newest = self.outcomes[-1] if self.outcomes else Outcome("none", self.count, 0, 0, False, None, 0.0)
         with (self.out / "faults.jsonl").open("a") as file:
@@ -273,6 +279,16 @@ def left_after(outputs: Path, seconds: float = 5) -> list[int]:
         time.sleep(0.05)
     kill(*left)
     return left
+
+
+def assert_same(site: Site, whole: Path) -> None:
+    """The run equals an undisturbed one."""
+    try:
+        assert_same_run(site.run_dir, whole, STEPS)
+        assert len(steps_of(site.run_dir)) == STEPS
+    except AssertionError as error:
+        where = traceback.extract_tb(error.__traceback__)[-1].line
+        raise SoakError(f"the run differs from an undisturbed one: {where}: {str(error)[:300]}") from error
 
 
 def assert_clean(site: Site, temporary: Path, before: set[str]) -> None:
