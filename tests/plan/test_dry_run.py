@@ -113,7 +113,7 @@ def test_dry_run_reads_the_source(few_layouts, tmp_path):
     assert f"130 in {tmp_path}:train; 20,000 in scenes:train\n" in plan(
         f"data.source=[{{path: {tmp_path}}}, {{path: scenes}}]"
     )
-    with pytest.raises(ValueError, match=r"3 images, fewer than optimization\.global_batch_size 128"):
+    with pytest.raises(ValueError, match=r"3 images, fewer than optimization\.global_batch_size 64"):
         plan(f"data.source={tmp_path}", "data.split=val")
 
 
@@ -123,7 +123,7 @@ def test_dry_run_says_what_it_cannot_know(few_layouts, monkeypatch):
     elsewhere = "is no file or folder here: taken for a Hub id or URL, and not looked up"
     assert f"images         someone/pictures {elsewhere}\n" in plan("data.source=someone/pictures")
     text = plan(f"data.source='{nobody}'", "data.streaming=true", "data.num_images=500", "optimization.max_steps=0")
-    assert f"{elsewhere}; 500 by data.num_images\n" in text and "(8 epochs of 3)" in text
+    assert f"{elsewhere}; 500 by data.num_images\n" in text and "(8 epochs of 7)" in text
     with pytest.raises(ValueError, match="how long the stream is cannot be known"):
         plan(f"data.source='{nobody}'", "data.streaming=true", "optimization.max_steps=0")
     assert "images         data.source is not set, and training needs it\n" in plan()
