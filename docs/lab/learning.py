@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
@@ -40,7 +41,8 @@ from ijepa_scale.evals.logistic import linear_probe_top1  # noqa: E402
 
 PROBE_IMAGES = 10_000  # to fit on
 SCENES, HELD_OUT = 20_000, 4_000
-SCORES = ("k-NN", "linear", "RankMe")
+SCORES = ("k-NN", "linear", "RankMe", "LiDAR", "neighbours", "opposites")
+UNLABELLED, VIEWS = 512, 4  # images, and crops of each, for what is told without labels
 ADAMW = {"muon_lr": 0.0, "batch": 128, "ema": (0.99, 1.0), "crop_scale": (0.3, 1.0), "flip": False}
 PATCH_4 = {"patch": 4, "batch": 32, "min_keep": 10}
 TINY = {"images": 38_400, "variance": 0.02, "covariance": 0.004, "muon_lr": 1e-3, "ema": (0.99, 1.0)}
@@ -184,7 +186,44 @@ def score(run: Run, data: dict[str, torch.Tensor]) -> dict[str, float]:
             spread = torch.linalg.svdvals(tested[:2000] - tested[:2000].mean(0))
             share = spread / spread.sum()
             found["RankMe"] = float(torch.exp(-(share * (share + 1e-12).log()).sum()))
-    return found
+    return found | unlabelled(run, data["test_images"][:UNLABELLED])
+
+
+@torch.no_grad()
+def unlabelled(run: Run, images: torch.Tensor) -> dict[str, float]:
+    """LiDAR of the pooled features of crops; and for what percent of images (n, 3, H, W) uint8 a token's nearest, of
+    all images' tokens at another patch, is of the same image: at the patch beside it, and at the opposite one."""
+    encoder = run.module.target_encoder
+    (tokens,) = encoder.intermediate(images, [-1])
+    tokens = F.normalize(tokens - tokens.mean(0), dim=-1).transpose(0, 1)  # (N, n, D), less what a patch alone says
+    patches = range(0, len(tokens), 2)
+    found = {
+        "neighbours": same_image([(tokens[p], tokens[p + 1]) for p in patches]),
+        "opposites": same_image([(tokens[p], tokens[-1 - p]) for p in patches]),
+    }
+    index = torch.arange(len(images), device=images.device)
+    held, run.images = run.images, images
+    crops = [(run.crops(index) * run.std + run.mean).round().to(torch.uint8) for _ in range(VIEWS)]
+    views = torch.stack([encoder.intermediate(some, [-1])[0].mean(1) for some in crops], 1)
+    run.images = held
+    return {"LiDAR": lidar(views.double()), **found}
+
+
+def same_image(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    right = [(a @ b.T).argmax(1) == torch.arange(len(a), device=a.device) for a, b in pairs]
+    return 100 * float(torch.stack(right).double().mean())
+
+
+def lidar(views: torch.Tensor) -> float:
+    """arXiv:2312.04000, of (images, views, D): how many directions tell images apart, in which views of one agree."""
+    means = views.mean(1, keepdim=True)
+    between, within = ((x.flatten(0, 1).T @ x.flatten(0, 1)) for x in (means - means.mean(0), views - means))
+    between, within = between / (len(views) - 1), within / (views.shape[0] * (views.shape[1] - 1))
+    values, vectors = torch.linalg.eigh(within + 1e-4 * torch.eye(len(within)).to(within))
+    root = vectors / values.sqrt() @ vectors.T
+    share = torch.linalg.eigvalsh(root @ between @ root).clamp(min=0)
+    share = share / share.sum()
+    return float(torch.exp(-(share * (share + 1e-12).log()).sum()))
 
 
 # --- processes
