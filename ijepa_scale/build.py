@@ -16,8 +16,7 @@ from ijepa_scale.build_objectives import build_ijepa as build_ijepa
 from ijepa_scale.build_objectives import build_objective as build_objective
 from ijepa_scale.build_objectives import predictor_size as predictor_size
 from ijepa_scale.build_objectives import vit_size as vit_size
-from ijepa_scale.config import OptimizationConfig, PretrainConfig
-from ijepa_scale.config.redaction import HIDDEN
+from ijepa_scale.config import OptimizationConfig, PretrainConfig, check_source_given
 from ijepa_scale.data.collate import MicroBatches
 from ijepa_scale.data.files import cache_path
 from ijepa_scale.data.images import ImageSet, check_images, open_file, open_images, splits_of
@@ -116,17 +115,6 @@ def build_engine(
         whole=Block,
     )
     return engine, ShardedEMA(engine, objective.averaged(module))
-
-
-def check_source_given(config: PretrainConfig) -> None:
-    if not config.data.source:
-        raise ValueError(
-            "data.source is not set: give a folder of images, of tars or of Parquet files, or a hub id, for example "
-            "data.source=/data/my_images; or data.source=scenes for rendered scenes"
-        )
-    for path, _ in config.data.mixed_sources:
-        if HIDDEN in path:
-            raise ValueError(f"data.source {path} is as a run keeps it, without its password or query: give all of it")
 
 
 def _prepared_sources(config: PretrainConfig) -> list[tuple[str, float]]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from ijepa_scale import build
-from ijepa_scale.config import CompareConfig, PretrainConfig, load_config, to_dict
+from ijepa_scale.config import CompareConfig, PretrainConfig, check_source_given, load_config, to_dict
 from ijepa_scale.exchange.run import stored_names
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.plan.dry_run import dry_run
@@ -79,7 +79,7 @@ def _read(config: CompareConfig, file: str, words: list[str]) -> PretrainConfig:
     read = load_config(file, [*words, *own])
     if read.model.init_from:
         raise ValueError("model.init_from: a comparison starts from random weights; leave it out")
-    build.check_source_given(read)
+    check_source_given(read)
     build.build_objective(read).check()
     return read
 

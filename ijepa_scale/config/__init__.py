@@ -9,6 +9,7 @@ from ijepa_scale.config.comparison import CompareConfig, load_comparison
 from ijepa_scale.config.loading import (
     by_key,
     changed_keys,
+    check_source_given,
     from_dict,
     load_config,
     to_dict,
@@ -57,6 +58,7 @@ __all__ = [
     "SketchConfig",
     "by_key",
     "changed_keys",
+    "check_source_given",
     "from_dict",
     "load_comparison",
     "load_config",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ijepa_scale.config import reading as config_reading
-from ijepa_scale.config.redaction import without_secrets
+from ijepa_scale.config.redaction import HIDDEN, without_secrets
 from ijepa_scale.config.sections import PretrainConfig
 
 # Full names of keys and of sections in files and checkpoints of earlier versions -> their names today.
@@ -95,3 +95,15 @@ def changed_keys(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not config_reading.is_free(PretrainConfig, key)
     }
+
+
+def check_source_given(config: PretrainConfig) -> None:
+    """ValueError where there is nothing to train on."""
+    if not config.data.source:
+        raise ValueError(
+            "data.source is not set: give a folder of images, of tars or of Parquet files, or a hub id, for example "
+            "data.source=/data/my_images; or data.source=scenes for rendered scenes"
+        )
+    for path, _ in config.data.mixed_sources:
+        if HIDDEN in path:
+            raise ValueError(f"data.source {path} is as a run keeps it, without its password or query: give all of it")

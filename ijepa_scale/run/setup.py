@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ijepa_scale import build
-from ijepa_scale.config import PretrainConfig, to_dict, to_yaml, without_secrets
+from ijepa_scale.config import PretrainConfig, check_source_given, to_dict, to_yaml, without_secrets
 from ijepa_scale.data.collate import Batch, MicroBatches, check_batches_fit, loader_processes, shared_memory
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.mixture import Mixture
@@ -71,7 +71,7 @@ class Run:
 
 def check(config: PretrainConfig, objective: Objective | None = None) -> Objective:
     """The objective, after all that can be seen from the config alone: before any process group, on every rank."""
-    build.check_source_given(config)
+    check_source_given(config)
     objective = objective or build.build_objective(config)
     objective.check()
     side = config.data.image_size // config.model.patch_size

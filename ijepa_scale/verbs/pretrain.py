@@ -83,6 +83,7 @@ def train(
     log.setLevel(logging.INFO if launcher_rank() == 0 else logging.ERROR)
     try:
         config = load(options)
+        check_sources(config, needed=not options.dry_run)
         if options.dry_run:
             from ijepa_scale.config import without_secrets
             from ijepa_scale.engine.launchers import place
@@ -106,6 +107,17 @@ def train(
         return call_off(error) if error.alone else fail(error, 2)
     except RunError as error:
         return fail(error, 1)
+
+
+def check_sources(config: "PretrainConfig", *, needed: bool) -> None:
+    """That there are none, or one is nowhere, is said at once, and not when torch has been imported."""
+    from ijepa_scale.config import check_source_given
+    from ijepa_scale.data.sources.inspection import check_there
+
+    if needed:
+        check_source_given(config)
+    for path, _ in config.data.mixed_sources:
+        check_there(path)
 
 
 class WithoutSecrets(logging.Formatter):

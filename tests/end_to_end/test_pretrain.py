@@ -63,15 +63,33 @@ def launcher(ranks=2):
     return ["deepspeed", "--num_gpus", ranks, "--master_port", free_port(), ROOT / "launch" / "pretrain.py"]
 
 
-def test_help_needs_no_torch():
-    code = (
-        "import runpy, sys; sys.argv = ['pretrain.py', '--help']\n"
+def without_torch(*arguments, code):
+    """launch/pretrain.py in a process that must end with the code, before torch is imported."""
+    script = (
+        f"import runpy, sys; sys.argv = ['pretrain.py', *{arguments!r}]\n"
         f"try:\n    runpy.run_path({str(ROOT / 'launch' / 'pretrain.py')!r}, run_name='__main__')\n"
-        "except SystemExit as stop:\n    assert stop.code in (0, None)\n"
+        f"except SystemExit as stop:\n    assert (stop.code or 0) == {code}, stop.code\n"
         "assert not {'torch', 'deepspeed', 'datasets'} & set(sys.modules)"
     )
-    result = run([sys.executable, "-c", code], cwd=ROOT)
+    result = run([sys.executable, "-c", script], cwd=ROOT)
     assert result.returncode == 0, result.stderr
+    return result
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        ("data.source=/no/where", "error: there is no folder '/no/where'"),
+        ("data.source=[{path: scenes}, {path: /no/where}]", "error: there is no folder '/no/where'"),
+        ("data.source=", "error: data.source is not set: give"),
+    ],
+)
+def test_a_source_that_is_nowhere_is_refused_at_once(source, words):
+    assert words in without_torch("--config", "small_images", source, code=2).stderr
+
+
+def test_help_needs_no_torch():
+    result = without_torch("--help", code=0)
     assert "key.sub=value" in result.stdout and "--resume" in result.stdout and "75" in result.stdout
 
 

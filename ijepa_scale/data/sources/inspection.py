@@ -32,6 +32,13 @@ def inspect_source(source: str, column: str = "") -> tuple[str, list[str]]:
         raise ValueError(f"no permission to read {str(error.filename)!r}, of the source {source!r}") from error
 
 
+def check_there(source: str) -> None:
+    """ValueError for what is no file or folder here and cannot be elsewhere. It opens nothing."""
+    path = Path(source).expanduser()
+    if source != "scenes" and not path.exists():
+        _kind_elsewhere(source, repr(str(path.absolute())))
+
+
 def _inspect(source: str, column: str) -> tuple[str, list[str]]:
     if not source:  # Path takes it for the folder one is in
         raise ValueError("the source is empty, as a shell variable that is not set; give a folder, a file or a Hub id")
@@ -48,6 +55,11 @@ def _inspect(source: str, column: str) -> tuple[str, list[str]]:
         return str(kind), [path.name]
     if path.is_dir():
         return _inspect_folder(path, here, column)
+    return _kind_elsewhere(source, here)
+
+
+def _kind_elsewhere(source: str, here: str) -> tuple[str, list[str]]:
+    """As of inspect_source(), of what is no file or folder."""
     _refuse_scheme(source)
     if is_remote(source) or "{" in source:
         return "list", _listed_locations(source)
