@@ -192,7 +192,8 @@ class Soak:
             raise SoakError(f"undisturbed, it ended with {end.code}: {end.output[-2000:]}")
         if hit and fault and end.code == 2:
             raise SoakError(f"{fault.name}: the command was refused: {end.output[-2000:]}")
-        return finished, end.code == 75, slack + aside + (fault.costs if hit and fault else 0)
+        costs = len(set(re.findall(r"no checkpoint at step \d+", end.output)))  # a disk may be bad for several
+        return finished, end.code == 75, slack + aside + max(costs, fault.costs if hit and fault else 0)
 
     def choose(self) -> Fault | None:
         return self.one_of([fault for fault in DURING if fault.needs not in self.lacking])
