@@ -117,7 +117,8 @@ def set_up(
         evaluation = ranks.together(lambda: build.build_eval_images(config), on="node")
     horizon = build.build_horizon(config, len(images))
     facts = facts_of(config, objective, ranks, images=len(images), precision=precision, micro_batch=micro_batch_size)
-    facts["images_digest"] = ranks.from_first(images.digest if ranks.first else "")
+    if not given:
+        facts["images_digest"] = ranks.from_first(images.digest if ranks.first else "")
     dealt: list[str] = []
     if isinstance(images, Streams):
         images = images.deal(rank=ranks.rank, ranks=ranks.world_size, workers=config.data.workers)

@@ -221,7 +221,7 @@ def test_wrong_input_is_one_line_with_exit_code_2(config, few, specks, tmp_path,
 
 
 def test_each_line_of_the_log_is_printed_once(config, tmp_path):
-    (end,) = run_ranks(worker_faults.hub_that_warns, 1, tmp_path, "--config", str(config))
+    (end,) = run_ranks(worker_faults.hub_that_warns, 1, tmp_path, "--config", str(config), "data.source=an/id")
     assert end.code == 2
     for name in ("huggingface_hub", "ijepa_scale"):
         assert end.output.count(f"a line of {name}\n") == 1, end.output
