@@ -109,10 +109,10 @@ class Run:
                 return
         self.matrices.append((slice(offset, offset + shape.numel()), (1, *shape)))
 
-    def crops(self, index: torch.Tensor) -> torch.Tensor:
-        """Random resized crops, bicubic, normalized."""
-        r, count, device = self.recipe, len(index), self.images.device
-        u = torch.rand(5, count, device=device, generator=self.generator)
+    def crops(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Random resized crops of images (B, 3, H, W) uint8: bicubic, normalized."""
+        r, count = self.recipe, len(images)
+        u = torch.rand(5, count, device=images.device, generator=generator)
         area = r.crop_scale[0] + (r.crop_scale[1] - r.crop_scale[0]) * u[0]
         ratio = torch.exp(math.log(3 / 4) + math.log(16 / 9) * u[1])
         width, height = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
@@ -121,13 +121,13 @@ class Run:
         zero = torch.zeros_like(width)
         theta = torch.stack([width * turned, zero, x, zero, height, y], 1).view(count, 2, 3)
         grid = F.affine_grid(theta, [count, 3, r.image_size, r.image_size], align_corners=False)
-        images = self.images.index_select(0, index).float()
-        sampled = F.grid_sample(images, grid, mode="bicubic", padding_mode="reflection", align_corners=False)
+        sampled = F.grid_sample(images.float(), grid, mode="bicubic", padding_mode="reflection", align_corners=False)
         return (sampled.clamp(0, 255).round() - self.mean) / self.std
 
     def _step(self) -> None:
         lr, weight_decay, fresh, first_bias, second_bias, ramp = self.rows.index_select(0, self.counter)[0].unbind()
-        images = self.crops(self.order.index_select(0, self.counter)[0])
+        images = self.images.index_select(0, self.order.index_select(0, self.counter)[0])
+        images = self.crops(images, self.generator)
         loss = self.loss(images, self.masks.take(self.layout.index_select(0, self.counter)), ramp)
         gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, self.parameters)])
         with torch.no_grad():

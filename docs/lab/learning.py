@@ -16,7 +16,6 @@ import fcntl
 import json
 import re
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -103,6 +102,9 @@ IMAGES: dict[str, dict[str, Any]] = {
     "nothing decays, w x3, width 256": {**CALM_3, "width": 256},
     "nothing decays, w x3, no mirror": {**CALM_3, "flip": False},
     "nothing decays, w x3, l1": {**CALM_3, "loss": "l1"},
+    "192k, nothing decays, w x3, muon 1.2e-3": {**CALM_3, "images": 192_000, "muon_lr": 1.2e-3},
+    "target norm: batch": {"target_norm": "batch"},
+    "DynTanh": {"dyn_tanh": 0.5, "target_norm": "none"},
 }
 ON_SCENES: dict[str, dict[str, Any]] = {
     "scenes: 614k": {**TINY, "images": 614_400, "muon_lr": 2.5e-3},
@@ -201,11 +203,9 @@ def unlabelled(run: Run, images: torch.Tensor) -> dict[str, float]:
         "neighbours": same_image([(tokens[p], tokens[p + 1]) for p in patches]),
         "opposites": same_image([(tokens[p], tokens[-1 - p]) for p in patches]),
     }
-    index = torch.arange(len(images), device=images.device)
-    held, run.images = run.images, images
-    crops = [(run.crops(index) * run.std + run.mean).round().to(torch.uint8) for _ in range(VIEWS)]
+    generator = torch.Generator(images.device).manual_seed(0)  # not the run's: scores do not change what follows
+    crops = [(run.crops(images, generator) * run.std + run.mean).round().to(torch.uint8) for _ in range(VIEWS)]
     views = torch.stack([encoder.intermediate(some, [-1])[0].mean(1) for some in crops], 1)
-    run.images = held
     return {"LiDAR": lidar(views.double()), **found}
 
 
@@ -236,11 +236,9 @@ def work(queue: Any, cache: Path, out: Path, device_name: str, deadline: float, 
     data = load(cache, torch.device(device_name))
     if device_name == "cuda":
         torch.cuda.synchronize()
-    threads = [threading.Thread(target=take, args=(queue, data, out, deadline)) for _ in range(at_once)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(at_once) as threads:
+        for done in [threads.submit(take, queue, data, out, deadline) for _ in range(at_once)]:
+            done.result()
 
 
 def take(queue: Any, data: dict[str, torch.Tensor], out: Path, deadline: float) -> None:
@@ -351,6 +349,8 @@ def main() -> None:
         for worker in workers:
             worker.join()
     print(table(options.out))
+    if not options.table and (lost := sum(worker.exitcode != 0 for worker in workers)):
+        sys.exit(f"{lost} of {len(workers)} processes have failed: see above; the same command does what they left out")
 
 
 if __name__ == "__main__":

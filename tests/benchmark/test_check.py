@@ -101,24 +101,31 @@ def test_without_a_checkout_there_are_no_tests_to_run(tmp_path, monkeypatch):
         suites.run_tests("tests", seconds=9.0, say=lambda text: None)
 
 
+@pytest.fixture
+def run_suite(tmp_path, monkeypatch):
+    """run_tests() of a checkout with one file of tests."""
+
+    def run(body, *arguments, seconds):
+        (tmp_path / "tests").mkdir()
+        (tmp_path / "tests" / "test_it.py").write_text(body)
+        monkeypatch.setattr(suites, "ROOT", tmp_path)
+        return suites.run_tests(*arguments, "tests", seconds=seconds, say=lambda text: None)
+
+    return run
+
+
 @pytest.mark.slow
-def test_a_suite_that_takes_too_long_is_stopped_and_says_so(tmp_path, monkeypatch):
-    (tmp_path / "tests").mkdir()
+def test_a_suite_that_takes_too_long_is_stopped_and_says_so(run_suite):
     body = "import pytest, time\n\n@pytest.mark.parametrize('i', range(40))\ndef test_it(i):\n    time.sleep(0.25)\n"
-    (tmp_path / "tests" / "test_slow.py").write_text(body)
-    monkeypatch.setattr(suites, "ROOT", tmp_path)
-    found = suites.run_tests("-n", "2", "tests", seconds=2.5, say=lambda text: None)
+    found = run_suite(body, "-n", "2", seconds=2.5)
     assert 0 < found["passed"] < 40 and found["failed"] == 0
     assert found["faults"] == ["the tests were stopped after 2 s: not all have run"]
 
 
 @pytest.mark.slow
-def test_a_suite_that_is_interrupted_says_so(tmp_path, monkeypatch):
-    (tmp_path / "tests").mkdir()
+def test_a_suite_that_is_interrupted_says_so(run_suite):
     body = "import os, signal\n\ndef test_one(): pass\n\ndef test_two(): os.kill(os.getpid(), signal.SIGINT)\n"
-    (tmp_path / "tests" / "test_cut.py").write_text(body)
-    monkeypatch.setattr(suites, "ROOT", tmp_path)
-    found = suites.run_tests("tests", seconds=60.0, say=lambda text: None)
+    found = run_suite(body, seconds=60.0)
     assert found["faults"] == ["pytest ended with code 2: not all have run"]
 
 

@@ -220,8 +220,8 @@ def test_wrong_input_is_one_line_with_exit_code_2(config, few, specks, tmp_path,
     assert "Traceback" not in end.output
 
 
-def test_each_line_of_the_log_is_printed_once(config, tmp_path):
-    (end,) = run_ranks(worker_faults.hub_that_warns, 1, tmp_path, "--config", str(config), "data.source=an/id")
+def test_each_line_of_the_log_is_printed_once(config, few, tmp_path):
+    (end,) = run_ranks(worker_faults.hub_that_warns, 1, tmp_path, "--config", str(config), f"data.source={few}")
     assert end.code == 2
     for name in ("huggingface_hub", "ijepa_scale"):
         assert end.output.count(f"a line of {name}\n") == 1, end.output

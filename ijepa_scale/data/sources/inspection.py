@@ -1,7 +1,9 @@
 """What a source is, by its name and the names of its files: its kind, its files, and what may be chosen of it."""
 
+import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
@@ -26,17 +28,24 @@ def inspect_source(source: str, column: str = "") -> tuple[str, list[str]]:
     Files are relative to the source's folder; of a list (URLs, or a path with braces) they are as given.
     column: of the images, where the user gave one, for a table that may list them.
     """
-    try:
+    with _permitted(source):
         return _inspect(source, column)
-    except PermissionError as error:
-        raise ValueError(f"no permission to read {str(error.filename)!r}, of the source {source!r}") from error
 
 
 def check_there(source: str) -> None:
     """ValueError for what is no file or folder here and cannot be elsewhere. It opens nothing."""
     path = Path(source).expanduser()
-    if source != "scenes" and not path.exists():
-        _kind_elsewhere(source, repr(str(path.absolute())))
+    with _permitted(source):
+        if source != "scenes" and not path.exists():
+            _kind_elsewhere(source, repr(str(path.absolute())))
+
+
+@contextlib.contextmanager
+def _permitted(source: str) -> Iterator[None]:
+    try:
+        yield
+    except PermissionError as error:
+        raise ValueError(f"no permission to read {str(error.filename)!r}, of the source {source!r}") from error
 
 
 def _inspect(source: str, column: str) -> tuple[str, list[str]]:

@@ -63,8 +63,11 @@ class Streams:
 
     @property
     def digest(self) -> str:
-        """Tells streams apart, by the names of their shards: what is in them is seen as they are read."""
-        names = [[str(location) for location in source.locations] for source in self.sources]
+        """Tells streams apart, by the names of their shards: what is in them is seen as they are read.
+
+        Of a URL without its query, as a signed one is signed anew.
+        """
+        names = [[str(location).partition("?")[0] for location in source.locations] for source in self.sources]
         return hashlib.sha256(repr(names).encode()).hexdigest()
 
     def __len__(self) -> int:
