@@ -371,3 +371,12 @@ def test_what_a_process_fails_with_reaches_the_rank(tars, tmp_path, workers):
     with pytest.raises(LoadError, match=r"^\S+gone.tar cannot be opened: No such file or directory; bring it back$"):
         next(batches)
     assert not multiprocessing.active_children()  # although the error holds on to what started them
+
+
+def test_a_url_that_is_signed_anew_is_the_same_shard():
+    def digest(*urls):
+        return streams_of(Shards("x:train", list(urls))).digest
+
+    first = digest("https://a.b/0.tar?signature=1", "https://a.b/1.tar?signature=1")
+    assert digest("https://a.b/0.tar?signature=2", "https://a.b/1.tar") == first
+    assert digest("https://a.b/0.tar", "https://a.b/2.tar") != first
