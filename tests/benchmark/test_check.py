@@ -115,6 +115,12 @@ def run_suite(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_suite_that_has_run_to_its_end_may_take_long_to_leave(run_suite):
+    found = run_suite("import atexit, time\n\ndef test_it():\n    atexit.register(time.sleep, 10)\n", seconds=10.0)
+    assert found["passed"] == 1 and not found["faults"]
+
+
+@pytest.mark.slow
 def test_a_suite_that_takes_too_long_is_stopped_and_says_so(run_suite):
     body = "import pytest, time\n\n@pytest.mark.parametrize('i', range(40))\ndef test_it(i):\n    time.sleep(0.25)\n"
     found = run_suite(body, "-n", "2", seconds=2.5)
