@@ -323,15 +323,18 @@ def plot(out: Path, path: Path) -> None:
         curves: dict[str, list[tuple[int, float]]] = {}
         for row in results(out):
             recipe = row["recipe"]
-            kind = "ends on its schedule" if recipe["weight_decay"][1] > 0.1 else "nothing decays"
-            kind += " (w x3)" if recipe["variance"] == 0.009 else " (w x10)" if recipe["variance"] == 0.03 else ""
+            if recipe["name"].startswith("scenes"):
+                continue
+            kind = "ends on its schedule" if recipe["final_lr"] < recipe["lr"] else "nothing decays"
+            kind += {3: " (w x3)", 10: " (w x10)"}.get(round(recipe["variance"] / 0.003), "")
+            kind = kind if recipe["muon_lr"] else "AdamW"
             curves.setdefault(recipe["name"] if recipe["curve"] else kind, []).append((row["images"], row[score]))
         for name, points in curves.items():
             line = "o-" if name.startswith("1M") else "x"
             axis.plot(*zip(*sorted(points), strict=True), line, label=name, markersize=5)
         axis.set(title=f"{score}, %", xlabel="images seen", xscale="log")
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
 
 
