@@ -194,11 +194,11 @@ def start(alike: Mapping[str, str] | None = None) -> Ranks:
     """
     here = launchers.place()
     if not here.address:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            here = replace(here, address="127.0.0.1", port=free.getsockname()[1])
-    os.environ.update(MASTER_ADDR=here.address, MASTER_PORT=str(here.port))
+        os.environ.pop(roll_call.AGENT_STORE, None)  # of a launcher further up
     store = roll_call.host_store(here)  # kept until DeepSpeed's is there: both are one
+    if not here.address:
+        here = replace(here, address="127.0.0.1", port=store.port)
+    os.environ.update(MASTER_ADDR=here.address, MASTER_PORT=str(here.port))
     rank, world_size, local_rank = here.rank, here.world_size, roll_call.roll_call(here, store, alike=alike)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(local_rank))
     _quiet_warnings(rank)

@@ -22,6 +22,7 @@ SPEAK_SECONDS = 10.0  # of waiting for other processes before it is said
 WAIT_MINUTES = 10  # for other processes, as DeepSpeed waits for a process group
 TELL_SECONDS = 60.0  # for the others to come and hear why nothing starts
 MOST_LINES = 8  # of what differs
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun's word for: its agent has the store
 
 
 class StartError(ValueError):
@@ -53,7 +54,8 @@ class Card:
 def host_store(here: Place) -> Any:
     """Rank 0's store, at which all processes meet; None for the others, and where torchrun's agent has one.
 
-    It lives as long as what is returned or a process group. Raises ValueError where the port is taken.
+    It lives as long as what is returned or a process group. A process alone has no port: it listens on one that is free.
+    Raises ValueError where the port is taken.
     """
     if here.rank or _agent_has_store():
         return None
@@ -217,7 +219,7 @@ def _read(book: Any, key: str) -> Card:
 
 
 def _agent_has_store() -> bool:
-    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ.get(AGENT_STORE) == "True"
 
 
 class _Patience:

@@ -32,6 +32,12 @@ def test_processes_without_local_ranks_meet_and_number_themselves():
     assert found == {0: 0, 1: 1, 2: 2}  # all on this machine
 
 
+def test_processes_alone_each_listen_on_a_port_of_their_own():
+    """Chosen as it is bound: of two that look for a free one at once both may find the same."""
+    stores = [host_store(Place()) for _ in range(50)]
+    assert len({store.port for store in stores}) == 50 and min(store.port for store in stores) > 0
+
+
 @pytest.mark.parametrize("rank, missing", [(0, "2 more processes (rank 1, 2)"), (1, "rank 0")])
 def test_who_is_waited_for_is_said_and_not_for_ever(capfd, rank, missing):
     here = Place(rank, 3, 0, "127.0.0.1", free_port())
