@@ -54,8 +54,8 @@ class Card:
 def host_store(here: Place) -> Any:
     """Rank 0's store, at which all processes meet; None for the others, and where torchrun's agent has one.
 
-    It lives as long as what is returned or a process group. A process alone has no port: it listens on one that is free.
-    Raises ValueError where the port is taken.
+    It lives as long as what is returned or a process group. A process alone has no port yet: it listens on one that is
+    free. Raises ValueError where the port is taken.
     """
     if here.rank or _agent_has_store():
         return None
