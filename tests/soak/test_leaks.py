@@ -48,7 +48,8 @@ def test_nothing_grows_over_5000_steps(small_config, tmp_path, ranks):
     assert_all(processes.wait())
     assert len(found) > 20
     for rank in range(ranks):
-        for kind, allowed in (("memory", 8.0), ("files", 0.0), ("threads", 0.0)):
+        # Batches on their way from a loader are open files: ten more or less. One leaked a checkpoint would be thirty.
+        for kind, allowed in (("memory", 8.0), ("files", 10.0), ("threads", 0.0)):
             values = [one[rank][kind] for one in found]
             assert grown(values) <= allowed, (rank, kind, values)
     seconds = [record["step_seconds"] for record in timed(tmp_path / "run")][WARM:]
