@@ -16,7 +16,7 @@ from ijepa_scale.data.streams.positions import StreamPosition
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import launchers, zero
 from ijepa_scale.engine.device import device_peak
-from ijepa_scale.engine.distributed import Ranks, keep_nothing_large
+from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.schedules import Schedules
 from ijepa_scale.models.attention_backends import Choices
@@ -132,8 +132,6 @@ def set_up(
     if found and isinstance(images, Streams):
         images = go_on(images, found, notes)
 
-    if config.engine.zero_stage == 3:
-        keep_nothing_large(ranks)
     initial, of_frozen = frozen.initial_weights(config, objective, ranks, found)
     facts |= of_frozen
     engine, ema = build.build_engine(
