@@ -117,7 +117,7 @@ def check_sources(config: "PretrainConfig", *, needed: bool) -> None:
     if needed:
         check_source_given(config)
     for path, _ in config.data.mixed_sources:
-        check_there(path)
+        check_there(path, streaming=config.data.streaming)
 
 
 class WithoutSecrets(logging.Formatter):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -80,12 +81,14 @@ def without_torch(*arguments, code):
     "source, words",
     [
         ("data.source=/no/where", "error: there is no folder '/no/where'"),
-        ("data.source=[{path: scenes}, {path: /no/where}]", "error: there is no folder '/no/where'"),
+        ("'data.source=[{path: scenes}, {path: /no/where}]'", "error: there is no folder '/no/where'"),
         ("data.source=", "error: data.source is not set: give"),
+        ("data.source='/no/where-{0..3}.tar'", "error: '/no/where-{0..3}.tar' can be streamed only"),
+        ("data.source='/no/where-{0..3}.tar' data.streaming=true", "error: /no/where-0.tar is missing, one of 4"),
     ],
 )
 def test_a_source_that_is_nowhere_is_refused_at_once(source, words):
-    assert words in without_torch("--config", "small_images", source, code=2).stderr
+    assert words in without_torch("--config", "small_images", *shlex.split(source), code=2).stderr
 
 
 def test_help_needs_no_torch():

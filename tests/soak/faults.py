@@ -40,12 +40,17 @@ class Fault:
     """One kind. act: done to a living job; what follows its yield is done when the job has ended.
 
     costs: checkpoints that it may cost beside what a kill costs. needs: "disk", "launcher", "clock" or nothing.
+    in_folder: done to the run's folder, so not before there is one.
     """
 
     name: str
     act: Callable[[Site, Job], contextlib.AbstractContextManager[None]]
     costs: int = 0
     needs: str = ""
+    in_folder: bool = False
+
+    def possible(self, site: Site) -> bool:
+        return not self.in_folder or (site.run_dir / "checkpoints").is_dir()
 
 
 @dataclass(frozen=True)
@@ -121,9 +126,6 @@ def full_disk(site: Site, job: Job) -> Iterator[None]:
 def read_only(site: Site, job: Job) -> Iterator[None]:
     """Checkpoints cannot be written, for a while."""
     folder = site.run_dir / "checkpoints"
-    if not folder.is_dir():
-        yield
-        return
     subprocess.run(["mount", "--bind", folder, folder], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=False)  # busy where something is being written
     time.sleep(site.rng.uniform(0.2, 4))
@@ -157,8 +159,8 @@ DURING = (
     Fault("SIGTERM to a rank", asked_to_stop(signal.SIGTERM)),
     Fault("SIGUSR1 to a rank", asked_to_stop(signal.SIGUSR1)),
     Fault("full disk", full_disk, costs=1, needs="disk"),
-    Fault("read-only checkpoints", read_only, costs=1, needs="disk"),
-    Fault("vanished run folder", vanished, costs=1),
+    Fault("read-only checkpoints", read_only, costs=1, needs="disk", in_folder=True),
+    Fault("vanished run folder", vanished, costs=1, in_folder=True),
     Fault("clock steps", clock_steps, needs="clock"),
 )
 

@@ -169,7 +169,7 @@ class Soak:
         job = self.start(site.run_dir, stage, *more, launcher=launcher, clock=clock)
         hit, step, started = False, -1, time.monotonic()
         with contextlib.ExitStack() as stack:
-            if fault is not None and self.wait_for_moment(job, site, recorded, early):
+            if fault is not None and self.wait_for_moment(job, site, recorded, early) and fault.possible(site):
                 hit, step, started = True, last_step(site.run_dir), time.monotonic()
                 stack.enter_context(fault.act(site, job))
             waited = wait_for_end(job)

@@ -13,6 +13,8 @@ from ijepa_scale.data.sources.remote import hub_file, is_remote
 from ijepa_scale.data.sources.shards import shard_kind
 from ijepa_scale.data.sources.tables import is_table, listed_images, tables_at
 
+HOW_TO_STREAM = "for training set data.streaming=true; for anything else give a folder of local files"
+
 
 def find_split(splits: list[str], split: str, source: str) -> str:
     names = [name for name in splits if name == split]
@@ -32,12 +34,28 @@ def inspect_source(source: str, column: str = "") -> tuple[str, list[str]]:
         return _inspect(source, column)
 
 
-def check_there(source: str) -> None:
-    """ValueError for what is no file or folder here and cannot be elsewhere. It opens nothing."""
+def check_there(source: str, *, streaming: bool) -> None:
+    """ValueError for what is no file or folder here and cannot be elsewhere, or cannot be read so. It opens nothing."""
     path = Path(source).expanduser()
     with _permitted(source):
         if source != "scenes" and not path.exists():
-            _kind_elsewhere(source, repr(str(path.absolute())))
+            kind, files = _kind_elsewhere(source, repr(str(path.absolute())))
+            if kind == "list" and not streaming:
+                raise ValueError(f"{source!r} can be streamed only: {HOW_TO_STREAM}")
+            if kind == "list" and not is_remote(source):
+                check_all_there(files, source)
+
+
+def check_all_there(files: list[str], source: str) -> None:
+    """ValueError where some of the files that a source names are not on this machine."""
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise ValueError(
+            f"{missing[0]} is missing, one of {len(missing)} missing among the {len(files)} files of {source!r}; bring "
+            "them back, or give their folder as the source, for what is there"
+        )
+    if pointers := [file for file in files if is_pointer_file(file)]:
+        raise ValueError(f"{pointers[0]}, of {source!r}, is one of the {LFS_ADVICE}")
 
 
 @contextlib.contextmanager

@@ -13,15 +13,13 @@ from ijepa_scale.data.files import make_cache
 from ijepa_scale.data.sources.clones import clone_builder
 from ijepa_scale.data.sources.copies import cache_folder, copied_split, explained
 from ijepa_scale.data.sources.folders import FolderSplit, image_splits, printable, shard_splits
-from ijepa_scale.data.sources.inspection import check_choice, inspect_source
+from ijepa_scale.data.sources.inspection import HOW_TO_STREAM, check_choice, inspect_source
 from ijepa_scale.data.sources.remote import is_remote
 from ijepa_scale.data.sources.tables import ListedImages, listed_images
 from ijepa_scale.data.sources.tars import tar_ending, tar_index
 
 if TYPE_CHECKING:
     import datasets
-
-_HOW_TO_READ_IT = "for training set data.streaming=true; for anything else give a folder of local files"
 
 
 def map_splits(
@@ -58,7 +56,7 @@ def map_splits(
         parts = image_splits(str(path), files)
         return {split: functools.partial(_image_files, str(path), part) for split, part in parts.items()}
     if kind == "list":
-        raise ValueError(f"{source!r} can be streamed only: {_HOW_TO_READ_IT}")
+        raise ValueError(f"{source!r} can be streamed only: {HOW_TO_STREAM}")
     builder = source_builder(source, cache_dir, config=config)
     splits = builder.config.data_files or builder.info.splits or {}
     return {str(name): functools.partial(copied_split, builder, str(name), source, cache_dir) for name in splits}
@@ -92,7 +90,7 @@ def _image_files(root: str, split: FolderSplit) -> datasets.Dataset:
 
 def _listed_files(table: ListedImages, names: list[str]) -> datasets.Dataset:
     if url := next(filter(is_remote, table.paths), None):
-        raise ValueError(f"the table lists URLs, such as {url!r}: {_HOW_TO_READ_IT}")
+        raise ValueError(f"the table lists URLs, such as {url!r}: {HOW_TO_STREAM}")
     number = {name: i for i, name in enumerate(names)}
     return _files(table.paths, [number[x] if isinstance(x, str) else x for x in table.labels], names)
 

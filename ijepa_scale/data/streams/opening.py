@@ -9,10 +9,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 
 from ijepa_scale.data.images import image_column
-from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
 from ijepa_scale.data.sources.copies import explained
 from ijepa_scale.data.sources.folders import image_splits, shard_splits
-from ijepa_scale.data.sources.inspection import check_choice, find_split, inspect_source
+from ijepa_scale.data.sources.inspection import check_all_there, check_choice, find_split, inspect_source
 from ijepa_scale.data.sources.remote import Patience, is_remote
 from ijepa_scale.data.sources.shards import DAMAGED, damage_of, first_dataset, open_shard, shard_kind
 from ijepa_scale.data.sources.splits import source_builder
@@ -94,7 +93,7 @@ def open_shards(
             f"{source!r} cannot be streamed: {foreign[0]} is no .parquet, .arrow, .tar or image file; {instead}"
         )
     if kind == "list" and not is_remote(source):
-        _check_there(locations, source)
+        check_all_there(locations, source)
     column = "" if images else _column(source, locations[0], column, patience)
     named = source.partition("?")[0] if is_remote(source) else source  # a query may be a secret
     name = f"{posixpath.basename(named.rstrip('/'))}:{found}"
@@ -117,17 +116,6 @@ def _column(source: str, location: str, column: str, patience: Patience) -> str:
             notes = first_notes(file, location, ending, _REMOTE_FILES if is_remote(location) else _LOCAL_FILES)
         notes.say(f"the first files of {location}", ending)
     return ending
-
-
-def _check_there(files: list[str], source: str) -> None:
-    missing = [file for file in files if not os.path.isfile(file)]
-    if missing:
-        raise ValueError(
-            f"{missing[0]} is missing, one of {len(missing)} missing among the {len(files)} files of {source!r}; bring "
-            "them back, or give their folder as the source, for what is there"
-        )
-    if pointers := [file for file in files if is_pointer_file(file)]:
-        raise ValueError(f"{pointers[0]}, of {source!r}, is one of the {LFS_ADVICE}")
 
 
 @contextlib.contextmanager
