@@ -11,7 +11,7 @@ import numpy as np
 from ijepa_scale.compare.curves import Curve, reached_by_all, read_off, shortest_run, spread, times_more
 from ijepa_scale.compare.probing import Scores, probe_names, read_probes
 from ijepa_scale.compare.runs import SPENT, Plan, Training, spent
-from ijepa_scale.config import to_dict
+from ijepa_scale.config import to_dict, without_secrets
 from ijepa_scale.data.files import write_whole
 from ijepa_scale.visualize.comparison import Line, draw_comparison
 
@@ -179,7 +179,7 @@ def write_results(
         "equal": equal,
         "times": times,
     }
-    write_whole(plan.out / "results.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
+    write_whole(plan.out / "results.json", json.dumps(without_secrets(facts), indent=1, allow_nan=False) + "\n")
     write_whole(plan.out / "results.md", markdown(parts))
     _draw(plan.out / "results.png", plan, curves, probes)
     return parts

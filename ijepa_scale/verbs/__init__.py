@@ -6,6 +6,7 @@ its top a verb imports nothing that takes time: --help is quick, and a rank noti
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 
@@ -17,3 +18,16 @@ def parser_of(verb: str, description: str | None) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def fail(error: Exception, code: int) -> int:
+    """Say it, less secrets, once a machine. The exit code."""
+    from ijepa_scale.config.redaction import redacted
+    from ijepa_scale.engine.launchers import launcher_rank, speaks
+
+    if speaks() or any(getattr(one, "local", False) for one in (error, error.__cause__)):
+        place = f" (rank {launcher_rank()})" if launcher_rank() else ""
+        print(f"error{place}: {redacted(str(error))}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # a launcher ends all ranks when one ends: rank 0 speaks first
+    return code

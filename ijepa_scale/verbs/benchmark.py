@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 # As launch/pretrain.py does: memory and time are to be training's.
 if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
@@ -65,8 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(found, indent=1) + "\n")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     (tables.show_steps if options.data is None else tables.show_data)(found)
     if "profile" in found:
         tables.show_profile(found["profile"])

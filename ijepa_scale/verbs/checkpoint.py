@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 if TYPE_CHECKING:
     from ijepa_scale.run.upkeep import Listed
@@ -53,8 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
             return prune(options.path, options.keep_last, options.keep_every, options.delete)
         return convert(options.path, options.out)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
 
 
 def inspect(path: Path) -> int:

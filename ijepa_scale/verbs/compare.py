@@ -13,8 +13,7 @@ Exit codes: 0 done, 1 a run failed, 2 wrong input, 75 stopped by a signal: start
 import argparse
 from typing import TYPE_CHECKING, NoReturn
 
-from ijepa_scale.verbs import parser_of
-from ijepa_scale.verbs.pretrain import fail
+from ijepa_scale.verbs import fail, parser_of
 
 if TYPE_CHECKING:
     from ijepa_scale.engine.signals import StopRequest
@@ -45,13 +44,13 @@ def compare(stop: "StopRequest", arguments: list[str] | None) -> int:
     from ijepa_scale.compare import comparison
     from ijepa_scale.compare.pacing import plan_in_words
     from ijepa_scale.compare.runs import make_plan
-    from ijepa_scale.config import load_comparison
+    from ijepa_scale.config import load_comparison, without_secrets
     from ijepa_scale.run.incidents import RunError
 
     try:
         config = load_comparison(options.config, options.overrides)
         if options.dry_run:
-            print(plan_in_words(make_plan(config)))
+            print(without_secrets(plan_in_words(make_plan(config))))
             return 0
         return comparison.compare(config, stop)
     except RunError as error:

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 STOPPED = 75  # as of a run that is stopped
 
@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         embed_source(**vars(options))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from what is in {options.out}", file=sys.stderr)
         return STOPPED

@@ -15,8 +15,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, NoReturn
 
-from ijepa_scale.verbs import parser_of
-from ijepa_scale.verbs.pretrain import fail
+from ijepa_scale.verbs import fail, parser_of
 
 if TYPE_CHECKING:
     from ijepa_scale.engine.signals import StopRequest

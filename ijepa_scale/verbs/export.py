@@ -6,10 +6,9 @@ Writes the weights, what the format wants beside them, README.md (a model card) 
 folder: whole, or not at all. Exit codes: 0 done, 2 wrong input.
 """
 
-import sys
 from pathlib import Path
 
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 FORMATS = ("transformers", "timm", "safetensors", "onnx")
 NEXT = {
@@ -37,8 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         export_network(options.what, options.format, options.out, options.network, options.license)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     return 0
 
 

@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,8 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         names = [name for name in PARTS if name in (options.parts or PARTS)]
         failed = run_check(out, names, toy=options.toy or not gpu, say=say, slack=1.0 if gpu else CPU_SLACK)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     say(f"written: {out}")
     for name, why in failed.items():
         print(f"FAILED {name}: {why}", file=sys.stderr)

@@ -6,14 +6,13 @@ Without --query, six images of the embeddings themselves are shown with their ne
 Exit codes: 0 done, 2 wrong input.
 """
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
 
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,8 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         show_neighbours(options.embeddings, options.query, options.out, count=options.count)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     return 0
 
 

@@ -9,9 +9,8 @@ Exit codes: 0 done, 2 wrong input, or nothing fits.
 """
 
 import argparse
-import sys
 
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 
 def parser() -> argparse.ArgumentParser:
@@ -43,11 +42,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_intermixed_args(arguments)
+    from ijepa_scale.config import without_secrets
+
     try:
-        print(answer(options))
+        print(without_secrets(answer(options)))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     return 0
 
 

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,8 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
             config=options.config,
         )
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     except KeyboardInterrupt:
         print("stopped; finished shards are kept, and the same command goes on", file=sys.stderr)
         return 75

@@ -13,11 +13,9 @@ train (run again to go on).
 import argparse
 import logging
 import os
-import sys
-import time
 from typing import TYPE_CHECKING, NoReturn
 
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,16 +134,3 @@ def call_off(error: Exception) -> int:
     fail(error, 2)
     roll_call.call_off(str(error))
     return 2
-
-
-def fail(error: Exception, code: int) -> int:
-    """Say it once a machine. The exit code."""
-    from ijepa_scale.config.redaction import redacted
-    from ijepa_scale.engine.launchers import launcher_rank, speaks
-
-    if speaks() or any(getattr(one, "local", False) for one in (error, error.__cause__)):
-        place = f" (rank {launcher_rank()})" if launcher_rank() else ""
-        print(f"error{place}: {redacted(str(error))}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(2)  # a launcher ends all ranks when one ends: rank 0 speaks first
-    return code

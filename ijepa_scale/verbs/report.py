@@ -7,9 +7,7 @@ From metrics.jsonl and what lies beside it, also of a run that goes on or that d
 Exit codes: 0 done, 2 wrong input.
 """
 
-import sys
-
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,7 +33,6 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             written = write_comparison(options.runs, options.out or "comparison.html", axis=options.axis)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     print(f"page: {written}" if written.suffix == ".html" else f"curves: {written}")
     return 0

@@ -14,11 +14,10 @@ docs/visualize.md says how to read them. Exit codes: 0 done, 2 wrong input.
 """
 
 import argparse
-import sys
 import time
 from typing import TYPE_CHECKING
 
-from ijepa_scale.verbs import parser_of
+from ijepa_scale.verbs import fail, parser_of
 
 if TYPE_CHECKING:
     from ijepa_scale.pictures.subject import Checkpoint
@@ -85,8 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         visualize(options)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error, 2)
     return 0
 
 

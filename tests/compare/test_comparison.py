@@ -54,7 +54,8 @@ class Trained:
 def done(tmp_path_factory):
     """(folder, config, what was trained in which order) of a comparison that was stopped in its second run."""
     root = tmp_path_factory.mktemp("compared")
-    config, trained = toy(root, seeds=[3]), Trained(root / "output")
+    confided = ["logging.wandb_project=https://me:p4ssw0rd@host/x"]
+    config, trained = toy(root, seeds=[3], overrides=confided), Trained(root / "output")
     stop = StopRequest()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparison, "train", trained)
@@ -76,6 +77,12 @@ def results(done):
 def test_a_stopped_comparison_goes_on_and_repeats_no_run(done):
     assert done[2] == ["plain-seed3", "terms-seed3", "terms-seed3", "terms-seed3-equal-seconds"]
     assert checkpoints_of(done[0] / "terms-seed3") == [8]  # those that were probed are gone
+
+
+def test_no_file_holds_a_password_of_a_setting(done):
+    files = [path for path in done[0].rglob("*") if path.is_file()]
+    assert files and not [path for path in files if b"p4ssw0rd" in path.read_bytes()]
+    assert "@host/x" in (done[0] / "results.json").read_text()
 
 
 def test_curves_hold_what_was_spent_and_every_score(done):

@@ -43,6 +43,14 @@ def test_recommend_prints_a_command_that_pretrain_takes(capsys):
         assert capsys.readouterr().out.startswith(start)
 
 
+def test_a_password_in_a_setting_is_not_printed(capsys):
+    source = ("data.source=https://me:p4ssw0rd@host/{0..1}.tar", "data.streaming=true")
+    assert main([*ON_64, *source, "--recommend"]) == 0
+    assert "@host/{0..1}.tar" in (text := capsys.readouterr().out) and "p4ssw0rd" not in text
+    assert main([*ON_64, "data.source=s3://me:p4ssw0rd@host/x", "optimization.lr=https://me:p4ssw0rd@host"]) == 2
+    assert "@host" in (text := capsys.readouterr().err) and "p4ssw0rd" not in text
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
