@@ -78,8 +78,10 @@ def run_of(config: "PretrainConfig") -> "Path | None":
 
 
 def sketch_config(options: argparse.Namespace) -> "PretrainConfig":
-    """The config with what the encoder fixes. Raises ValueError as load_config() and of_encoder() do."""
-    from ijepa_scale.config import load_config
+    """The config with what the encoder fixes. Raises ValueError as load_config() and of_encoder() do, and for a setting
+    of the command that says otherwise.
+    """
+    from ijepa_scale.config import by_key, load_config
     from ijepa_scale.pictures.sketches import FOLDERS
     from ijepa_scale.run.frozen import of_encoder
 
@@ -87,7 +89,14 @@ def sketch_config(options: argparse.Namespace) -> "PretrainConfig":
     if config.objective.name != "sketch":
         raise ValueError(f"--config {options.config} is of objective.name={config.objective.name}; give one of sketch")
     usual = config.run_dir == f"runs/{Path(options.config).stem}"
+    given = by_key(config)
     config = of_encoder(replace(config, sketch=replace(config.sketch, checkpoint=options.checkpoint)))
+    fixed = by_key(config)
+    for key in (word.partition("=")[0] for word in options.overrides):
+        if given.get(key) != fixed.get(key):
+            raise ValueError(
+                f"{key}={given[key]} cannot be: --checkpoint {options.checkpoint} fixes it, as {fixed[key]}"
+            )
     if usual and (run := run_of(config)):
         config = replace(config, run_dir=str(run / FOLDERS[config.sketch.kind]))
     return config

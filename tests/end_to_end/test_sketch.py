@@ -75,6 +75,7 @@ def test_what_does_not_fit_is_said_before_training(encoder, tmp_path):
     assert "sketch.checkpoint: there is no" in start(encoder.parent / "none", code=2)
     assert "its width a multiple of its heads" in start(encoder, "sketch.width=30", "sketch.heads=4", code=2)
     assert "is of objective.name=ijepa; give one of sketch" in start(encoder, "--config", "tiny", code=2)
+    assert f"model.width=48 cannot be: --checkpoint {encoder} fixes it" in start(encoder, "model.width=48", code=2)
     assert "model.init_from" in start(encoder, f"model.init_from={encoder}", code=2)
     export(str(encoder), tmp_path / "timm", form="timm", network=None, licence="unknown")
     said = start(tmp_path / "timm", code=2)

@@ -33,7 +33,7 @@ def test_the_dry_run_lists_all_runs_and_writes_nothing(tmp_path, capsys):
 
 
 def test_the_dry_run_prints_no_password(tmp_path, capsys):
-    words = ["recipes.terms.overrides=[\"logging.wandb_project=https://me:p4ssw0rd@host/x\"]", "--dry-run"]
+    words = ['recipes.terms.overrides=["logging.wandb_project=https://me:p4ssw0rd@host/x"]', "--dry-run"]
     assert compare.compare(Stop(), ["--config", str(write_toy(tmp_path)), *words]) == 0
     assert "@host/x" in (text := capsys.readouterr().out) and "p4ssw0rd" not in text
 
