@@ -40,7 +40,7 @@ class Fault:
     """One kind. act: done to a living job; what follows its yield is done when the job has ended.
 
     costs: checkpoints that it may cost beside what a kill costs. needs: "disk", "launcher", "clock" or nothing.
-    in_folder: done to the run's folder, so not before there is one.
+    in_folder: done to the folder of a run that trains: where there is none yet when a job looks, it starts anew.
     """
 
     name: str

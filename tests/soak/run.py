@@ -158,7 +158,7 @@ class Soak:
         fault = self.choose() if hurt and self.rng.random() < 0.9 else None
         needs = fault.needs if fault else ""
         # While a job is set up a lost rank is waited for, for minutes: it is the launcher that ends the others.
-        early = fault is not None and self.rng.random() < 0.15
+        early = fault is not None and not fault.in_folder and self.rng.random() < 0.15
         launcher = needs in ("launcher", "clock") or early
         site.clock.write_text("+0")
         aside = self.rng.random() < 0.5
