@@ -28,6 +28,8 @@ from ijepa_scale.run.folder import BadImages, RunFolder
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.resume import find_checkpoint, go_on
 
+SLOW_BF16 = ("DEFAULT", "AVX2")  # what PyTorch calls CPUs for which oneDNN has no products in bf16
+
 
 class InputError(Exception):
     """What the user gave cannot be trained on; found before training starts.
@@ -128,6 +130,7 @@ def set_up(
     found, notes = find_checkpoint(objective, folder, ranks, facts, horizon.stop, resume=resume, allow=allow_changes)
     if objective.attention_heads():
         notes.append(f"attention: {attention.name} ({attention.why})")
+    notes += slow_precision(precision, ranks.device)
     notes += dealt
     if found and isinstance(images, Streams):
         images = go_on(images, found, notes)
@@ -171,6 +174,16 @@ def set_up(
         seen = {"attention": attention.name, "images": len(images), "source": images.name, "objective": objective.name}
         folder.describe(to_yaml(config), world_size=ranks.world_size, precision=precision, **seen)
     return run
+
+
+def slow_precision(precision: str, device: torch.device) -> list[str]:
+    """A warning, where products in bf16 are not the CPU's own."""
+    if precision != "bf16" or device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in SLOW_BF16:
+        return []
+    return [
+        "warning: engine.precision=bf16 on a CPU without products in bf16: some take a hundred times as long as in fp32; "
+        "set engine.precision=fp32 where there is memory for it"
+    ]
 
 
 def facts_of(

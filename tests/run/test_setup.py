@@ -10,7 +10,7 @@ from ijepa_scale.config import DataConfig, ModelConfig, OptimizationConfig, Pret
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.models.attention_backends import Choice, Choices
 from ijepa_scale.run import setup as run
-from ijepa_scale.run.setup import check_shared_memory, choose_attention
+from ijepa_scale.run.setup import check_shared_memory, choose_attention, slow_precision
 
 
 class TwoRanks(Ranks):
@@ -44,6 +44,15 @@ def test_a_kernel_that_is_wrong_on_another_rank_stops_all():
     wrong = ValueError("model.attention=fa3 on cuda:1 gives a wrong output")
     with pytest.raises(ValueError, match=re.escape(f"rank 1 (node1, pid 9): {wrong}")):
         choose(two_ranks(lambda value: ("rank 1 (node1, pid 9)", wrong) if isinstance(value, tuple) else value))
+
+
+@pytest.mark.parametrize(
+    "precision, device, capability, warned",
+    [("bf16", "cpu", "AVX2", 1), ("bf16", "cpu", "AVX512", 0), ("fp32", "cpu", "AVX2", 0), ("bf16", "cuda", "AVX2", 0)],
+)
+def test_bf16_that_a_cpu_must_imitate_is_warned_of(monkeypatch, precision, device, capability, warned):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert len(slow_precision(precision, torch.device(device))) == warned
 
 
 @pytest.mark.parametrize("theirs, fits", [("here:2", True), ("here:1", False)])
