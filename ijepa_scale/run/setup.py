@@ -181,8 +181,8 @@ def slow_precision(precision: str, device: torch.device) -> list[str]:
     if precision != "bf16" or device.type != "cpu" or torch.backends.cpu.get_cpu_capability() not in SLOW_BF16:
         return []
     return [
-        "warning: engine.precision=bf16 on a CPU without products in bf16: some take a hundred times as long as in fp32; "
-        "set engine.precision=fp32 where there is memory for it"
+        "warning: engine.precision=bf16 on a CPU without products in bf16: some take a hundred times as long as in "
+        "fp32; set engine.precision=fp32 where there is memory for it"
     ]
 
 
