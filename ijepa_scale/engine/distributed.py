@@ -22,7 +22,8 @@ T = TypeVar("T")
 
 # Agreements (who prepares data, which checkpoint, stop or go on) may wait for a rank that copies a large source.
 CONTROL_TIMEOUT = timedelta(hours=24)
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
+LARGE = 1 << 20  # bytes of an allocation that keep_nothing_large() means
 
 
 @contextlib.contextmanager
@@ -229,6 +230,17 @@ def start(alike: Mapping[str, str] | None = None) -> Ranks:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     ranks = Ranks(rank, world_size, local_rank, device, control)
     return replace(ranks, hosts=tuple(ranks.gather(socket.gethostname())))
+
+
+def keep_nothing_large(ranks: Ranks) -> None:
+    """On a CPU, from now on, give memory of 1 MiB or more back to the system when it is freed (glibc).
+
+    For ZeRO-3, where weights come and go: of what lies in their place a block of another size can be most of a machine.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if ranks.device.type == "cpu" and mallopt:
+        mallopt(M_MMAP_MAX, 1 << 16)
+        mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
 def _prepare_cpu() -> None:

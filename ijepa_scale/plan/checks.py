@@ -34,8 +34,8 @@ def settings(
 
 def check_memory(
     config: PretrainConfig, objective: Objective, settings: dict[str, Any], *, ranks: int, device: torch.device
-) -> None:
-    """ValueError where the weights and the optimizer's state alone, counted in bf16, are more than the memory there is.
+) -> float:
+    """Bytes of a rank's weights and optimizer's state, counted in bf16. ValueError where that is more than there is.
 
     settings: as settings() gives them. device: of this rank; on a CPU the ranks of a machine share its memory.
     """
@@ -51,3 +51,4 @@ def check_memory(
             f"{there / 2**30:,.0f} GiB: use a smaller model.name, model.width or model.depth (predictor.*, mae.* and "
             "cae.*, too), more processes, or engine.zero_stage=3; launch/plan.py says what fits where"
         )
+    return need

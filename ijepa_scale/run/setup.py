@@ -16,7 +16,7 @@ from ijepa_scale.data.streams.positions import StreamPosition
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import launchers, zero
 from ijepa_scale.engine.device import device_peak
-from ijepa_scale.engine.distributed import Ranks
+from ijepa_scale.engine.distributed import Ranks, keep_nothing_large
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.schedules import Schedules
 from ijepa_scale.models.attention_backends import Choices
@@ -28,6 +28,7 @@ from ijepa_scale.run.folder import BadImages, RunFolder
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.resume import find_checkpoint, go_on
 
+LARGE_STATE = 1 << 30  # bytes of a rank: of smaller ones memory is there, and a step would take a seventh longer
 SLOW_BF16 = ("DEFAULT", "AVX2")  # what PyTorch calls CPUs for which oneDNN has no products in bf16
 
 
@@ -105,7 +106,7 @@ def set_up(
         config, objective, ranks=ranks.world_size, device=ranks.device
     )
     zero.check_settings(settings, config.engine.deepspeed)
-    checks.check_memory(config, objective, settings, ranks=ranks.world_size, device=ranks.device)
+    state_bytes = checks.check_memory(config, objective, settings, ranks=ranks.world_size, device=ranks.device)
     attention = choose_attention(config, ranks, objective)
     ranks.together(lambda: folder.lock() if ranks.first else None)
     check_folder(folder, ranks)
@@ -135,6 +136,8 @@ def set_up(
     if found and isinstance(images, Streams):
         images = go_on(images, found, notes)
 
+    if config.engine.zero_stage == 3 and state_bytes > LARGE_STATE:
+        keep_nothing_large(ranks)
     initial, of_frozen = frozen.initial_weights(config, objective, ranks, found)
     facts |= of_frozen
     engine, ema = build.build_engine(
