@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -109,7 +110,8 @@ def test_what_is_wrong_is_said_in_words(run, tmp_path, capsys):
     assert end.value.code == 2 and "'features'" in capsys.readouterr().err
 
 
-def test_an_export_of_an_encoder_has_features_but_no_predictions(run, tmp_path, capsys):
+def test_an_export_of_an_encoder_has_features_but_no_predictions(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # or its source is asked for five times
     export(str(run), tmp_path / "timm", form="timm", network=None, licence="unknown")
     usual = ["--checkpoint", str(tmp_path / "timm"), *SMALL]
     assert main(["features", *usual]) == 2 and "give --out DIR" in capsys.readouterr().err

@@ -116,6 +116,8 @@ def source_builder(source: str, cache_dir: str | None, *, config: str = "") -> A
     """The `datasets` builder of Parquet or Hub data. config: one of its configurations; "": the only or usual one."""
     import datasets
 
+    # It tells a server of every data set that it opens, of local files too, and waits for seconds where there is none.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
     path = Path(source).expanduser().absolute()
     cache = str(make_cache(cache_folder(cache_dir)))
     missing = "" if path.exists() else f" on the Hub, and there is no folder {str(path)!r} either"

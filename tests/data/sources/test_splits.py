@@ -275,3 +275,14 @@ def test_images_are_counted_without_a_copy(tmp_path):
     assert not list(cache.rglob("*.arrow"))
     with pytest.raises(ValueError, match="no split 'x'"):
         count_images(str(tmp_path / "set"), split="x", cache_dir=str(cache))
+
+
+def test_local_files_are_opened_without_a_word_to_a_server(tmp_path, monkeypatch):
+    """`datasets` would ask for a name that no machine without a network can look up, for seconds."""
+    monkeypatch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", True)  # as it is by itself
+    asked = []
+    monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("session"))
+    write_parquet(tmp_path / "set/train.parquet", 3, 0)
+    for source in (tmp_path / "set", tmp_path / "set/train.parquet"):
+        assert len(open_images(str(source), "train", cache_dir=str(tmp_path / "cache"))) == 3
+    assert not asked
