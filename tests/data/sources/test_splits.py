@@ -284,5 +284,5 @@ def test_local_files_are_opened_without_a_word_to_a_server(tmp_path, monkeypatch
     monkeypatch.setattr(datasets.load, "get_session", lambda: asked.append("session"))
     write_parquet(tmp_path / "set/train.parquet", 3, 0)
     for source in (tmp_path / "set", tmp_path / "set/train.parquet"):
-        assert len(open_images(str(source), "train", cache_dir=str(tmp_path / "cache"))) == 3
+        assert len(open_images(str(source), split="train", cache_dir=str(tmp_path / "cache"))) == 3
     assert not asked
