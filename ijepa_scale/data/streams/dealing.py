@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -65,9 +66,9 @@ class Streams:
     def digest(self) -> str:
         """Tells streams apart, by the names of their shards: what is in them is seen as they are read.
 
-        Of a URL without its query, as a signed one is signed anew.
+        Of a URL without its query and its password, as a signed one is signed anew, and passwords change.
         """
-        names = [[str(location).partition("?")[0] for location in source.locations] for source in self.sources]
+        names = [[_lasting(str(location)) for location in source.locations] for source in self.sources]
         return hashlib.sha256(repr(names).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -219,3 +220,8 @@ def anew(positions: OptionalPositions, streams: Streams) -> tuple[StreamPosition
     begun = [position.sources for position in positions if position and len(position.sources) == number]
     passes = [1 + max((sources[i].pass_number for sources in begun), default=0) for i in range(number)]
     return (StreamPosition(0, tuple(map(SourcePosition, passes))),) * streams.num_streams
+
+
+def _lasting(location: str) -> str:
+    """Of a shard's path or URL what stays while credentials change."""
+    return re.sub(r"(?<=://)[^/\s@]+@", "", location.partition("?")[0])

@@ -379,4 +379,5 @@ def test_a_url_that_is_signed_anew_is_the_same_shard():
 
     first = digest("https://a.b/0.tar?signature=1", "https://a.b/1.tar?signature=1")
     assert digest("https://a.b/0.tar?signature=2", "https://a.b/1.tar") == first
+    assert digest("https://me:secret@a.b/0.tar", "https://me:another@a.b/1.tar") == first
     assert digest("https://a.b/0.tar", "https://a.b/2.tar") != first
