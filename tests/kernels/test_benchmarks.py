@@ -24,7 +24,9 @@ def test_a_case_has_tokens_of_every_kind():
 @pytest.mark.parametrize("file", sorted(BENCHMARKS.glob("bench_*.py")), ids=lambda file: file.stem)
 def test_each_runs(file):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-only", str(file)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    # Under pytest-xdist, by whose variables pytest-benchmark would turn itself off, too.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_XDIST")}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=BENCHMARKS.parents[1], env=environment, check=False
     )
