@@ -23,10 +23,10 @@ def test_a_recipes_own_overrides_take_the_place_of_common_ones(read):
     assert recipes["b"] == ("small_images", ["data.workers=0", "optimization.lr=2e-3", "seed_of=1"])
 
 
-def test_the_folder_is_named_after_the_file_and_a_recipe_is_left_out_from_the_command_line(read, monkeypatch):
+def test_the_folder_is_named_after_the_file_and_a_recipe_is_left_out_from_the_command_line(read, monkeypatch, tmp_path):
     assert read(TWO + "images: 64\n").out == "runs/mine"
-    monkeypatch.setenv("HOME", "/home/me")
-    assert read(TWO + "images: 64\nout: ~/there\n").out == "/home/me/there"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read(TWO + "images: 64\nout: ~/there\n").out == str(tmp_path / "there")
     three = TWO + "  c: {config: vits16}\nimages: 64\n"
     assert list(read(three, "recipes.b=null", "seeds=[7]").named_recipes) == ["a", "c"]
 
