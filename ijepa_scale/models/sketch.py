@@ -29,9 +29,13 @@ class SketchDecoder(nn.Module):
         self.norm = nn.LayerNorm(size.width, eps=NORM_EPS)
         self.proj = nn.Linear(size.width, pixels)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.embed.parameters()).dtype  # not by its name, as in VisionTransformer
+
     def forward(self, features_BND: torch.Tensor) -> torch.Tensor:
         """features_BND: (B, N, D) -> (B, N, K), normalized pixels, channels first."""
-        return self._pixels(self.embed(features_BND.to(self.embed.weight.dtype)))
+        return self._pixels(self.embed(features_BND.to(self.dtype)))
 
     def _pixels(self, tokens_BNP: torch.Tensor) -> torch.Tensor:
         tokens_BNP = tokens_BNP + self.pos_embed.to(tokens_BNP.dtype)
@@ -69,7 +73,7 @@ class SketchFlow(SketchDecoder):
         predicted_B: (B,) bool, whether an image's are predictions: a sharp one and a vague one of the same values mean
         different things. time_B: (B,), from 0 to 1. Returns (B, N, K), the pixels expected at time 1.
         """
-        dtype = self.embed.weight.dtype
+        dtype = self.dtype
         told_BNP = self.embed(features_BND.to(dtype)) + self.predicted.to(dtype) * predicted_B[:, None, None].to(dtype)
         tokens_BNP = torch.where(known_BN[..., None], told_BNP, self.unknown.to(dtype))
         time_B1P = self.time_fc2(nn.functional.silu(self.time_fc1(self._of_time(time_B).to(dtype))))[:, None]

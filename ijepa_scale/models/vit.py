@@ -86,7 +86,8 @@ class VisionTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.norm.weight.dtype
+        # Not norm.weight: at ZeRO-3 that gathers it, and counts it as one of this module itself from then on.
+        return next(self.norm.parameters()).dtype
 
     def grid_of(self, images_BCHW: torch.Tensor) -> PatchGrid:
         """The patch grid of such images. ValueError for sides that are not multiples of the patch."""

@@ -85,5 +85,5 @@ def _partitioned(model: Model, sharding: Sharding) -> list[Collective]:
         _made(ALL_GATHER, "weights", *of(True)),
         _made(ALL_GATHER, "averages", *of(False)),
         _made(ALL_GATHER, "small weights", [BF16 * whole(n) for n in small_numels(model, sharding)]),
-        _made(ALL_REDUCE, "norm", [FP64] * len(model.groups)),
+        _made(ALL_REDUCE, "norm", [FP32 if sharding.offload else FP64] * len(model.groups)),
     ]

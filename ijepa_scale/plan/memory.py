@@ -186,12 +186,13 @@ def _sharded(model: Model, sharding: Sharding) -> Memory:
 
 
 def _partitioned(model: Model, sharding: Sharding) -> Memory:
-    """Small parameters that are trained lie on every rank besides. The host's gradients are there twice."""
+    """Each of several ranks has small parameters that are trained whole, besides. The host has gradients twice."""
     ranks = sharding.ranks
+    small = sum(small_numels(model, sharding)) if ranks > 1 else 0
     pieces = sum(piece(numel, ranks) for group in model.groups for numel in group.numels)
     averaged = sum(piece(numel, ranks) for group in model.groups if group.averaged for numel in group.numels)
     found = Memory(
-        weights=BF16 * (pieces + sum(small_numels(model, sharding))) + model.constants,
+        weights=BF16 * (pieces + small) + model.constants,
         gradients=FP32 * pieces,
         optimizer=3 * FP32 * pieces,
         ema=(FP32 + BF16) * averaged,

@@ -73,6 +73,9 @@ def test_state_and_collectives_are_counted_exactly(ranks, cases, tmp_path):
             rest = found["everything"] - state.total - state.host - sharding.sent * sharding.bucket
             assert 0 <= rest <= 2 * (model.trained + model.averaged), case
         expected = collectives(model, sharding)
+        if ranks == 1:  # whatever is called, nothing is sent
+            assert not expected
+            continue
         for operation, name in NAMES.items():
             sizes = [size for one in expected if one.operation == operation for size in one.sizes]
             counted = found["collectives"].pop(name, [])

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,13 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def storages() -> dict[int, int]:
-    """Bytes of all tensors there are, by address."""
+def storages() -> dict[int, torch.UntypedStorage]:
+    """Of all tensors there are, by address. Who holds them keeps their addresses from being given away again."""
     gc.collect()
     found = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
     found += [one.grad for one in found if one.is_leaf and one.grad is not None]
     found += [one.ds_tensor for one in found if hasattr(one, "ds_tensor")]
-    return {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in found}
+    return {one.untyped_storage().data_ptr(): one.untyped_storage() for one in found}
 
 
 def held(engine: Any, ema: Any) -> dict[str, int]:
@@ -57,7 +58,9 @@ def held(engine: Any, ema: Any) -> dict[str, int]:
     averages = {one.data_ptr(): one.nbytes for one in (*ema.shards, *ema.targets) if one is not None}
     state = sum(one.nbytes for one in [*zero.masters(optimizer), *moments])
     if zero.is_stage3(optimizer):
-        weights = sum(p.ds_tensor.nbytes + p.nbytes for p in module.parameters() if p.requires_grad)
+        trained = [p for p in module.parameters() if p.requires_grad]
+        # A rank alone has no second copy of a small parameter that is gathered always: it is a view of its piece.
+        weights = sum({one.data_ptr(): one.nbytes for p in trained for one in (p.ds_tensor, p) if one.nbytes}.values())
         gradients = optimizer.grad_partitions_flat_buffer.nbytes
     else:
         weights = sum(bucket.weights.nbytes for bucket in optimizer.buckets)
@@ -97,11 +100,14 @@ def count(config: Any, ranks: distributed.Ranks) -> dict[str, Any]:
                 engine.backward(engine(images, objective.draw_masks(step, range(micro_batch)))["loss"])
                 del images
                 if step + 1 == STEPS and not micro_step:
-                    there = {at: size for at, size in storages().items() if at not in before and size > LEAST}
-                    found = {"state": held(engine, ema), "everything": sum(there.values())}
+                    time.sleep(0.2)  # a thread of gloo's may hold what it sent for a moment longer
+                    there = [one.nbytes() for at, one in storages().items() if at not in before]
+                    found = {"state": held(engine, ema), "everything": sum(size for size in there if size > LEAST)}
                 engine.step()
             ema.update()
         ema.wait()
+    strangers = [name for name, one in engine.module.named_modules() if getattr(one, "_external_params", None)]
+    assert not strangers, f"modules that read weights of others outside their forward: {strangers}"
     return {"collectives": seen.sizes, **found}
 
 
