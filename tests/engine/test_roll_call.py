@@ -43,11 +43,11 @@ def test_who_is_waited_for_is_said_and_not_for_ever(capfd, rank, missing):
     here = Place(rank, 3, 0, "127.0.0.1", free_port())
     store = host_store(here)
     with pytest.raises(StartError) as caught:
-        roll_call(here, store, speak=0.2, wait=timedelta(seconds=0.6))
+        roll_call(here, store, speak=0.2, wait=timedelta(seconds=3))
     said = capfd.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
-    assert said.err.startswith(f"waiting for {missing} at 127.0.0.1:{here.port}, for up to 0.01 minutes: ")
-    assert str(caught.value).startswith(f"waited 0.01 minutes for {missing} at 127.0.0.1:{here.port}: ")
+    assert said.err.startswith(f"waiting for {missing} at 127.0.0.1:{here.port}, for up to 0.05 minutes: ")
+    assert str(caught.value).startswith(f"waited 0.05 minutes for {missing} at 127.0.0.1:{here.port}: ")
     assert caught.value.local and ("unset RANK and WORLD_SIZE" in said.err) == (rank == 0)
 
 
