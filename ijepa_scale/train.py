@@ -356,9 +356,10 @@ def unlogged(record: dict[str, Any]) -> None:
 
 
 def open_logs(run: Run, stack: contextlib.ExitStack) -> Log:
-    """metrics.jsonl, cut back to the restored step as pictures are, and wandb."""
+    """metrics.jsonl, cut back to the restored step as pictures and the report are, and wandb."""
     config, folder = run.config, run.folder.path / "pictures"
     cut_back(run.folder.path, run.start_step)
+    run.folder.set_aside_report(run.start_step)
     writer = stack.enter_context(JsonlWriter(run.folder.metrics, run.start_step or None))
     wandb = WandbWriter(
         config.logging.wandb,

@@ -33,9 +33,12 @@ def command(training: Training, ranks: int) -> list[str]:
 def train(training: Training, ranks: int, stop: StopRequest, watch: Callable[[dict[str, Any]], None]) -> bool:
     """Train, or go on with, a run to its end; False where it was stopped on request.
 
-    watch is handed the newest step record, again and again. Raises RunError for a run that fails, with its last words.
+    watch is handed the newest step record, again and again, once there is one that was not there before. Raises
+    RunError for a run that fails, with its last words.
     """
     training.folder.mkdir(parents=True, exist_ok=True)
+    metrics = training.folder / "metrics.jsonl"
+    earlier = last_step(metrics)  # it may be of a later step than the checkpoint that the run goes on from
     with open(training.folder / OUTPUT, "ab") as output, stop.between_steps():
         # A group of its own: a Ctrl-C of the terminal is passed on to the run once, not twice.
         process = subprocess.Popen(
@@ -48,7 +51,7 @@ def train(training: Training, ranks: int, stop: StopRequest, watch: Callable[[di
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(EXIT_SECONDS)
                     return False
-                if record := last_step(training.folder / "metrics.jsonl"):
+                if (record := last_step(metrics)) and record != earlier:
                     watch(record)
                 time.sleep(POLL_SECONDS)
         finally:

@@ -44,8 +44,10 @@ def curves_of(plan: Plan, asked: dict[str, Any], initial: dict[int, Scores]) -> 
 def _curve(runs: list[Training], asked: dict[str, Any], initial: dict[int, Scores], probes: list[str]) -> Curve:
     totals = np.stack([spent(training) for training in runs])  # (S, P, len(SPENT))
     found = [{0: initial[one.seed]} | read_probes(one.folder / "probes.jsonl", asked) for one in runs]
+    # There may be more, of a comparison with more probes.
+    asked_for = [[of_seed[step] for step in (0, *one.probed)] for one, of_seed in zip(runs, found, strict=True)]
     scores = {
-        name: np.array([[of_step[name]["value"] for of_step in of_seed.values()] for of_seed in found])
+        name: np.array([[of_step[name]["value"] for of_step in of_seed] for of_seed in asked_for])
         for name in initial[runs[0].seed]
     }
     for probe in probes:

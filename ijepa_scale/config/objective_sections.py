@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from ijepa_scale.config import ranges
 from ijepa_scale.config.ranges import NO_LIMIT, check_choice, check_ranges
 
+FIXED_TARGETS = ("mae", "cae", "sketch")  # objectives of pixels, without an EMA: a loss that rises is no good sign
+
 
 @dataclass(frozen=True, kw_only=True)
 class Data2VecConfig:  # defaults: of the released ViT-B of arXiv:2212.07525

@@ -1,5 +1,6 @@
 """What the predictor imagines in a box, drawn: by a decoder, and in several ways by a flow (launch/train_sketch.py)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,15 +78,35 @@ def found_sketches(checkpoint: Checkpoint, given: dict[str, str]) -> dict[str, P
 
 def why_not(checkpoint: Checkpoint, given: dict[str, str]) -> str:
     """Why nothing draws sketches of it; "" where something does. given: as of found_sketches()."""
-    if not (found := found_sketches(checkpoint, given)):
-        path = checkpoint.networks.path
-        return f"nothing draws sketches of {path} yet: train a decoder by launch/train_sketch.py --checkpoint {path}"
     try:
-        for kind, path in found.items():
-            read_drawer(path, kind, checkpoint)
+        read_drawers(checkpoint, given)
     except ValueError as error:
         return str(error)
     return ""
+
+
+def read_drawers(
+    checkpoint: Checkpoint, given: dict[str, str], say: Callable[[str], None] = lambda text: None
+) -> dict[str, Drawer]:
+    """What draws sketches, by its kind. Who lies in the run and does not fit is left out, and say() hears why.
+
+    Raises ValueError where one that was given does not fit, or where nothing is left.
+    """
+    drawers, reasons = {}, []
+    for kind, path in found_sketches(checkpoint, given).items():
+        try:
+            drawers[kind] = read_drawer(path, kind, checkpoint)
+        except ValueError as error:
+            if given.get(kind):
+                raise
+            reasons.append(str(error))
+    if not drawers:
+        path = checkpoint.networks.path
+        none = f"nothing draws sketches of {path} yet: train a decoder by launch/train_sketch.py --checkpoint {path}"
+        raise ValueError("; ".join(reasons) or none)
+    for reason in reasons:
+        say(f"left out: {reason}")
+    return drawers
 
 
 def read_drawer(path: Path, kind: str, checkpoint: Checkpoint) -> Drawer:
@@ -119,8 +140,7 @@ def draw_sketches(
     samples: int,
 ) -> list[str]:
     """A sheet of what each trained sketch draws. given: as of found_sketches(). samples: of a flow, a box."""
-    found = found_sketches(checkpoint, given)
-    drawers = {kind: read_drawer(path, kind, checkpoint) for kind, path in found.items()}
+    drawers = read_drawers(checkpoint, given, lambda text: print(text, flush=True))
     model, hidden, step, drawn = checkpoint.model(), dict[int, Hidden](), checkpoint.loaded.step, []
     for kind, drawer in drawers.items():
         if drawer.layer not in hidden:

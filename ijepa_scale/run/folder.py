@@ -68,6 +68,20 @@ class RunFolder:
         except OSError:
             return ""
 
+    def set_aside_report(self, start_step: int) -> None:
+        """Where a run goes back behind its report, or starts anew: report.json becomes report.json.old, its PNGs go."""
+        report = self.path / "report.json"
+        try:
+            done = int(json.loads(report.read_text(encoding="utf-8"))["step"])
+        except FileNotFoundError:
+            return
+        except (ValueError, KeyError, TypeError):  # whatever it is, it is not of this run
+            done = start_step + 1
+        if done > start_step or start_step == 0:
+            report.replace(self.path / "report.json.old")
+            for name in ("scores.png", "loss_curve.png"):
+                (self.path / name).unlink(missing_ok=True)
+
     def describe(self, config_yaml: str, **facts: Any) -> None:
         """Write the resolved config, and what ran it: versions, git revision, command, device."""
         write_whole(self.path / "config.yaml", config_yaml)

@@ -142,4 +142,5 @@ class HealthChecks:
         record = health_record(features, labels, step=step, loss=loss)
         self._history.append(record)
         self._log(record)
-        self._say(f"health at step {step}: {health_verdict(self._history, run.objective.advice())}")
+        said = health_verdict(self._history, run.objective.advice(), objective=run.config.objective.name)
+        self._say(f"health at step {step}: {said}")

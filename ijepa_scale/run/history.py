@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from ijepa_scale.config.objective_sections import FIXED_TARGETS
 from ijepa_scale.config.redaction import redacted
 from ijepa_scale.run.records import read_records
 from ijepa_scale.visualize.panels import Curve, Panel
@@ -17,7 +18,7 @@ from ijepa_scale.visualize.panels import Curve, Panel
 AXES = ("steps", "images", "seconds")
 # (key of a record, what it is, its unit, a factor to that unit, whether it is noisy), by what they tell.
 STEP_CURVES = {
-    "Learning": [("loss", "loss, may rise: its targets move", "", 1.0, True)],  # its parts follow
+    "Learning": [("loss", "loss", "", 1.0, True)],  # its parts follow
     "Speed and memory": [
         ("images_per_second", "throughput", "images/s", 1.0, True),
         ("data_wait_percent", "waiting for images", "% of the step", 1.0, True),
@@ -67,6 +68,11 @@ class History:
         if not total and epochs > 0:  # a record's epoch is its step / steps of an epoch
             total = round(options.get("epochs", 0) * self.steps[-1]["step"] / epochs)
         return min(options.get("stop_at_step") or total, total)
+
+    @property
+    def objective(self) -> str:
+        """Its name; of old runs, which had no other, I-JEPA's."""
+        return str(self.config.get("objective", {}).get("name", "ijepa"))
 
     @property
     def finished(self) -> bool:
@@ -156,13 +162,18 @@ def panels_of(histories: Sequence[History], axis: str) -> dict[str, list[Panel]]
     along, scale = axis_words(histories, axis)
     parts = dict.fromkeys(key for one in histories for record in one.steps[:1] for key in record if key[:5] == "loss_")
     terms = [(key, f"loss, {key[5:].replace('_', ' ')} part", "", 1.0, True) for key in parts]
+    moving = [history.objective not in FIXED_TARGETS for history in histories]
     groups = {}
     for group in GROUPS:
         wanted = STEP_CURVES.get(group, HEALTH_CURVES) + (terms if group == "Learning" else [])
         found = []
         for key, title, unit, factor, noisy in wanted:
             curves = []
+            if key == "loss" and all(moving):
+                title += ", may rise: its targets move"
             for run, history in enumerate(histories):
+                if key == "ema_momentum" and not moving[run]:
+                    continue  # there is no EMA
                 records = history.health if group == "Features" else history.steps
                 if key == "data_wait_percent":
                     values = 100.0 * history.column("data_wait_seconds") / history.column("step_seconds")

@@ -134,7 +134,7 @@ def row(history: History) -> list[str]:
         loss(history).partition(",")[0],
         knn(last),
         plain(last.get("rankme")),
-        health_verdict(history.health).partition(":")[0],
+        health_verdict(history.health, objective=history.objective).partition(":")[0],
         throughput(history)[0].removesuffix(" images/s"),
         memory(history, ""),
     ]

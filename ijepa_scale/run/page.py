@@ -171,7 +171,7 @@ def commands(history: History) -> str:
 
 def verdict(history: History, count: int | None = None) -> str:
     """What was said at the last of the first so many health checks."""
-    return health_verdict(history.health[:count])
+    return health_verdict(history.health[:count], objective=history.objective)
 
 
 def health_blocks(history: History) -> list[Block]:
@@ -249,7 +249,7 @@ def pictures_of(path: Path) -> tuple[dict[str, list[Block]], list[str]]:
     left_out = []
     masks = path / "masks.png"
     if masks.is_file():
-        caption = "What the encoder sees of the first images, and the blocks whose features are predicted."
+        caption = "What the encoder sees of the first images, and the patches that are predicted."
         alt = "Rows of images: whole, with the hidden patches grey, with the blocks to predict coloured, and both."
         found["masks"]["Context and targets"] = [Frame(path=masks, caption=caption, alt=alt)]
     for picture in sorted((path / "pictures").glob("*.png")):

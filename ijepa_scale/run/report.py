@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from ijepa_scale.config.objective_sections import FIXED_TARGETS
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.checkpoint import Checkpoint
 from ijepa_scale.evals.probes import Features, probe_scores, unfit
@@ -53,7 +54,8 @@ def score(run: Run) -> None:
     if run.ranks.first:
         records = read_records(folder.metrics) if folder.metrics.exists() else []
         if records:
-            draw_loss_curve(folder.path / "loss_curve.png", records)
+            moving = run.config.objective.name not in FIXED_TARGETS
+            draw_loss_curve(folder.path / "loss_curve.png", records, moving=moving)
     of_train, of_test = run.evaluation.train.label_columns(), run.evaluation.test.label_columns()
     labels = {name: (of_train[name].values, of_test[name].values) for name in of_test if name in of_train}
     found, _ = checkpoints.newest_good(folder.checkpoints, run.ranks)

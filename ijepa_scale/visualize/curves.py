@@ -46,12 +46,12 @@ def draw_scores(path: str | Path, scores: Sequence[Score]) -> None:
     save(figure, path)
 
 
-def draw_loss_curve(path: str | Path, records: Sequence[dict[str, Any]]) -> None:
+def draw_loss_curve(path: str | Path, records: Sequence[dict[str, Any]], *, moving: bool = True) -> None:
     """Write a PNG of a run's curves against the step, from the records of metrics.jsonl.
 
     Loss, gradient norm, schedules and EMA momentum from the "step" records, and the parts of the loss, if it has any;
     feature spread and rank, k-NN and drift from the "health" records, if there are any. A null is a gap; a step that
-    was skipped is marked and counted.
+    was skipped is marked and counted. moving: whether the loss's targets are of an encoder that is trained, too.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator
@@ -64,7 +64,7 @@ def draw_loss_curve(path: str | Path, records: Sequence[dict[str, Any]]) -> None
     columns = 2 + with_terms + bool(health)
     figure = Figure(figsize=(4.4 * columns, 6.4), dpi=120, facecolor="white", layout="constrained")
     axes = figure.subplots(2, columns, squeeze=False)
-    _draw_loss(axes[0, 0], steps)
+    _draw_loss(axes[0, 0], steps, moving)
     _draw_gradient_norm(axes[0, 1], steps)
     _draw_pair(axes[1, 0], steps, ("lr", "learning rate", BLUE), ("weight_decay", "weight decay", ORANGE))
     axes[1, 0].set_title("schedules", fontsize=10)
@@ -92,7 +92,7 @@ def draw_loss_curve(path: str | Path, records: Sequence[dict[str, Any]]) -> None
     save(figure, path)
 
 
-def _draw_loss(axis: "Axes", records: Sequence[dict[str, Any]]) -> None:
+def _draw_loss(axis: "Axes", records: Sequence[dict[str, Any]], moving: bool) -> None:
     at, loss = _series(records, "loss")
     skipped = at[~np.isfinite(loss) | _null(records, "grad_norm")]
     label = "each step" if len(at) <= MAX_POINTS else f"mean and range of {len(at) / MAX_POINTS:.0f} records"
@@ -107,7 +107,7 @@ def _draw_loss(axis: "Axes", records: Sequence[dict[str, Any]]) -> None:
         label = f"{len(skipped)} skipped step{'s' if len(skipped) > 1 else ''}"
         shown = skipped[:: math.ceil(len(skipped) / MAX_POINTS)]
         axis.plot(shown, np.full(len(shown), 0.03), "|", color=RED, label=label, transform=axis.get_xaxis_transform())
-    axis.set_title("loss (may rise: its targets move)", fontsize=10)
+    axis.set_title("loss (may rise: its targets move)" if moving else "loss", fontsize=10)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(fontsize=8, frameon=False)
 

@@ -9,6 +9,7 @@ import numpy as np
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.data.sources.folders import printable
 from ijepa_scale.evals.embed import Embeddings, Query
+from ijepa_scale.visualize.curves import save
 from ijepa_scale.visualize.features import unit
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ def draw_neighbours(path: str | Path, rows: Sequence[tuple[np.ndarray, str, Sequ
             short = caption if len(caption) <= 20 else caption[:8] + "..." + caption[-9:]
             axis.set_title(short, fontsize=7, parse_math=False)
         row[0].add_patch(_frame(query))
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def _frame(image: np.ndarray) -> "Rectangle":

@@ -162,8 +162,9 @@ def _draw(axis: "Axes", panel: Panel) -> None:
             axis.plot(*thin(curve.at, moving_average(curve.values, width), POINTS)[:2], **style, linewidth=1.8)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.xaxis.set_major_locator(MaxNLocator(5))
-    axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 150k
+    axis.xaxis.set_major_locator(MaxNLocator(5, integer=panel.along in ("steps", "images")))
+    thousands = EngFormatter(sep="")  # 150k; of an hour's parts it would make 600m
+    axis.xaxis.set_major_formatter(lambda value, at: thousands(value, None) if abs(value) >= 1000 else f"{value:g}")
     axis.yaxis.set_major_locator(MaxNLocator(5))
     axis.ticklabel_format(axis="y", useOffset=False, scilimits=(-3, 5))
     axis.set_xlabel(panel.along)

@@ -62,6 +62,18 @@ def test_a_run_is_watched_by_its_newest_whole_record(training, monkeypatch):
     assert done is True and seen and all(record == {"kind": "step", "step": 6} for record in seen)
 
 
+def test_a_run_that_goes_on_is_not_watched_by_what_an_earlier_process_wrote(training, monkeypatch):
+    training.folder.mkdir()
+    metrics = training.folder / "metrics.jsonl"
+    metrics.write_text('{"kind": "step", "step": 9}\n')  # after its last checkpoint
+    write = (
+        f"import time; time.sleep(1.0); file = open({str(metrics)!r}, 'w')\n"
+        'file.write(\'{"kind": "step", "step": 6}\\n\'); file.flush(); time.sleep(1.0); '
+    )
+    _, seen = run(monkeypatch, training, write + FINISH.format(folder=str(training.folder)))
+    assert seen and all(record["step"] == 6 for record in seen)
+
+
 def test_a_run_that_fails_says_why(training, monkeypatch):
     code = "import sys; print('line'); print('error: no such thing; do this', file=sys.stderr); print('x'); sys.exit(2)"
     with pytest.raises(RunError, match=r"(?s)a-seed3 failed, .*output.log:\nerror: no such thing; do this$"):

@@ -5,7 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from ijepa_scale.compare import results
 from ijepa_scale.compare.curves import Curve
+from ijepa_scale.compare.probing import write_probes
 from ijepa_scale.compare.results import equal_rows, flop_unit, markdown, tables, terminal_table, times_rows
 
 LABELS, PROBES = ["count", "distance"], ["k-NN", "linear"]
@@ -30,6 +32,16 @@ SLOW = curve("slow", "images", [0, 64, 128], [0, 20, 40], [0, 1e13, 2e13], [20.0
 FAST = curve("fast", "images", [0, 64, 128], [0, 10, 20], [0, 2e13, 4e13], [20.0, 22.0, 24.0])
 LONG = curve("fast", "seconds", [0, 128, 256], [0, 20, 40], [0, 4e13, 8e13], [20.0, 23.0, 26.0])
 CURVES = [SLOW, FAST, LONG]
+
+
+def test_a_curve_has_the_probes_that_are_asked_for_of_more(tmp_path, monkeypatch):
+    asked, probed = {"labels": ["count"]}, {2: 30.0, 4: 40.0, 6: 50.0, 8: 60.0}
+    of = {step: {"k-NN count": {"value": value}} for step, value in probed.items()}
+    write_probes(tmp_path / "probes.jsonl", asked, of)
+    one = SimpleNamespace(seed=0, folder=tmp_path, probed=[4, 8], equal="images", recipe=SimpleNamespace(name="a"))
+    monkeypatch.setattr(results, "spent", lambda training: np.zeros((3, 4)))
+    found = results._curve([one], asked, {0: {"k-NN count": {"value": 14.0}}}, ["k-NN"])
+    np.testing.assert_array_equal(found.scores["k-NN"], [[14.0, 40.0, 60.0]])
 
 
 def test_each_row_is_read_where_all_recipes_have_been():

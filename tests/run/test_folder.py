@@ -33,6 +33,22 @@ def test_describe_says_what_ran(tmp_path):
     assert "git_revision" in environment and "command" in environment
 
 
+def test_a_report_of_steps_that_are_trained_anew_is_set_aside(tmp_path):
+    def left(start_step, report='{"step": 300}'):
+        for name, text in (("report.json", report), ("scores.png", "png"), ("masks.png", "png")):
+            (tmp_path / name).write_text(text)
+        RunFolder(tmp_path).set_aside_report(start_step)
+        return sorted(path.name for path in tmp_path.iterdir())
+
+    whole = ["masks.png", "report.json", "scores.png"]
+    assert left(300) == left(310) == whole
+    assert left(100) == left(0) == ["masks.png", "report.json.old"]
+    assert (tmp_path / "report.json.old").read_text() == '{"step": 300}'
+    (tmp_path / "report.json.old").unlink()
+    assert left(300, report="[") == ["masks.png", "report.json.old"]
+    RunFolder(tmp_path).set_aside_report(100)  # there is none
+
+
 def test_bad_images_are_counted_once_and_survive_a_restart():
     bad = BadImages()
     records = bad.add(3, [(7, "g.png", "torn"), (2, "b.png", "empty"), (7, "g.png", "torn")])

@@ -110,6 +110,7 @@ def test_falling_rank_is_called_likely_collapse_and_a_rising_loss_normal():
     assert "loss.variance" not in health_verdict(history)  # which no other objective has
     verdict = health_verdict(history, COLLAPSE_ADVICE)
     assert verdict.startswith("likely collapse: rank is falling") and "loss rising is normal here" in verdict
+    assert "loss rising from 0.1000 to 0.4000" in health_verdict(history, objective="mae")  # whose targets do not move
     assert f"{history[0]['rankme']:.1f} -> {history[-1]['rankme']:.1f}" in verdict
     advised = load_config(Path(__file__).parents[2] / "configs" / "tiny.yaml").loss
     assert f"loss.variance={advised.variance:g} loss.covariance={advised.covariance:g}" in verdict
@@ -124,6 +125,11 @@ def test_features_growing_alike_and_a_falling_knn():
     history[1]["rankme"] = history[0]["rankme"]  # the spread alone
     assert health_verdict(history).startswith("likely collapse: features grow alike")
     history = [health(0, base, knn=30.0), health(1, base, knn=22.9)]
+    assert health_verdict(history).startswith("watch: k-NN is below its first value")
+    for record in history:  # of 128 images 30% has a standard error of 4.05 points
+        record["knn_images"] = 128
+    assert health_verdict(history).startswith("healthy")
+    history[1]["knn"] = 21.8
     assert health_verdict(history).startswith("watch: k-NN is below its first value")
 
 

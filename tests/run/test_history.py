@@ -54,6 +54,13 @@ def test_curves_are_of_the_runs_that_have_them(tmp_path):
     assert runs["rank of the features (RankMe)"] == [1] and "MFU" not in runs
 
 
+def test_a_loss_whose_targets_do_not_move_is_not_said_to_rise(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "config.yaml").write_text("objective: {name: mae}\n")
+    titles = [panel.title for found in panels_of([read_history(run)], "steps").values() for panel in found]
+    assert "loss" in titles and "EMA momentum" not in titles
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

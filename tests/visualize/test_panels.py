@@ -36,6 +36,16 @@ def test_svgs_of_a_page_are_whole_and_share_no_id():
     assert "loss. 0 at 0, 39 at 39 steps; least 0, most 39" in found[0]
 
 
+@pytest.mark.parametrize("along, last", [("steps", 3.0), ("hours in training steps", 2.4), ("images", 150_000.0)])
+def test_no_axis_counts_in_thousandths(along, last):
+    curve = Curve(run=0, at=np.linspace(0, last, 4), values=np.arange(4.0))
+    root = ElementTree.fromstring(panel_svg(panel(curves=[curve], along=along)))
+    ticks = [one.text.strip() for one in root.iter() if one.text]
+    assert not [word for word in ticks if re.fullmatch(r"[\d.]+m", word)]
+    assert {"steps": "3", "images": "120k"}.get(along, "1.8") in ticks
+    assert along != "steps" or "0.5" not in ticks
+
+
 def test_long_curves_are_small():
     assert len(panel_svg(panel(points=100_000, noisy=True))) < 60_000
 
