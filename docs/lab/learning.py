@@ -323,9 +323,10 @@ def plot(out: Path, path: Path) -> None:
         curves: dict[str, list[tuple[int, float]]] = {}
         for row in results(out):
             recipe = row["recipe"]
-            if recipe["name"].startswith("scenes"):
+            if recipe["name"].startswith("scenes") or score not in row:  # whose loss was not finite
                 continue
             kind = "ends on its schedule" if recipe["final_lr"] < recipe["lr"] else "nothing decays"
+            kind = "falls at the end" if recipe.get("cooldown") else kind
             kind += {3: " (w x3)", 10: " (w x10)"}.get(round(recipe["variance"] / 0.003), "")
             kind = kind if recipe["muon_lr"] else "AdamW"
             curves.setdefault(recipe["name"] if recipe["curve"] else kind, []).append((row["images"], row[score]))
