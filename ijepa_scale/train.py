@@ -112,7 +112,15 @@ def run_on(
             print(without_secrets("\n".join(run.notes)))
             print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
         del run.engine, run.ema  # their memory is free for the probes
-        report(run)
+        try:
+            report(run)
+        except BadImageError:  # told below
+            raise
+        except (ValueError, OSError) as error:
+            raise RunError(
+                f"the report could not be made: {error}; training has ended well, and the same command makes it",
+                local=isinstance(error, OSError),
+            ) from error
     except BadImageError as error:  # of the health check or the report, on all ranks
         raise RunError(str(error)) from error
     return 0

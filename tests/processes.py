@@ -144,7 +144,7 @@ def undrawn(target: Callable[..., Any], *arguments: str) -> None:
 
     with contextlib.ExitStack() as stack:
         for owner, name in ((train, "preview_masks"), (report, "draw_loss_curve"), (report, "write_page_or_say")):
-            stack.enter_context(mock.patch.object(owner, name, lambda *given: None))
+            stack.enter_context(mock.patch.object(owner, name, lambda *given, **options: None))
         target(*arguments)
 
 

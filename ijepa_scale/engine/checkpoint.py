@@ -212,20 +212,24 @@ def publish(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     sync(folder)
 
 
-def prune(folder: Path, ranks: Ranks, *, keep_last: int, keep_every: int, newest: int) -> None:
+def prune(folder: Path, ranks: Ranks, *, keep_last: int, keep_every: int, newest: int) -> str:
     """Delete all but the newest keep_last checkpoints and those at multiples of keep_every (0: none of these).
 
     newest: the step just saved. Later ones, which a resume left behind as damaged, are not counted and stay.
+    Returns, on the first rank, why one could not be deleted, or "": what stays is tried again at the next save.
     """
-    if ranks.first:
-        steps = {path: int(path.name.removeprefix("step-")) for path in candidates(folder)}
-        reached = [path for path, step in steps.items() if step <= newest]
-        for path in reached[keep_last:]:
-            if not keep_every or steps[path] % keep_every:
-                doomed = path.with_name(f".partial-{path.name}")  # so that a kill half-way leaves no broken candidate
-                os.rename(path, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)  # what stays is tried again at the next save
+    failed = ""
+    steps = [int(path.name.removeprefix("step-")) for path in candidates(folder)] if ranks.first else []
+    for step in [step for step in steps if step <= newest][keep_last:]:
+        if not keep_every or step % keep_every:
+            doomed = folder / f".partial-{folder_name(step)}"  # so that a kill half-way leaves no broken candidate
+            try:
+                os.rename(folder / folder_name(step), doomed)
+            except OSError as error:
+                failed = str(error)
+            shutil.rmtree(doomed, ignore_errors=True)
     ranks.barrier()
+    return failed
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -305,15 +309,6 @@ def _undo_half_replacement(folder: Path) -> None:
         final = folder / replaced.name.removeprefix(REPLACED)
         if not final.exists():
             os.rename(replaced, final)
-
-
-def set_aside(paths: list[Path]) -> None:
-    """Rename checkpoints that a resume from an older one leaves behind, so that they are not resumed."""
-    for path in paths:
-        aside = path.with_name(f"abandoned-{path.name}")
-        if aside.exists():
-            shutil.rmtree(aside)
-        os.rename(path, aside)
 
 
 def file_index(checkpoint: Checkpoint, files: contextlib.ExitStack) -> dict[tuple[str, str], list]:

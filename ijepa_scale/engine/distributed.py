@@ -6,7 +6,6 @@ import importlib
 import io
 import logging
 import os
-import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -205,9 +204,11 @@ def start(alike: Mapping[str, str] | None = None) -> Ranks:
     _quiet_warnings(rank)
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
-        raise ValueError(
-            f"more processes than GPUs: this is process {local_rank + 1} of its machine, which has "
-            f"{torch.cuda.device_count()}; start as many as there are GPUs"
+        raise roll_call.StartError(
+            f"more processes than GPUs: this is process {local_rank + 1} of its machine, and it sees "
+            f"{torch.cuda.device_count()}; start as many as there are GPUs, and show each process all of its machine's "
+            "(srun --gpus-per-node, not --gpus-per-task)",
+            local=local_rank == torch.cuda.device_count(),  # one of the machine's
         )
     if cuda:
         torch.cuda.set_device(local_rank)
@@ -216,7 +217,7 @@ def start(alike: Mapping[str, str] | None = None) -> Ranks:
         # the target encoder gains by it is not measured (docs/lab/speed.md). For the process: it has no other scope.
         torch.backends.cuda.enable_cudnn_sdp(False)
     else:
-        _prepare_cpu()
+        _keep_memory()
     with quiet():
         import deepspeed
 
@@ -229,7 +230,13 @@ def start(alike: Mapping[str, str] | None = None) -> Ranks:
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     ranks = Ranks(rank, world_size, local_rank, device, control)
-    return replace(ranks, hosts=tuple(ranks.gather(socket.gethostname())))
+    own = (roll_call.machine(), _cores())
+    said = ranks.gather(own)
+    machines = [machine for machine, _ in said]
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(machines.count(own[0])))  # for ranks_here(); srun does not say it
+    if not cuda and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(own[1]) // said.count(own)))  # each may have been given cores of its own
+    return replace(ranks, hosts=tuple(machine.partition(" ")[0] for machine in machines))
 
 
 def keep_nothing_large(ranks: Ranks) -> None:
@@ -243,12 +250,15 @@ def keep_nothing_large(ranks: Ranks) -> None:
         mallopt(M_MMAP_THRESHOLD, LARGE)
 
 
-def _prepare_cpu() -> None:
-    """Share the cores among the ranks of this machine, and keep the memory that steps use."""
+def _cores() -> list[int]:
+    """Those that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+
+
+def _keep_memory() -> None:
+    """On a CPU, keep the memory that steps use."""
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         # What a step frees the next one needs: given back to the system it is mapped and zeroed anew, page by page.
         # Ranks.release_memory() gives back what is left over, now and then.
         mallopt(M_TRIM_THRESHOLD, -1)
         mallopt(M_MMAP_MAX, 0)
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launchers.ranks_here()))

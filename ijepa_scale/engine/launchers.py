@@ -94,6 +94,6 @@ def speaks() -> bool:
 
 
 def ranks_here() -> int:
-    """Processes of this job on this machine, as far as the launcher says; else 1."""
+    """Processes of this job on this machine: as far as the launcher says, else 1, until start() has counted them."""
     values = {key: value.strip() for key, value in os.environ.items() if value.strip()}
     return _number(values, "LOCAL_WORLD_SIZE", 0) or _number(values, "LOCAL_SIZE", 1)

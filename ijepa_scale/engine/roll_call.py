@@ -93,7 +93,7 @@ def roll_call(
     patience.until(lambda: "" if _reachable(here.address, here.port) else "rank 0", "nothing answers there yet")
     book = _book(here, store, wait)
     try:
-        _write(book, str(here.rank), Card(who(here.rank), _machine(), dict(alike or {})))
+        _write(book, str(here.rank), Card(who(here.rank), machine(), dict(alike or {})))
         if here.rank == 0:
             verdict = _decide(here, book, patience)
             book.set("all", verdict)
@@ -109,7 +109,7 @@ def roll_call(
             raise StartError(verdict, local=here.local_rank <= 0)
         if here.local_rank >= 0:
             return here.local_rank
-        return sum(_read(book, str(rank)).machine == _machine() for rank in range(here.rank))
+        return sum(_read(book, str(rank)).machine == machine() for rank in range(here.rank))
     except dist.DistNetworkError as error:
         raise StartError(f"rank 0 at {patience.where} ended before all processes had started") from error
 
@@ -130,7 +130,7 @@ def call_off(error: str, *, seconds: float = TELL_SECONDS) -> None:
                 return
             time.sleep(0.1)
         book = _book(here, store, timedelta(seconds=seconds))
-        card = Card(who(here.rank), _machine(), error=error)
+        card = Card(who(here.rank), machine(), error=error)
         _write(book, str(here.rank), card)
         if here.rank == 0:
             book.set("all", _called_off(card))
@@ -206,7 +206,9 @@ def _book(here: Place, store: Any, wait: timedelta) -> Any:
 
     if store is None:
         store = dist.TCPStore(here.address, here.port, is_master=False, wait_for_workers=False, timeout=wait)
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # Each agent counts its own restarts: not all have the same, where machines come and go. A store of rank 0's ends
+    # with its process, so that each attempt has a new one.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if _agent_has_store() else "0"
     return dist.PrefixStore(f"ijepa/{attempt}/{here.world_size}", store)
 
 
@@ -253,7 +255,7 @@ def _reachable(address: str, port: int) -> bool:
     return True
 
 
-def _machine() -> str:
+def machine() -> str:
     """A name that processes have in common where they share GPUs."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()} {boot.read_text().strip() if boot.exists() else ''}"

@@ -151,6 +151,8 @@ def run_process(main: Callable[[StopRequest], int]) -> NoReturn:
 
     After an error nothing is waited for that may never come: no child, no thread, no peer in a collective.
     """
+    if sys.stderr is None:  # closed (2>&-): faulthandler needs one, and a file of the run would get its number
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the process's life
     stop = StopRequest()
     stop.watch()
     try:
@@ -165,8 +167,7 @@ def run_process(main: Callable[[StopRequest], int]) -> NoReturn:
         _exit(stop.words(), STOP_EXIT_CODE)
     if code == 1:
         _exit("", code)
-    if sys.stderr:
-        faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
+    faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
     sys.exit(code)
 
 

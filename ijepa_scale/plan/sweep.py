@@ -72,18 +72,21 @@ def sweep(
 def points_of(
     config: PretrainConfig, kind: str, clusters: Sequence[Cluster], assumed: Assumed, usable: float
 ) -> list[Point]:
-    """Strong scaling ends where the batch cannot be cut any further, which is said."""
+    """Strong scaling ends where the batch cannot be cut any further, weak where it takes all images; which is said."""
     first, whole = clusters[0].gpus, config.optimization.global_batch_size
     objective = build.build_objective(config)
     least = fixed_micro_batch(config, objective) or 1
     sampled = None if is_fixed(objective) else sample(objective, 1)
     found = []
     for cluster in clusters:
-        if kind == STRONG and cluster.gpus != first and whole % (cluster.gpus * least):
-            why = f"a global batch of {whole} cannot be cut evenly among them" + f", by {least}" * (least > 1)
+        batch, why = whole if kind == STRONG else whole // first * cluster.gpus, ""
+        if batch % (cluster.gpus * least):
+            why = f"a global batch of {batch} cannot be cut evenly among them" + f", by {least}" * (least > 1)
+        elif 0 < config.data.num_images < batch:
+            why = f"a global batch of {batch} is more than data.num_images={config.data.num_images}"
+        if why and cluster.gpus != first:  # of the recipe itself plan() says what to do
             found.append(Point(kind=kind, cluster=cluster, planned=None, fastest=None, why=why))
             continue
-        batch = whole if kind == STRONG else whole // first * cluster.gpus
         scaled = replace(config, optimization=replace(config.optimization, global_batch_size=batch))
         planned = plan(scaled, cluster, assumed, usable=usable, sampled=sampled)
         why = "" if planned.fastest else "nothing fits"

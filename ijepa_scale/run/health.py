@@ -61,8 +61,9 @@ MEASURED = ("target", "context")  # the encoder whose features count: the first 
 
 
 def eval_indices(run: Run, images: ImageSet, count: int, *, skip: int = 0) -> list[int]:
-    """A fixed random choice of images, as many as every rank can take an equal share of."""
-    count = min(count, len(images) - skip) // run.ranks.world_size * run.ranks.world_size
+    """A fixed random choice of images, as many as every rank can take an equal share of; all, if fewer than ranks."""
+    count = min(count, len(images) - skip)
+    count = count // run.ranks.world_size * run.ranks.world_size or count
     return [permuted_index(0, EVAL_STREAM, len(images), skip + i) for i in range(count)]
 
 

@@ -89,7 +89,8 @@ def _plain(value: Any) -> Any:
 class WandbWriter:
     """The same records in Weights & Biases. "offline" writes to run_dir/wandb, for `wandb sync`; "disabled" is silent.
 
-    Keep run_id with the checkpoint and give it back on resume: the run then goes on under the same id.
+    Keep run_id with the checkpoint and give it back on resume: the run then goes on under the same id. Raises
+    ValueError where wandb lets nobody in.
     """
 
     def __init__(
@@ -122,15 +123,20 @@ class WandbWriter:
         )
         # For the process as well as the run: else wandb 0.31 looks its server up for its own statistics, even offline.
         wandb.setup(settings=settings)
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            dir=str(run_dir),
-            config=config,
-            id=run_id,
-            resume="allow",
-            settings=settings,
-        )
+        try:
+            self._run = wandb.init(
+                project=project,
+                name=name,
+                dir=str(run_dir),
+                config=config,
+                id=run_id,
+                resume="allow",
+                settings=settings,
+            )
+        except wandb.Error as error:  # without a key, or where the server cannot be reached
+            raise ValueError(
+                f"logging.wandb={mode}: {error}; run `wandb login`, or set logging.wandb=offline"
+            ) from error
         self.run_id = self._run.id
         # wandb's own step can only grow: a run resumed at an older step would lose what it logs. Ours may go back.
         self._run.define_metric("*", step_metric="step")

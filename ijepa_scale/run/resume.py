@@ -1,6 +1,7 @@
 """Which checkpoint a run goes on from, whether it fits, and where its streams stood."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,19 @@ def find_checkpoint(
     refuse_misfit(objective, found, facts, allow=allow)
     later = [other for other in own if other.name > found.path.name] if inside and resume != "auto" else []
     if later:
-        ranks.together(lambda: checkpoints.set_aside(later) if ranks.first else None)
+        ranks.together(lambda: set_aside(later) if ranks.first else None)
         notes.append(f"set aside as abandoned-step-...: {', '.join(other.name for other in reversed(later))}")
     notes.append(f"resumed from {found.path}, step {found.step}")
     return found, notes
+
+
+def set_aside(paths: list[Path]) -> None:
+    """Rename checkpoints that a resume from an older one leaves behind, so that they are not resumed."""
+    for path in paths:
+        aside = path.with_name(f"abandoned-{path.name}")
+        if aside.exists():
+            shutil.rmtree(aside)
+        os.rename(path, aside)
 
 
 def given_checkpoint(path: Path, ranks: Ranks, notes: list[str]) -> tuple[Checkpoint | None, str]:

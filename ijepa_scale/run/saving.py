@@ -64,9 +64,11 @@ class Saver:
             self._failed(begun.step, error, last=last)
             return
         keep = run.config.checkpoint
-        prune(
+        failed = prune(
             run.folder.checkpoints, run.ranks, keep_last=keep.keep_last, keep_every=keep.keep_every, newest=begun.step
         )
+        if failed:
+            self._say(f"warning: an old checkpoint could not be deleted, which the next save tries again: {failed}")
         self._failed_in_a_row = 0
         if run.ranks.first:
             size = sum(file.stat().st_size for file in path.iterdir()) / 1e6

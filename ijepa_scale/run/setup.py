@@ -106,7 +106,9 @@ def set_up(
         config, objective, ranks=ranks.world_size, device=ranks.device
     )
     zero.check_settings(settings, config.engine.deepspeed)
-    state_bytes = checks.check_memory(config, objective, settings, ranks=ranks.world_size, device=ranks.device)
+    state_bytes = ranks.together(
+        lambda: checks.check_memory(config, objective, settings, ranks=ranks.world_size, device=ranks.device)
+    )
     attention = choose_attention(config, ranks, objective)
     ranks.together(lambda: folder.lock() if ranks.first else None)
     check_folder(folder, ranks)

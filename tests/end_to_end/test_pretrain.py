@@ -11,14 +11,17 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from ijepa_scale import train
 from ijepa_scale.build import build_ijepa
 from ijepa_scale.config import load_config
+from ijepa_scale.engine.distributed import alone
 from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.train import RunError, explained_memory_errors
 from tests.end_to_end import worker_faults
@@ -291,6 +294,23 @@ def test_out_of_memory_names_the_micro_batch():
             raise error
     with pytest.raises(RuntimeError, match="another"), explained_memory_errors(run):
         raise RuntimeError("another error passes as it is")
+
+
+@pytest.mark.parametrize(
+    "error, local",
+    [(OSError(28, "No space left on device", "report.json"), True), (ValueError("none can be used"), False)],
+)
+def test_a_report_that_cannot_be_made_says_how_it_comes_about(monkeypatch, tmp_path, error, local):
+    finished = SimpleNamespace(
+        start_step=4, horizon=SimpleNamespace(stop=4), notes=[], folder=SimpleNamespace(path=tmp_path), engine=0, ema=0
+    )
+    monkeypatch.setattr(train, "set_up", lambda *given, **options: finished)
+    monkeypatch.setattr(train, "report", mock.Mock(side_effect=error))
+    with pytest.raises(
+        RunError, match=r"report could not be made: .*(space|used).* the same command makes it"
+    ) as caught:
+        train.run_on(alone(), None, None, None, resume="auto", allow_changes=False)
+    assert caught.value.local == local  # a disk's error is one rank's
 
 
 def run_code(code):

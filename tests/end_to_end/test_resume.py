@@ -4,12 +4,14 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ijepa_scale.engine import checkpoint
 from ijepa_scale.pictures.subject import open_checkpoint, open_images_of
+from ijepa_scale.run import saving
 from ijepa_scale.run.folder import RunFolder
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.step_pictures import SHOWN
@@ -24,6 +26,8 @@ from tests.end_to_end.runs import (
     steps_of,
     wait_for_step,
 )
+from tests.engine import standin
+from tests.engine.standin import ALONE
 
 STEPS = 12
 STOP = 6  # between two checkpoints of every 4 steps, and before an epoch's end
@@ -295,6 +299,21 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(runs, whole_runs, tmp_pa
     runs(tmp_path / "run", target=worker_faults.full_disk_at, before=("1,2",))
     assert checkpoints_of(tmp_path / "run") == [12]
     assert_same_run(tmp_path / "run", whole_runs(1), STEPS)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_warned_of(tmp_path, monkeypatch):
+    path = standin.save(tmp_path, 2)
+    monkeypatch.setattr(saving, "prune", lambda *given, **options: "[Errno 13] Permission denied: 'step-00000001'")
+    keep = SimpleNamespace(keep_last=1, keep_every=0)
+    run = SimpleNamespace(
+        ranks=ALONE, folder=SimpleNamespace(checkpoints=tmp_path), config=SimpleNamespace(checkpoint=keep)
+    )
+    said = []
+    saver = saving.Saver(run, said.append)
+    saver._begun = SimpleNamespace(step=2, finish=lambda: path)
+    saver.finish()
+    assert said[0].startswith("warning: an old checkpoint could not be deleted") and "[Errno 13]" in said[0]
+    assert said[1].startswith(f"checkpoint {path} (")
 
 
 def test_checkpoints_that_are_written_beside_training_are_those_of_a_run_that_waits(runs, whole_runs, tmp_path):

@@ -315,6 +315,25 @@ def test_damaged_checkpoints_ahead_do_not_cost_what_is_saved_behind_them(tmp_pat
     assert_loads(checkpoint.newest_good(tmp_path, ALONE)[0], 20)
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_costs_no_run(tmp_path, monkeypatch):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    rename, keep = os.rename, {"keep_last": 1, "keep_every": 0, "newest": 3}
+    stuck = tmp_path / "step-00000001"
+
+    def failing(path, other):
+        if path == stuck:
+            raise PermissionError(13, "Permission denied", str(path))
+        rename(path, other)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", failing)
+        assert f"Permission denied: '{stuck}'" in checkpoint.prune(tmp_path, ALONE, **keep)
+    assert [path.name for path in checkpoint.candidates(tmp_path)] == ["step-00000003", stuck.name]
+    assert_loads(checkpoint.verify(stuck, ALONE)[0], 1)
+    assert checkpoint.prune(tmp_path, ALONE, **keep) == "" and not stuck.exists()
+
+
 def test_the_manifest_holds_what_it_was_given(tmp_path):
     path = save(tmp_path, 4, config={"seed": 1}, architecture={"width": 32})
     manifest = checkpoint.read_manifest(path)

@@ -3,12 +3,15 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from ijepa_scale.engine import distributed
+from ijepa_scale.engine import distributed, launchers
+from ijepa_scale.train import InputError
+from ijepa_scale.verbs import fail
 from tests.processes import ENVIRONMENT, ROOT, assert_all, run_ranks
 
 SCRIPT = """
@@ -150,3 +153,41 @@ def test_rows_of_all_ranks_in_their_order_however_many_each_has(tmp_path):
 def test_one_rank_has_all_rows():
     rows = torch.arange(6.0).reshape(2, 3)
     assert distributed.alone().gather_rows(rows) is rows
+
+
+def share_a_machine(cores: list[set[int]], threads: int) -> None:
+    """As mpirun starts processes, which it may bind to some of the cores."""
+    rank = os.environ.pop("RANK")
+    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS"):
+        del os.environ[name]
+    os.environ |= {"PMI_RANK": rank, "PMI_SIZE": os.environ.pop("WORLD_SIZE")}
+    os.sched_getaffinity = lambda pid: cores[int(rank)]  # type: ignore[assignment]
+    ranks = distributed.start()
+    assert launchers.ranks_here() == 2 and ranks.local_rank == int(rank)
+    assert torch.get_num_threads() == threads
+    ranks.close()
+
+
+@pytest.mark.parametrize("cores, threads", [([{0, 1, 2, 3}] * 2, 2), ([{0, 1, 2}, {3, 4, 5}], 3)])
+def test_ranks_count_those_of_their_machine_where_the_launcher_does_not_say(tmp_path, cores, threads):
+    assert_all(run_ranks(share_a_machine, 2, tmp_path, cores, threads))
+
+
+@pytest.mark.parametrize("local_rank, heard", [(2, True), (3, False)])
+def test_one_of_the_processes_without_a_gpu_says_so(monkeypatch, capsys, local_rank, heard):
+    """Of four on a machine with two GPUs; the first one, which speaks for its machine, has one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(distributed.roll_call, "host_store", lambda here: None)
+    monkeypatch.setattr(distributed.roll_call, "roll_call", lambda here, store, alike: here.local_rank)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    place = {"RANK": local_rank, "WORLD_SIZE": 4, "LOCAL_RANK": local_rank, "MASTER_ADDR": "here", "MASTER_PORT": 29500}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(
+        ValueError, match=r"this is process [34] of its machine, and it sees 2; .* not --gpus-per-task"
+    ) as caught:
+        distributed.start()
+    error = InputError(str(caught.value))
+    error.__cause__ = caught.value  # as pretrain() raises it
+    assert fail(error, 2) == 2 and ("more processes than GPUs" in capsys.readouterr().err) == heard

@@ -8,9 +8,10 @@ from datetime import timedelta
 
 import pytest
 
+from ijepa_scale.engine import distributed
 from ijepa_scale.engine.launchers import Place
-from ijepa_scale.engine.roll_call import StartError, call_off, host_store, roll_call
-from tests.processes import free_port
+from ijepa_scale.engine.roll_call import AGENT_STORE, StartError, call_off, host_store, roll_call
+from tests.processes import assert_all, free_port, run_ranks
 
 
 def test_processes_without_local_ranks_meet_and_number_themselves():
@@ -107,3 +108,13 @@ def test_nobody_is_waited_for_who_does_not_come(monkeypatch):
     since = time.monotonic()
     call_off("no", seconds=0.5)
     assert time.monotonic() - since < 5
+
+
+def come_back() -> None:
+    """One machine's torchrun has restarted its process once, that of the other has just been started."""
+    os.environ.update({AGENT_STORE: "False", "TORCHELASTIC_RESTART_COUNT": str(1 - int(os.environ["RANK"]))})
+    distributed.start().close()
+
+
+def test_a_machine_that_comes_back_finds_the_others(tmp_path):
+    assert_all(run_ranks(come_back, 2, tmp_path, timeout=60))

@@ -248,3 +248,11 @@ def test_a_stop_that_a_library_swallowed_is_raised_before_training():
         assert not stop.training
     finally:
         stop.close()
+
+
+def test_a_process_without_standard_error_works_as_any_other(tmp_path):
+    """What engine/watchdog.py asks of it at each step needs a file; what a library writes must not go to a run's."""
+    (tmp_path / "rank.py").write_text(RANK)
+    work = "import faulthandler; faulthandler.dump_traceback_later(9, exit=True); os.write(2, b'x')"
+    ended = subprocess.run(["sh", "-c", 'exec "$@" 2>&-', "", sys.executable, tmp_path / "rank.py", work])
+    assert ended.returncode == 0

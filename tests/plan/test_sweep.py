@@ -44,3 +44,15 @@ def test_what_cannot_be_swept_is_refused(tmp_path):
         sweep(config, clusters, Assumed(), usable=0.0, path="scaling.pdf", name="vitb16")
     with pytest.raises(ValueError, match="on 8 GPUs nothing fits"):
         sweep(config, clusters, Assumed(), usable=1e7, path=str(tmp_path / "scaling.png"), name="vitb16")
+
+
+def test_weak_scaling_ends_where_its_batch_takes_all_images(tmp_path):
+    config = load_config(ROOT / "configs/vitb16.yaml", [*SMALL, "data.num_images=100"])
+    clusters = [cluster_of("a100-80g", gpus, node=8, network="ethernet-10") for gpus in (8, 16, 32)]
+    weak = points_of(config, WEAK, clusters, Assumed(), 0.0)
+    assert [one.planned.images if one.planned else 0 for one in weak] == [32, 64, 0]
+    text = sweep(config, clusters, Assumed(), usable=0.0, path=str(tmp_path / "scaling.png"), name="vitb16")
+    assert "weak, 32 GPUs: a global batch of 128 is more than data.num_images=100\n" in text
+    few = load_config(ROOT / "configs/vitb16.yaml", [*SMALL, "data.num_images=31"])  # for the recipe itself
+    with pytest.raises(ValueError, match=r"31 images, fewer than optimization\.global_batch_size 32"):
+        points_of(few, STRONG, clusters, Assumed(), 0.0)

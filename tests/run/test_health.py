@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from ijepa_scale.config import load_config
 from ijepa_scale.objectives.ijepa import COLLAPSE_ADVICE
-from ijepa_scale.run.health import drift, feature_std, rankme
+from ijepa_scale.run.health import drift, eval_indices, feature_std, rankme
 from ijepa_scale.run.records import JsonlWriter, read_records
 from ijepa_scale.run.verdict import health_verdict
 
@@ -159,3 +160,11 @@ def test_verdicts_on_short_and_broken_histories(tmp_path):
     assert health_verdict(read[:2]).startswith("collapsed: features are not finite")
     assert health_verdict(read).startswith("healthy")
     assert health_verdict([first, health(1, random_features(256, 32), knn=None, loss=None)]).startswith("healthy")
+
+
+@pytest.mark.parametrize(
+    "images, count, ranks, chosen", [(5000, 512, 8, 512), (5000, 512, 384, 384), (5000, 512, 1024, 512), (3, 512, 4, 3)]
+)
+def test_there_is_something_to_measure_on_however_many_ranks(images, count, ranks, chosen):
+    run = SimpleNamespace(ranks=SimpleNamespace(world_size=ranks))
+    assert len(set(eval_indices(run, range(images), count))) == chosen

@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -160,6 +161,17 @@ def test_wandb_disabled_is_silent_and_is_never_imported(tmp_path, monkeypatch):
     assert writer.run_id == "kept" and not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="disabled, offline or online, got 'on'"):
         WandbWriter("on", project="p", name=None, run_dir=tmp_path, config={}, run_id=None)
+
+
+@pytest.mark.parametrize(
+    "said", ["No API key configured. Use `wandb login` to log in.", "Run initialization has timed out"]
+)
+def test_what_keeps_wandb_from_starting_is_one_line_with_what_to_do(tmp_path, monkeypatch, said):
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(wandb, "setup", lambda settings: None)
+    monkeypatch.setattr(wandb, "init", mock.Mock(side_effect=wandb.errors.UsageError(said)))
+    with pytest.raises(ValueError, match=r"logging.wandb=online: .*; run `wandb login`, or set logging.wandb=offline"):
+        WandbWriter("online", project="p", name=None, run_dir=tmp_path, config={}, run_id=None)
 
 
 # memory

@@ -66,7 +66,7 @@ def run(small_config, tmp_path, monkeypatch):
     monkeypatch.setattr(assess.checkpoints, "newest_good", lambda folder, ranks: (checkpoint, []))
     monkeypatch.setattr(assess, "read_weights", lambda found, encoder, objective, network: None)
     for drawing in ("draw_loss_curve", "draw_scores"):  # tested elsewhere, and most of the time that all of this takes
-        monkeypatch.setattr(assess, drawing, lambda path, of: path.write_text(str(len(of))))
+        monkeypatch.setattr(assess, drawing, lambda path, of, **options: path.write_text(str(len(of))))
     monkeypatch.setattr(assess, "write_page", lambda path: path / "report.html")
     monkeypatch.setitem(fit_logistic.__kwdefaults__, "max_iterations", 3)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 0, "loss": 0.5}) + "\n")

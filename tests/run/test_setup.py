@@ -10,7 +10,7 @@ from ijepa_scale.config import DataConfig, ModelConfig, OptimizationConfig, Pret
 from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.models.attention_backends import Choice, Choices
 from ijepa_scale.run import setup as run
-from ijepa_scale.run.setup import check_shared_memory, choose_attention, slow_precision
+from ijepa_scale.run.setup import check_shared_memory, choose_attention, set_up, slow_precision
 
 
 class TwoRanks(Ranks):
@@ -75,3 +75,15 @@ def test_ranks_that_share_memory_share_its_space(monkeypatch, theirs, fits):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # of torchrun: both are on this machine
     with pytest.raises(ValueError, match="x 2 ranks"):
         check_shared_memory(config)
+
+
+def test_a_card_too_small_for_the_state_is_told_to_all(monkeypatch):
+    """Ranks may have other cards, of which one alone is too small."""
+    monkeypatch.setattr(run.checks.os, "sysconf", lambda name: 1)
+    told = []
+    config = PretrainConfig(
+        data=DataConfig(source="scenes"), model=ModelConfig(name="vit_tiny"), optimization=OptimizationConfig()
+    )
+    with pytest.raises(ValueError, match="optimizer's state take"):
+        set_up(config, build.build_objective(config), two_ranks(told.append), resume="auto", allow_changes=False)
+    assert "optimizer's state take" in str(told[0][1])
