@@ -23,6 +23,7 @@ from ijepa_scale.data.images import ImageSet, check_images, open_file, open_imag
 from ijepa_scale.data.mixture import Mixture
 from ijepa_scale.data.order import whole_weights
 from ijepa_scale.data.scenes.prepare import prepare_scenes
+from ijepa_scale.data.sources.folders import judging_split
 from ijepa_scale.data.sources.inspection import is_mapped
 from ijepa_scale.data.sources.remote import Patience
 from ijepa_scale.data.streams.dealing import Streams
@@ -229,18 +230,18 @@ def _eval_images(config: PretrainConfig, source: str, open_images: Opener) -> Ev
     data = config.data
     sampled = data.streaming and not is_mapped(source, column=data.column)
     splits = list((shard_locations if sampled else splits_of)(source, **reading(config)))
-    named = [data.eval_split] if data.eval_split else [s for s in ("validation", "val", "valid", "test") if s in splits]
+    named = data.eval_split or judging_split(splits)
     if sampled:
         report, logging = config.report, config.logging
         fit = max(1, report.train_images, logging.health_images if logging.health_every_steps else 0)
         score = report.test_images if report.train_images else 0
         shown = PICTURED if logging.pictures_every_steps else 1
         train = _sampled_images(config, source, data.split, fit if named else max(fit + score, shown))
-        test = _sampled_images(config, source, named[0], max(shown, score)) if named else train
+        test = _sampled_images(config, source, named, max(shown, score)) if named else train
     else:
         opened = functools.partial(open_images, source, max_pixels=data.max_pixels, **reading(config))
         train = opened(split=data.split)
-        test = opened(split=named[0]) if named else train
+        test = opened(split=named) if named else train
         if data.streaming:
             check_images(train, min_side=config.model.patch_size)
         if config.report.train_images and test is not train:

@@ -8,7 +8,7 @@ SECRET_KEY = re.compile(
     r"(?<!mask_)(?<!cls_)token(?!s)|secret|passw|credential|(?:api|access|wandb)\w*key|authorization", re.IGNORECASE
 )
 URLS = (  # what is kept, what is hidden
-    (re.compile(r"(://)[^/\s@]+@"), r"\1" + HIDDEN + "@"),  # a user and password
+    (re.compile(r"(://)[^/\s]+@"), r"\1" + HIDDEN + "@"),  # a user and password, which may hold an @
     (re.compile(r"(://[^\s?#\"']*\?)[^\s#\"']+"), r"\1" + HIDDEN),  # a query, as a signed URL has
     (re.compile(r"()\b(?:hf_\w{16,}|gh[a-z]_\w{16,}|wandb_v\d_\w+|AKIA\w{12,})"), r"\1" + HIDDEN),
 )

@@ -163,6 +163,7 @@ class ImageSet:
         """Any column of classes, whole numbers or words as classes of their own. ValueError for one of another type."""
         import datasets
         import pyarrow as pa
+        import pyarrow.compute as pc
 
         if name in (known := self.label_columns()) and isinstance(self._dataset.features[name], datasets.ClassLabel):
             return known[name]
@@ -173,6 +174,8 @@ class ImageSet:
             for fits in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_string, pa.types.is_large_string)
         ):
             raise ValueError(f"the column {name!r} of {self.name} is of {kind}; classes are whole numbers or words")
+        if is_label(name, self._dataset.features[name]):
+            values = pc.if_else(pc.less(values, 0), None, values)  # -1: no label
         encoded = values.dictionary_encode().combine_chunks()
         found = encoded.dictionary.to_pylist()
         order = sorted(range(len(found)), key=found.__getitem__)
@@ -189,6 +192,22 @@ class ImageSet:
         if not (pa.types.is_floating(values.type) or pa.types.is_integer(values.type)):
             raise ValueError(f"the column {name!r} of {self.name} is of {values.type} and holds no numbers")
         return values.cast("float64").fill_null(np.nan).to_numpy()
+
+    def scalar_features(self) -> dict[str, Any]:
+        """The columns of single numbers, words and classes beside the images, as `datasets` describes them."""
+        import datasets
+        import pyarrow as pa
+
+        def scalar(kind: Any) -> bool:
+            binary = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+            return isinstance(kind, datasets.ClassLabel | datasets.Value) and not any(of(kind.pa_type) for of in binary)
+
+        features = self._dataset.features
+        return {name: features[name] for name in self.column_types() if scalar(features[name])}
+
+    def rows(self, indices: list[int], columns: list[str]) -> Any:
+        """A table of these columns of some images. It decodes nothing."""
+        return self._dataset.select_columns(columns).with_format("arrow")[indices]
 
     def _column(self, name: str) -> Any:
         if name not in (types := self.column_types()):

@@ -20,10 +20,11 @@ from PIL import Image
 
 from ijepa_scale.data.decoding import decode, reason_of
 from ijepa_scale.data.files import remove_leftovers, write_whole, written_whole
-from ijepa_scale.data.images import ImageSet, LabelColumn, open_images, splits_of
+from ijepa_scale.data.images import ImageSet, open_images, splits_of
 from ijepa_scale.data.sources.inspection import inspect_source
 
 FACTS = "prepared.json"
+VERSION = 2  # of what is written for a source: 1 kept numbered labels alone, and had its last shard shorter
 FORMATS = {"jpeg": 65500, "webp": 16383}  # -> the longest side that can be written, in pixels
 SHARD_IMAGES = 2048  # about 60 MB of 256-pixel JPEG
 TASK_IMAGES = 16  # that a process resizes at once
@@ -92,9 +93,10 @@ def prepare(
 ) -> Notes:
     """Write every split of a source to OUT/data/SPLIT-00000-of-00007.parquet, for data.source=OUT.
 
-    Images keep their order, labels and names; those whose shorter side is at most options.shorter_side keep their
-    bytes. Unreadable ones are left out: ValueError once they are more than max_bad_fraction of the source, or where OUT
-    holds anything but an unfinished run with the same source and options. column, config: as of `open_images`.
+    Images keep their order, names, labels and other single values (_features). Those whose shorter side is at most
+    options.shorter_side keep their bytes. Unreadable ones are left out: ValueError once they are more than
+    max_bad_fraction of the source, or where OUT holds anything but an unfinished run with the same source and options.
+    column, config: as of `open_images`.
     """
     if workers < 1:
         raise ValueError(f"--workers must be 1 or more, got {workers}")
@@ -111,9 +113,10 @@ def prepare(
         "config": config,
         **options.__dict__,
         "shard_images": shard_images,
+        "version": VERSION,
     }
-    _claim(folder, facts)
     shards = [shard for split, part in images.items() for shard in _shards(folder, split, len(part), shard_images)]
+    _claim(folder, facts, finished=all(shard.path.exists() for shard in shards))
     return _write_missing(shards, images, options, workers=workers, max_bad_fraction=max_bad_fraction)
 
 
@@ -132,8 +135,11 @@ def _digest(source: str, column: str) -> str:
     return digest.hexdigest()
 
 
-def _claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Note in the folder what is written to it; ValueError where that differs from an earlier run's."""
+def _claim(folder: Path, facts: dict[str, Any], *, finished: bool) -> None:
+    """Note in the folder what is written to it; ValueError where that differs from an earlier run's.
+
+    finished: whether all shards are there, which may be an earlier version's.
+    """
     file = folder / FACTS
     if not file.exists():
         if folder.exists() and any(folder.iterdir()):
@@ -142,13 +148,18 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
         write_whole(file, json.dumps(facts, indent=1) + "\n")
         return
     try:
-        before = {"column": "", "config": "", **json.loads(file.read_bytes())}  # older ones lack these
+        before = {"column": "", "config": "", "version": 1, **json.loads(file.read_bytes())}  # older ones lack these
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is damaged: {error}; give another folder, or delete this one") from error
     changed = [key for key in facts if before.get(key) != facts[key]]
     if changed and not any((folder / "data").glob("*.parquet")):  # refused, or stopped, before anything was written
         write_whole(file, json.dumps(facts, indent=1) + "\n")
-    elif changed:
+    elif changed == ["version"] and not finished:
+        raise ValueError(
+            f"{folder} was begun by another version of this command, whose shards do not go with today's; give another "
+            "folder, or delete this one"
+        )
+    elif changed and changed != ["version"]:
         what = "the files of the source" if changed[0] == "files" else changed[0]
         values = "" if changed[0] == "files" else f" from {before.get(changed[0])} to {facts[changed[0]]}"
         raise ValueError(
@@ -159,7 +170,8 @@ def _claim(folder: Path, facts: dict[str, Any]) -> None:
 def _shards(folder: Path, split: str, count: int, size: int) -> list[Shard]:
     number = -(-count // size)
     paths = [folder / "data" / f"{split}-{i:05}-of-{number:05}.parquet" for i in range(number)]
-    return [Shard(path, split, i * size, min(count, (i + 1) * size)) for i, path in enumerate(paths)]
+    # Even ones: a short last shard may have no image that can be read.
+    return [Shard(path, split, i * count // number, (i + 1) * count // number) for i, path in enumerate(paths)]
 
 
 def _write_missing(
@@ -168,8 +180,7 @@ def _write_missing(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     total = sum(len(part) for part in images.values())
-    labels = {split: list(part.label_columns().values()) for split, part in images.items()}
-    features = _features([column for columns in labels.values() for column in columns])
+    features = _features(images)
     all_notes = Notes()
     missing = []
     for shard in shards:
@@ -187,16 +198,16 @@ def _write_missing(
     with Progress(*columns, "ETA", TimeRemainingColumn(), auto_refresh=False, disable=not missing) as progress:
         bar = progress.add_task("preparing", total=total, completed=total - _count(missing), rate="")
         try:
-            rows: list[dict[str, Any]] = []
+            rows: list[tuple[int, bytes]] = []
             notes = Notes()
             for shard, indices, results in _resized(pool, missing, options, ahead=4 * workers):
-                rows += _rows_of(images[shard.split], labels[shard.split], indices, results, notes)
+                rows += _rows_of(images[shard.split], indices, results, notes)
                 speed = progress.tasks[0].speed
                 progress.update(bar, advance=len(indices), rate=f"{speed:.0f} images/s" if speed else "", refresh=True)
                 if len(all_notes.bad) + len(notes.bad) > max_bad_fraction * total:
                     raise ValueError(_too_many(all_notes.bad + notes.bad, total, max_bad_fraction))
                 if indices.stop == shard.stop:
-                    _write(shard, rows, features, notes)
+                    _write(shard, images[shard.split], rows, features, notes)
                     all_notes.add(notes)
                     rows, notes = [], Notes()
                     if not progress.console.is_terminal:
@@ -214,15 +225,24 @@ def _count(shards: list[Shard]) -> int:
     return sum(shard.stop - shard.start for shard in shards)
 
 
-def _features(labels: list[LabelColumn]) -> dict[str, Any]:
-    """The columns of all shards, of splits with fewer labels too: the image, and all labels."""
+def _features(images: dict[str, ImageSet]) -> Any:
+    """The columns of all shards, of splits with fewer too: the image, and single values. Says what is left out."""
     import datasets
 
-    features: dict[str, Any] = {"image": datasets.Image()}
-    for column in labels:
-        numbered = column.names == [str(i) for i in range(len(column.names))]
-        features[column.name] = datasets.Value("int64") if numbered else datasets.ClassLabel(names=column.names)
-    return features
+    kinds: dict[str, list[Any]] = {}
+    for part in images.values():
+        for name, kind in part.scalar_features().items():
+            known = kinds.setdefault(name, [])
+            if kind not in known and kind != datasets.Value("null"):  # nulls are of any type
+                known.append(kind)
+    kept = {name: known[0] for name, known in kinds.items() if len(known) == 1 and name != "image"}
+    types = {name: kind for part in images.values() for name, kind in part.column_types().items() if name not in kept}
+    if types:
+        left_out = ", ".join(
+            f"{name} ({'unlike in splits' if len(kinds.get(name, [])) > 1 else kind})" for name, kind in types.items()
+        )
+        print(f"columns left out: {left_out}", flush=True)
+    return datasets.Features({"image": datasets.Image(), **kept})
 
 
 def _start_worker(images: dict[str, ImageSet]) -> None:
@@ -280,34 +300,36 @@ def resized(content: bytes, options: Options) -> bytes:
     return file.getvalue()
 
 
-def _rows_of(
-    images: ImageSet, labels: list[LabelColumn], indices: range, results: list[Resized], notes: Notes
-) -> list[dict[str, Any]]:
+def _rows_of(images: ImageSet, indices: range, results: list[Resized], notes: Notes) -> list[tuple[int, bytes]]:
+    """Index and content of those that can be read."""
     rows = []
     for index, result in zip(indices, results, strict=True):
-        name = images.sample_id(index)
         if isinstance(result, str):
-            notes.bad.append((name, result))
+            notes.bad.append((images.sample_id(index), result))
             continue
         content, before, as_is = result
         notes.images += 1
         notes.as_is += as_is
         notes.bytes_before += before
         notes.bytes_after += len(content)
-        known = {column.name: int(column.values[index]) for column in labels if column.values[index] >= 0}
-        rows.append({"image": {"bytes": content, "path": name}, **known})
+        rows.append((index, content))
     return rows
 
 
-def _write(shard: Shard, rows: list[dict[str, Any]], features: dict[str, Any], notes: Notes) -> None:
-    import datasets
+def _write(shard: Shard, images: ImageSet, rows: list[tuple[int, bytes]], features: Any, notes: Notes) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     if not rows:
         raise ValueError(f"none of the images {shard.start} to {shard.stop - 1} of split {shard.split} can be read")
-    schema = datasets.Features(features).arrow_schema
-    table = pa.Table.from_pylist(rows, schema)
+    schema = features.arrow_schema
+    files = [{"bytes": content, "path": images.sample_id(index)} for index, content in rows]
+    columns = {"image": pa.array(files, schema.field("image").type)}
+    if own := [name for name in images.scalar_features() if name in features and name != "image"]:
+        values = images.rows([index for index, _ in rows], own)
+        columns |= dict(zip(values.column_names, values.columns, strict=True))
+    nulls = {name: pa.nulls(len(rows)) for name in features}
+    table = pa.table(nulls | columns).cast(schema)
     table = table.replace_schema_metadata({**schema.metadata, _NOTES: json.dumps(notes.__dict__).encode()})
     with written_whole(shard.path) as file:
         pq.write_table(table, file, row_group_size=ROW_GROUP, compression="none")

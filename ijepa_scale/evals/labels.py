@@ -8,12 +8,12 @@ import numpy as np
 
 from ijepa_scale.data.images import ImageSet, check_images, open_images, splits_of
 from ijepa_scale.data.order import generator_for
+from ijepa_scale.data.sources.folders import judging_split
 from ijepa_scale.evals.evaluation import Labelled
 
 HELD_OUT_EVERY = 5  # of a class's images in a source without another split, this one is for testing
 USUAL = ("label", "labels", "class")
 SUBSET = 0x6C6F77  # the stream of random numbers that some of the images are drawn from
-TEST_SPLITS = ("validation", "val", "valid", "dev", "test")  # the first of these that there is
 
 
 def open_splits(
@@ -32,13 +32,13 @@ def open_splits(
     """
     train = open_images(train_source, split=split, **reading)
     source, splits = test_source or train_source, splits_of(test_source or train_source, **reading)
-    found = [name for name in TEST_SPLITS if name in splits and (test_source or name != train.split)]
+    found = test_split or judging_split(splits, "" if test_source else train.split)
     if test_source:
-        found += splits  # also one that is called train: it is another source
-    if not test_split and not found:
+        found = found or splits[0]  # also one that is called train: it is another source
+    if not found:
         say(f"{train.name} is the only split: every fifth image of a class is for testing; or give --test-data")
         return train, train
-    test = open_images(source, split=test_split or found[0], **reading)
+    test = open_images(source, split=found, **reading)
     if not test_source and test.split == train.split:
         raise ValueError(f"--split and --test-split are both {test.split!r}; {source!r} has: {', '.join(splits)}")
     for images in (train, test):

@@ -16,11 +16,11 @@ from ijepa_scale.config import PretrainConfig, from_dict
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import ImageSet, open_images, splits_of
 from ijepa_scale.data.order import BLOCKS, SIZES, generator_for, permuted_index
+from ijepa_scale.data.sources.folders import judging_split
 from ijepa_scale.data.transforms import center_crop
 from ijepa_scale.engine.checkpoint import MANIFEST, candidates
 from ijepa_scale.engine.distributed import alone
 from ijepa_scale.evals.embed import check_layers
-from ijepa_scale.evals.labels import TEST_SPLITS
 from ijepa_scale.exchange.load import find
 from ijepa_scale.exchange.networks import NETWORKS, Loaded, Networks
 from ijepa_scale.masking.grid import PatchGrid
@@ -168,7 +168,7 @@ def open_images_of(checkpoint: Checkpoint, source: str, split: str, cache_dir: s
         cache = cache_dir or (config.data.cache_dir if config else "")
         source = build.scenes(cache, image_size=size) if source == "scenes" else source
         splits = splits_of(source, cache or None)
-        found = split or next((name for name in TEST_SPLITS if name in splits), splits[0])
+        found = split or judging_split(splits) or splits[0]
         images, note = open_images(source, split=found, cache_dir=cache or None), ""
     elif config:
         data, run = config.data, checkpoint.run

@@ -109,9 +109,10 @@ class BadImages:
         """Take up (index, sample id, reason) triples; returns a record for each that is new."""
         new = []
         for index, sample, reason in sorted(set(bad)):
-            if (index, sample) not in self.known:
-                record = {"kind": "bad_image", "step": step, "index": index, "sample": sample, "reason": reason}
-                self.known[index, sample] = record
+            said = without_secrets(sample)  # as the records have it
+            if (index, said) not in self.known:
+                record = {"kind": "bad_image", "step": step, "index": index, "sample": said, "reason": reason}
+                self.known[index, said] = record
                 new.append(record)
         return new
 

@@ -11,6 +11,7 @@ SECRET = "s3cr3tvalue"
         {"api_key": SECRET, "hf_token": SECRET, "nested": [{"password": SECRET}], "wandb": {"wandb_key": SECRET}},
         f"https://user:{SECRET}@host/x-{{000..009}}.tar",
         f"https://{SECRET}@host/x.tar",
+        f"https://user:an@{SECRET}@host/x.tar",
         f"https://host/x.tar?X-Amz-Signature={SECRET}&part=1",
         f"HF_TOKEN={SECRET} python launch/pretrain.py",
         ["launch/pretrain.py", f"engine.deepspeed={{wandb: {{api_key: {SECRET}, team: x}}}}"],

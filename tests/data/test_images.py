@@ -103,6 +103,14 @@ def test_integer_labels(tmp_path):
     assert len(labels["class"].names) == 10_000
 
 
+def test_a_negative_label_is_none_and_a_negative_number_a_class_of_its_own(tmp_path):
+    write_parquet(tmp_path / "x.parquet", 4, label=pa.array([-1, 5, None, 2]), kind=pa.array([-3, 5, None, 2]))
+    images = open_images(str(tmp_path / "x.parquet"))
+    label, kind = images.classes("label"), images.classes("kind")
+    assert (label.names, label.values.tolist()) == (["2", "5"], [-1, 1, -1, 0])
+    assert (kind.names, kind.values.tolist()) == (["-3", "2", "5"], [0, 2, -1, 1])
+
+
 def test_class_labels_without_an_image_read(tmp_path):
     columns = {"image": [{"bytes": b"bad", "path": None}] * 3, "breed": [1, -1, 0], "none": [-1, -1, -1]}
     features = {"image": datasets.Image(), "breed": datasets.ClassLabel(names=["x", "y"])}

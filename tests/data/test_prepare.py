@@ -10,6 +10,7 @@ import time
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -17,7 +18,7 @@ from ijepa_scale.build import build_images
 from ijepa_scale.config import load_config
 from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.data.prepare import FACTS, FORMATS, Options, prepare, resized
-from tests.data.small_sources import IMAGE, encoded, number_of, photo, write_parquet
+from tests.data.small_sources import IMAGE, encoded, number_of, photo, write_images, write_parquet
 from tests.processes import ROOT, run_ranks, start_ranks
 
 SMALL = Options(shorter_side=32)
@@ -97,6 +98,77 @@ def test_numbers_as_labels_and_a_split_without_labels(tmp_path):
     train, test = opened(out)["train"], opened(out)["test"]
     assert train.label_columns()["label"].values.tolist() == [3, -1, 0, 7, 3] and test.label_columns() == {}
     assert [train.sample_id(i) for i in range(5)] == [f"{i}.png" for i in range(5)]
+
+
+def test_columns_of_single_values_are_kept_and_others_named(tmp_path, capsys):
+    """Also beside an image that is left out, in a split without some of them, and where "image" is taken."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    features = datasets.Features(
+        {
+            "photo": datasets.Image(),
+            "image": datasets.Value("string"),
+            "label": datasets.Value("string"),
+            "count": datasets.Value("int8"),
+            "near": datasets.Value("float64"),
+            "good": datasets.Value("bool"),
+            "breed": datasets.ClassLabel(names=["x", "y"]),
+            "boxes": datasets.Sequence(datasets.Value("int64")),
+            "unlike": datasets.Value("int64"),
+        }
+    )
+    rows = [
+        {
+            "photo": {"bytes": b"bad" if i == 1 else encoded(i), "path": f"{i}.png"},
+            "image": "a",
+            "label": [None, "cat", "dog"][i % 3],
+            "count": i - 1,
+            "near": i / 2,
+            "good": i > 2,
+            "breed": -1 if i == 3 else i % 2,
+            "boxes": [i],
+            "unlike": i,
+        }
+        for i in range(5)
+    ]
+    train = datasets.Dataset.from_list(rows, features=features)
+    test = train.select([2, 4]).remove_columns(["near"]).cast_column("unlike", datasets.Value("string"))
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(source)
+    prepare(str(source), str(out), SMALL, workers=1, column="photo", shard_images=3, max_bad_fraction=0.5)
+    kept = ["label", "count", "near", "good", "breed"]
+    read = {split: part.rows(list(range(len(part))), kept).to_pylist() for split, part in opened(out).items()}
+    expected = [{name: row[name] for name in kept} for row in rows if row["boxes"] != [1]]
+    assert read == {"train": expected, "test": [{**expected[i], "near": None} for i in (1, 3)]}
+    part = opened(out)["train"]
+    assert part.scalar_features() == {name: features[name] for name in kept}
+    assert [number_of(part.read(i)) for i in range(4)] == [0, 2, 3, 4]
+    said = capsys.readouterr().out
+    assert "columns left out: image (string), boxes (" in said and "unlike (unlike in splits)" in said
+
+
+def test_a_short_last_shard_may_not_be_of_bad_images_alone(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    write_images(source, range(9))
+    (source / "0008.png").write_bytes(b"bad")
+    for _ in range(2):
+        notes = prepare(str(source), str(out), SMALL, workers=1, shard_images=4, max_bad_fraction=0.2)
+        assert (notes.images, len(notes.bad)) == (8, 1)
+    assert [len(pq.read_table(path)) for path in sorted((out / "data").iterdir())] == [3, 3, 2]
+
+
+def test_what_another_version_began_is_not_mixed_with_todays(tmp_path):
+    source, out = write_source(tmp_path / "source"), tmp_path / "out"
+    first = prepare(str(source), str(out), SMALL, workers=1, shard_images=4)
+    facts = json.loads((out / FACTS).read_text())
+    del facts["version"]
+    (out / FACTS).write_text(json.dumps(facts))
+    assert prepare(str(source), str(out), SMALL, workers=1, shard_images=4).__dict__ == first.__dict__  # it is whole
+    shards = sorted((out / "data").iterdir())
+    shards[0].unlink()
+    with pytest.raises(ValueError, match=r"was begun by another version of this command, .*; give another folder"):
+        prepare(str(source), str(out), SMALL, workers=1, shard_images=4)
+    for shard in shards[1:]:
+        shard.unlink()
+    assert prepare(str(source), str(out), SMALL, workers=1, shard_images=4).images == 9
 
 
 def test_what_was_prepared_can_be_trained_on(tmp_path):

@@ -2,10 +2,12 @@
 
 import base64
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from ijepa_scale.run.records import read_records
 from tests.conftest import SMALL_CONFIG
 from tests.data.server import serving
 from tests.data.small_sources import write_noise_tar
@@ -13,12 +15,12 @@ from tests.end_to_end.runs import Runs
 from tests.processes import ENVIRONMENT
 
 PASSWORD, SIGNATURE, KEY, TOKEN = (
-    "p4ssw0rd-of-mine",
+    "p4ssw0rd@of-mine-alone",
     "s1gnatureofmine",
     "5" * 20 + "abcdefabcdefabcdefab",
     "hf_" + "Q" * 30,
 )
-SECRETS = (PASSWORD, SIGNATURE, KEY, TOKEN, base64.b64encode(f"me:{PASSWORD}".encode()).decode())
+SECRETS = (*PASSWORD.split("@"), SIGNATURE, KEY, TOKEN, base64.b64encode(f"me:{PASSWORD}".encode()).decode())
 
 
 def bytes_with_a_secret(folder: Path) -> list[tuple[str, str]]:
@@ -28,7 +30,8 @@ def bytes_with_a_secret(folder: Path) -> list[tuple[str, str]]:
         (str(path.relative_to(folder)), secret)
         for path in files
         for secret in SECRETS
-        if secret.encode() in path.read_bytes() or secret in str(path.relative_to(folder))
+        for encoding in ("utf-8", "utf-32-le")  # the other is NumPy's
+        if secret.encode(encoding) in path.read_bytes() or secret in str(path.relative_to(folder))
     ]
 
 
@@ -41,6 +44,8 @@ def test_no_secret_is_left_or_said(tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     write_noise_tar(tmp_path / "set/train-0.tar", range(12))
     write_noise_tar(tmp_path / "set/train-1.tar", range(12, 23))
+    with tarfile.open(tmp_path / "set/train-1.tar", "a") as tar:
+        tar.addfile(tarfile.TarInfo("bad.png"))
     for name, value in {"WANDB_API_KEY": KEY, "HF_TOKEN": TOKEN}.items():
         monkeypatch.setitem(ENVIRONMENT, name, value)
     config = tmp_path / "small.yaml"
@@ -68,5 +73,31 @@ def test_no_secret_is_left_or_said(tmp_path, monkeypatch):
     for kept in ("config.yaml", "environment.json", "metrics.jsonl", "report.html", "report.json"):
         assert (run / kept).is_file()
     assert list(run.glob("checkpoints/*/manifest.json")) and list(run.glob("wandb/offline-run-*/*.wandb"))
+    (bad,) = {record["sample"] for record in read_records(run / "metrics.jsonl") if record["kind"] == "bad_image"}
+    assert bad == "train-1.tar?[hidden]#1[11] bad.png"
     assert bytes_with_a_secret(run) == []
     assert bytes_with_a_secret(tmp_path / "refused") == []
+
+
+@pytest.mark.slow
+def test_no_secret_is_left_of_a_list_of_urls(tmp_path):
+    """In records of a bad image, in the images that are kept for pictures, and in what belongs to these."""
+    write_noise_tar(tmp_path / "x.tar", range(12))
+    with tarfile.open(tmp_path / "x.tar") as tar:
+        tar.extractall(tmp_path / "set", filter="data")
+    (tmp_path / "set/0005.png").write_bytes(b"damaged")
+    config, run = tmp_path / "small.yaml", tmp_path / "run"
+    with serving(tmp_path / "set") as server:
+        host = server.url.removeprefix("http://")
+        links = [f"http://me:{PASSWORD}@{host}/{i:04}.png?id={i}&X-Amz-Signature={SIGNATURE}" for i in range(12)]
+        (tmp_path / "list.csv").write_text("\n".join(["url", *links]) + "\n")
+        config.write_text(SMALL_CONFIG % (tmp_path / "list.csv"))
+        words = ["data.streaming=true", "data.max_bad_fraction=1.0", "logging.pictures_every_steps=2"]
+        runs = Runs(config, tmp_path / "output")
+        runs(run, *words, "optimization.stop_at_step=4", ranks=1, drawn=True)
+        runs(run, *words, "optimization.stop_at_step=8", ranks=1, drawn=True)
+    shutil.copytree(tmp_path / "output", run / "output")
+    assert list(run.glob("samples/*.arrow")) and list(run.glob("pictures/*.npz"))
+    bad = [record["sample"] for record in read_records(run / "metrics.jsonl") if record["kind"] == "bad_image"]
+    assert bad == [f"http://[hidden]@{host}/0005.png?[hidden]#5"]  # once, though the run was begun twice
+    assert bytes_with_a_secret(run) == []

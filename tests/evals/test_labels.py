@@ -1,11 +1,16 @@
+from types import SimpleNamespace
+
 import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from ijepa_scale.build import build_eval_images
+from ijepa_scale.config import load_config
 from ijepa_scale.data.images import open_images
 from ijepa_scale.evals.evaluation import Labelled
 from ijepa_scale.evals.labels import held_out_places, label_column, labelled_pair, open_splits, some_of
+from ijepa_scale.pictures.subject import Checkpoint, open_images_of
 from tests.data.small_sources import encoded, write_images, write_parquet
 
 
@@ -109,6 +114,30 @@ def test_the_test_split_is_the_one_that_is_usual_or_asked_for(tmp_path):
     write_images(other / "test" / "a", range(3))
     assert opened(test_source=other) == [f"{tmp_path.name}:train", "other:test"]
     assert opened(test_source=other, test_split="train") == [f"{tmp_path.name}:train", "other:train"]
+
+
+@pytest.mark.parametrize(
+    "others, taken",
+    [
+        *[([name], name) for name in ("valid", "val", "dev", "test", "testing", "eval", "evaluation")],
+        (["evaluation", "test", "dev"], "dev"),
+        (["testing", "extra"], "testing"),
+        (["extra"], ""),
+    ],
+)
+def test_a_split_to_judge_by_is_found_by_any_of_its_names(tmp_path, others, taken):
+    """For evaluate, for a run's probes, and for pictures."""
+    source = str(tmp_path / "set")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": encoded(i), "path": None} for i in range(2)], "label": [0, 1]}
+    part = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(dict.fromkeys(["train", *others], part)).save_to_disk(source)
+    assert open_splits(source, "", "train", "", say=lambda text: None)[1].split == (taken or "train")
+    config = load_config("tiny", [f"data.source={source}", "model.patch_size=4"])
+    evaluation = build_eval_images(config)
+    assert (evaluation.test.split, evaluation.held_out) == (taken or "train", bool(taken))
+    checkpoint = Checkpoint(None, SimpleNamespace(image_size=8), None)
+    assert open_images_of(checkpoint, source, "", "", among=2, seed=0).source.split == (taken or "train")
 
 
 @pytest.mark.parametrize(

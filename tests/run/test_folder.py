@@ -57,4 +57,6 @@ def test_bad_images_are_counted_once_and_survive_a_restart():
     again = BadImages([{"kind": "step", "step": 3}, *records])
     assert sorted(again.known) == [(2, "b.png"), (7, "g.png")]
     assert again.add(5, [(2, "b.png", "empty")]) == []
+    (record,) = bad.add(6, [(9, "https://me:pass@host/a.png", "torn")])  # a record hides the password
+    assert BadImages([record]).add(7, [(9, "https://me:pass@host/a.png", "torn")]) == []
     assert again.known[7, "g.png"] == {"kind": "bad_image", "step": 3, "index": 7, "sample": "g.png", "reason": "torn"}

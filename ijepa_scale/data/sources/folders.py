@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ijepa_scale.data.decoding import begins_as_image, image_extensions
@@ -101,6 +101,12 @@ def _walk(root: str, folder: str, ancestors: tuple[tuple[int, int], ...], system
             system.append(path)
         else:
             yield from _walk(root, path, ancestors, system)
+
+
+def judging_split(splits: Collection[str], besides: str = "") -> str:
+    """The validation split by any of its names, else the test split; "" where there is none. besides: not this one."""
+    kept = [name for name, meaning in SPLIT_NAMES.items() if meaning != "train" and name != besides]
+    return next((name for name in kept if name in splits), "")
 
 
 def shard_splits(files: list[str]) -> dict[str, list[str]]:

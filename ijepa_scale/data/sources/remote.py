@@ -46,6 +46,22 @@ def is_remote(location: str) -> bool:
     return location.startswith(("http://", "https://", "hf://"))
 
 
+def shown(location: str, place: int | None = None) -> str:
+    """A path or URL as it may be kept and said: less its password and its query, which may be a signature.
+
+    config/redaction.py leaves it as it is. place: in a list, whose URLs may differ in their queries alone.
+    """
+    if not is_remote(location):
+        return location
+    query = "?[hidden]" if place is None else f"?[hidden]#{place}"
+    return re.sub(r"\?[^#]+", query, re.sub("://[^/]*@", "://[hidden]@", location), count=1)
+
+
+def lasting(location: str) -> str:
+    """Of a shard's path or URL what stays while credentials change."""
+    return re.sub("(?<=://)[^/]+@", "", location).partition("?")[0]
+
+
 def hub_file(location: str) -> tuple[str, str, str] | None:
     """(id of the data set, revision, path in it) of a location on the Hub; None where it names no file there."""
     match = re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", location)
@@ -72,10 +88,10 @@ def read_listed(url: str, urls: Sequence[str], patience: Patience) -> bytes:
         except StreamError as error:
             if _is_lasting(error.__cause__) or _another_host_answers(url, urls):
                 cause = error.__cause__ or error
-                raise DeadLinkError(f"{url} cannot be read: {type(cause).__name__}: {cause}") from error
+                raise DeadLinkError(f"{shown(url)} cannot be read: {type(cause).__name__}: {cause}") from error
             failure = error
         except ValueError as error:
-            raise DeadLinkError(f"{url} is no URL: {error}") from error
+            raise DeadLinkError(f"{shown(url)} is no URL: {error}") from error
     raise failure
 
 
@@ -167,7 +183,7 @@ class RemoteFile(io.RawIOBase):
         return offset
 
     def readinto(self, buffer: Any) -> int:
-        data = tried_again(lambda: self._read(len(buffer)), self._location, self._patience)
+        data = tried_again(lambda: self._read(len(buffer)), shown(self._location), self._patience)
         buffer[: len(data)] = data
         return len(data)
 
@@ -216,7 +232,7 @@ class RemoteFile(io.RawIOBase):
         size = _full_size(response)
         if None not in (size, self._size) and size != self._size:
             raise StreamError(
-                f"{self._location} has changed from {self._size} to {size} bytes while it was read; start again"
+                f"{shown(self._location)} has changed from {self._size} to {size} bytes while it was read; start again"
             )
         self._size = size if size is not None else self._size
 
@@ -226,11 +242,11 @@ class RemoteFile(io.RawIOBase):
                 return _full_size(response)
 
         if self._size is None:
-            self._size = tried_again(ask, self._location, self._patience)
+            self._size = tried_again(ask, shown(self._location), self._patience)
         if self._size is None:
             raise StreamError(
-                f"{self._location}: the server does not say how large the file is, so it can be read from its start "
-                "only, as .tar files are; use another server or a local copy"
+                f"{shown(self._location)}: the server does not say how large the file is, so it can be read from its "
+                "start only, as .tar files are; use another server or a local copy"
             )
         return self._size
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ijepa_scale.data.decoding import image_extensions, reason_of
-from ijepa_scale.data.sources.remote import Patience, StreamError, is_remote, open_location
+from ijepa_scale.data.sources.remote import Patience, StreamError, is_remote, open_location, shown
 
 SHARD_KINDS = {  # ending of a location -> kind; anything else that Pillow knows is a shard of one image
     ".parquet": "parquet",
@@ -43,7 +43,7 @@ def open_shard(location: str, patience: Patience) -> BinaryIO:
 
 def damage_of(location: str, error: Exception) -> str:
     """What to tell the user of a shard whose content is damaged."""
-    return f"{location} cannot be read ({reason_of(error)}); get it anew, or take it out of the source"
+    return f"{shown(location)} cannot be read ({reason_of(error)}); get it anew, or take it out of the source"
 
 
 def table_batches(

@@ -254,8 +254,15 @@ def _check_single(columns: _Columns, name: str, source: str) -> None:
 def _labels(columns: _Columns, source: str) -> list[int | str | None]:
     for known in LABEL_COLUMNS:
         for name, values in columns:
-            labels = _classes(values) if _known(name) == known else None
-            if labels is not None and labels.null_count < len(labels):
+            if _known(name) != known:
+                continue
+            labels = _classes(values)
+            if labels is None:
+                warn_once(
+                    f"{source}: its column {name!r} is not taken for labels: classes are whole numbers, words, or true "
+                    "and false, not fractions, dates or lists"
+                )
+            elif labels.null_count < len(labels):
                 _check_single(columns, name, source)
                 return labels.to_pylist()
     return []
@@ -263,6 +270,8 @@ def _labels(columns: _Columns, source: str) -> list[int | str | None]:
 
 def _classes(values: pa.ChunkedArray) -> pa.ChunkedArray | None:
     """Numbers or names of classes, null where a cell is empty. None for a column of anything else."""
+    if pa.types.is_boolean(values.type):
+        return pc.if_else(values, "True", "False")  # as a CSV has them
     if not _is_text(values.type):
         return _whole_numbers(values)
     values = pc.utf8_trim_whitespace(values)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 from ijepa_scale.data.decoding import MAX_PIXELS, BadImageError, Limits, reason_of
 from ijepa_scale.data.images import MAX_SUBSTITUTES, BadImage
 from ijepa_scale.data.order import mixture_turn, source_seed
-from ijepa_scale.data.sources.remote import DeadLinkError, Patience, StreamError, is_remote, read_listed
+from ijepa_scale.data.sources.remote import DeadLinkError, Patience, StreamError, is_remote, lasting, read_listed
 from ijepa_scale.data.streams.positions import BEGINNING, OptionalPositions, SourcePosition, StreamPosition
 from ijepa_scale.data.streams.shard_stream import Read, Shards, ShardStream
 from ijepa_scale.data.transforms import RandomCrop
@@ -68,7 +67,7 @@ class Streams:
 
         Of a URL without its query and its password, as a signed one is signed anew, and passwords change.
         """
-        names = [[_lasting(str(location)) for location in source.locations] for source in self.sources]
+        names = [[lasting(str(location)) for location in source.locations] for source in self.sources]
         return hashlib.sha256(repr(names).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -182,10 +181,11 @@ class Streams:
         parts = []
         for i, source in enumerate(self.sources):
             count = len(source.locations)
-            own = [source.locations[k] for k in self._dealt(count, self.rank, stream)]
+            places = self._dealt(count, self.rank, stream)
+            own = [source.locations[place] for place in places]
             parts.append(
                 ShardStream(
-                    dataclasses.replace(source, locations=own),
+                    dataclasses.replace(source, locations=own, places=places),
                     seed=source_seed(self.seed, i, self.rank, stream),
                     shuffle_buffer=self.shuffle_buffer,
                     patience=self.patience,
@@ -220,8 +220,3 @@ def anew(positions: OptionalPositions, streams: Streams) -> tuple[StreamPosition
     begun = [position.sources for position in positions if position and len(position.sources) == number]
     passes = [1 + max((sources[i].pass_number for sources in begun), default=0) for i in range(number)]
     return (StreamPosition(0, tuple(map(SourcePosition, passes))),) * streams.num_streams
-
-
-def _lasting(location: str) -> str:
-    """Of a shard's path or URL what stays while credentials change."""
-    return re.sub(r"(?<=://)[^/\s@]+@", "", location.partition("?")[0])

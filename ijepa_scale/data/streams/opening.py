@@ -1,6 +1,7 @@
 """A source -> its shards, to be streamed, and what their first rows tell."""
 
 import contextlib
+import json
 import os
 import posixpath
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from ijepa_scale.data.images import image_column
 from ijepa_scale.data.sources.copies import explained
 from ijepa_scale.data.sources.folders import image_splits, shard_splits
 from ijepa_scale.data.sources.inspection import check_all_there, check_choice, find_split, inspect_source
-from ijepa_scale.data.sources.remote import Patience, is_remote
+from ijepa_scale.data.sources.remote import Patience, is_remote, shown
 from ijepa_scale.data.sources.shards import DAMAGED, damage_of, first_dataset, open_shard, shard_kind
 from ijepa_scale.data.sources.splits import source_builder
 from ijepa_scale.data.sources.tables import listed_images
@@ -31,10 +32,8 @@ def shard_locations(
     path = Path(source).expanduser().absolute()
     root = str(path.parent if path.is_file() else path)
     if kind == "saved":
-        return {
-            str(split): sorted(str(file) for file in folder.glob("*.arrow") if not file.name.startswith("cache-"))
-            for split, folder in _saved_splits(path).items()
-        }
+        with explained(f"cannot read {str(path)!r}"):
+            return _saved_shards(path)
     if kind in ("arrow", "tar"):
         return {split: [os.path.join(root, file) for file in part] for split, part in shard_splits(files).items()}
     if kind == "table":
@@ -56,14 +55,16 @@ def shard_locations(
     return {str(split): [str(file) for file in part] for split, part in (builder.config.data_files or {}).items()}
 
 
-def _saved_splits(path: Path) -> dict[str, Path]:
-    """The folders that `save_to_disk` made of the splits."""
-    import datasets
-
-    if (path / "dataset_dict.json").is_file():
-        return {folder.name: folder for folder in sorted(path.iterdir()) if (folder / "state.json").is_file()}
-    with explained(f"cannot read {str(path)!r}"):
-        return {str(datasets.load_from_disk(str(path)).split or "train"): path}
+def _saved_shards(path: Path) -> dict[str, list[str]]:
+    """What `save_to_disk` notes to be its own: beside it may lie what it saved there before."""
+    saved = path / "dataset_dict.json"
+    folders = [path / split for split in json.loads(saved.read_bytes())["splits"]] if saved.is_file() else [path]
+    splits = {}
+    for folder in folders:
+        state = json.loads((folder / "state.json").read_bytes())
+        name = folder.name if saved.is_file() else str(state["_split"] or "train")
+        splits[name] = [str(folder / file["filename"]) for file in state["_data_files"]]
+    return splits
 
 
 def open_shards(
@@ -114,7 +115,7 @@ def _column(source: str, location: str, column: str, patience: Patience) -> str:
     if ending or not is_remote(location):  # of remote ones the first that are read tell the rest
         with open_shard(location, patience) as file:
             notes = first_notes(file, location, ending, _REMOTE_FILES if is_remote(location) else _LOCAL_FILES)
-        notes.say(f"the first files of {location}", ending)
+        notes.say(f"the first files of {shown(location)}", ending)
     return ending
 
 

@@ -16,7 +16,7 @@ from ijepa_scale.data.images import ImageSet, is_label, open_file, open_images
 from ijepa_scale.data.sources.copies import check_copy, explained, parts_of
 from ijepa_scale.data.sources.folders import printable
 from ijepa_scale.data.sources.inspection import find_split, inspect_source
-from ijepa_scale.data.sources.remote import DeadLinkError, Patience, is_remote, read_listed
+from ijepa_scale.data.sources.remote import DeadLinkError, Patience, is_remote, read_listed, shown
 from ijepa_scale.data.sources.shards import DAMAGED, damage_of, first_dataset, first_rows, open_shard, shard_kind
 from ijepa_scale.data.sources.splits import source_builder
 from ijepa_scale.data.sources.tars import TarNotes, open_tar, tar_samples
@@ -39,16 +39,16 @@ def sample_images(shards: Shards, path: Path, *, count: int, patience: Patience)
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    locations = list(shards.locations)
-    if shard_kind(locations[0]) in ("image", None):  # one image each
-        locations = locations[:: max(1, len(locations) // count)][:count]
+    places: Sequence[int] = range(len(shards.locations))
+    if shard_kind(shards.locations[0]) in ("image", None):  # one image each
+        places = places[:: max(1, len(places) // count)][:count]
         each = 1
     else:
-        locations = locations[:: -(-len(locations) // _SAMPLED_SHARDS)]
-        each = -(-count // len(locations))
+        places = places[:: -(-len(places) // _SAMPLED_SHARDS)]
+        each = -(-count // len(places))
     _log.info("%s: reading %d images for the health check and the report into %s", shards.name, count, path)
     damage: list[str] = []
-    tables = _first_tables(shards, locations, each, patience, damage)
+    tables = _first_tables(shards, places, each, patience, damage)
     written = 0
     with written_whole(path) as file:
         if (first := next(tables, None)) is not None:
@@ -95,26 +95,28 @@ def preview_images(
 
 
 def _first_tables(
-    shards: Shards, locations: list[str], count: int, patience: Patience, damage: list[str]
+    shards: Shards, places: Sequence[int], count: int, patience: Patience, damage: list[str]
 ) -> Iterator[pa.Table]:
     """The first images of each shard; what keeps one from being read at all is added to damage."""
-    for location in locations:
+    for place in places:
+        location = shards.locations[place]
         try:
             if shard_kind(location) in ("parquet", "arrow", "tar"):
                 yield _first_labelled(location, shards.column, count, patience)
             else:
-                yield _image_row(location, shards.locations, patience)
+                yield _image_row(place, shards.locations, patience)
         except DAMAGED as error:
             damage.append(damage_of(location, error))
 
 
-def _image_row(location: str, locations: Sequence[str], patience: Patience) -> pa.Table:
+def _image_row(place: int, locations: Sequence[str], patience: Patience) -> pa.Table:
     """An image that is a shard of its own; no row for a dead link of a list, which training passes over, too."""
+    location = locations[place]
     try:
         content = read_listed(location, locations, patience) if is_remote(location) else Path(location).read_bytes()
     except DeadLinkError:
         return _SCHEMA.empty_table()
-    return pa.Table.from_pylist([{"image": {"bytes": content, "path": location}}], _SCHEMA)
+    return pa.Table.from_pylist([{"image": {"bytes": content, "path": shown(location, place)}}], _SCHEMA)
 
 
 def _first_labelled(location: str, column: str, count: int, patience: Patience) -> pa.Table:
@@ -137,5 +139,5 @@ def _first_labelled(location: str, column: str, count: int, patience: Patience) 
             if not rows:
                 raise
     if is_remote(location):  # of local ones `open_shards` did
-        notes.say(f"the first images of {location}", column)
+        notes.say(f"the first images of {shown(location)}", column)
     return pa.Table.from_pylist(rows, _SCHEMA)

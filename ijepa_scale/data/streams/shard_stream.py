@@ -15,7 +15,7 @@ import numpy as np
 from ijepa_scale.data.decoding import reason_of
 from ijepa_scale.data.order import generator_for, permuted_index
 from ijepa_scale.data.sources.folders import printable
-from ijepa_scale.data.sources.remote import Patience, StreamError
+from ijepa_scale.data.sources.remote import Patience, StreamError, shown
 from ijepa_scale.data.sources.shards import DAMAGED
 from ijepa_scale.data.streams.positions import BEGINNING, SourcePosition
 from ijepa_scale.data.streams.reading import START, Encoded, ShardPosition, read_shard
@@ -23,12 +23,16 @@ from ijepa_scale.data.streams.reading import START, Encoded, ShardPosition, read
 
 @dataclass(frozen=True)
 class Shards:
-    """One split of a source. column: of images, in Parquet and Arrow files. num_images: 0 where it is not known."""
+    """One split of a source. column: of images, in Parquet and Arrow files. num_images: 0 where it is not known.
+
+    places: of those dealt to one stream, in the list of all; empty: it is all.
+    """
 
     name: str
     locations: Sequence[str]
     column: str = ""
     num_images: int = 0
+    places: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -153,7 +157,8 @@ class ShardStream:
         while True:
             found = (shard, within) != (0, START)
             while shard < len(locations):
-                location = locations[permuted_index(self._seed, number, len(locations), shard)]
+                chosen = permuted_index(self._seed, number, len(locations), shard)
+                location, place = locations[chosen], (self._shards.places or range(len(locations)))[chosen]
                 rows = read_shard(
                     location, column=self._shards.column, start=within, share=self._share, patience=self._patience
                 )
@@ -161,7 +166,7 @@ class ShardStream:
                     for within, image in rows:
                         if image is not None:
                             found = True
-                            yield _read_of(location, image, number, PassPosition(number, shard, within))
+                            yield _read_of(location, place, image, number, PassPosition(number, shard, within))
                 except DAMAGED as error:
                     if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):  # of a disk
                         raise StreamError(
@@ -170,7 +175,8 @@ class ShardStream:
                         ) from error
                     found = True
                     reason = f"{reason_of(error)}; the rest of this shard is left out"
-                    yield Read(number, within.rows, printable(location), PassPosition(number, shard + 1), reason=reason)
+                    name = printable(shown(location, place))
+                    yield Read(number, within.rows, name, PassPosition(number, shard + 1), reason=reason)
                 shard, within = shard + 1, START
             if not found:
                 raise StreamError(
@@ -180,8 +186,10 @@ class ShardStream:
             number, shard = number + 1, 0
 
 
-def _read_of(location: str, image: Encoded, number: int, after: PassPosition) -> Read:
+def _read_of(location: str, place: int, image: Encoded, number: int, after: PassPosition) -> Read:
+    """With a name that may be kept and said: before and after a restart it is the same."""
     if image.content is None:  # a file of its own
-        return Read(number, image.index, printable(image.path), after, file=image.path)
-    name = f"{os.path.basename(location)}[{image.index}]" + (f" {image.path}" if image.path else "")
+        return Read(number, image.index, printable(shown(image.path, place)), after, file=image.path)
+    name = f"{os.path.basename(shown(location, place))}[{image.index}]"
+    name += f" {shown(image.path)}" if image.path else ""
     return Read(number, image.index, printable(name), after, file=image.content)

@@ -241,6 +241,23 @@ def test_an_empty_cell_is_no_class(folder, ending, nothing):
         assert column.values.tolist() == ([1, -1, 0, -1] if names else [2, -1, 0, -1])
 
 
+@pytest.mark.parametrize("odd", [False, True])
+def test_true_and_false_are_classes_as_a_csv_has_them(folder, odd):
+    """odd: of a file whose columns are of several types."""
+    rows = [{"path": "pictures/0001.png", "label": label, "x": 1} for label in (True, False, None, True)]
+    rows[0]["x"] = "one" if odd else 1
+    column = open_images(str(write_jsonl(folder / "a.jsonl", rows))).label_columns()["label"]
+    assert (column.names, column.values.tolist()) == (["False", "True"], [1, 0, -1, 1])
+
+
+def test_labels_that_are_none_are_told(folder, caplog):
+    for number, label in enumerate((0.5, "2024-01-02", [1], 2)):
+        rows = [{"path": "pictures/0001.png", "label": label, "category": "a"}]
+        found = listed_images(str(write_jsonl(folder / f"{number}.jsonl", rows)))
+        assert found.labels == ([2] if number == 3 else ["a"])
+        assert (f"{number}.jsonl: its column 'label' is not taken for labels" in caplog.text) == (number < 3)
+
+
 def test_names_of_columns(folder, caplog):
     """In capitals; the photograph rather than what is made of it; twice; by `column`."""
     row = "pictures/0001.png,pictures/0002.png,3"

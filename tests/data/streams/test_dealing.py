@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ijepa_scale.config import without_secrets
 from ijepa_scale.data.collate import LoadError, MicroBatches, micro_batch_stream
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.order import generator_for, permuted_index, source_seed
@@ -380,4 +381,32 @@ def test_a_url_that_is_signed_anew_is_the_same_shard():
     first = digest("https://a.b/0.tar?signature=1", "https://a.b/1.tar?signature=1")
     assert digest("https://a.b/0.tar?signature=2", "https://a.b/1.tar") == first
     assert digest("https://me:secret@a.b/0.tar", "https://me:another@a.b/1.tar") == first
+    assert digest("https://me:p@ss@a.b/0.tar", "https://me:w@rd@a.b/1.tar") == first
     assert digest("https://a.b/0.tar", "https://a.b/2.tar") != first
+
+
+def test_names_hold_no_secret_stay_as_they_are_when_recorded_and_tell_images_apart(tmp_path):
+    """Of a list of URLs, of images in a tar and of the tar's damaged rest, whichever rank reads them."""
+    write_images(tmp_path, range(2))
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    write_tar(tmp_path / "x.tar", range(8))
+    (tmp_path / "x.tar").write_bytes((tmp_path / "x.tar").read_bytes()[:-15_000])
+
+    def names(locations, count, rank=0, ranks=1):
+        streams = streams_of(Shards("a:train", locations)).deal(rank=rank, ranks=ranks, workers=0)
+        images, bad, _ = streams.take(0, [WHOLE] * count)
+        return {name for _, name, _ in images} | {other.sample_id for other in bad}
+
+    with serving(tmp_path) as server:
+        host = server.url.replace("http://", "http://me:p4ss@w0rd@")
+        files = ["0000.png", "bad.png", "bad.png", "0000.png", "0000.png"]
+        links = [f"{host}/{file}?id={i}&signature=s1gn" for i, file in enumerate(files)]
+        of_links = names(links, 6)
+        of_ranks = [names(links, 4, rank, ranks=2) for rank in range(2)]
+        of_tars = names([f"{host}/x.tar?id={i}&signature=s1gn" for i in range(2)], 12)
+    shown = server.url.replace("http://", "http://[hidden]@")
+    assert of_links == {f"{shown}/{file}?[hidden]#{i}" for i, file in enumerate(files)}
+    assert of_ranks == [{name for name in of_links if int(name[-1]) % 2 == rank} for rank in range(2)]
+    assert {f"x.tar?[hidden]#{i}[0] 0000.png" for i in range(2)} < of_tars
+    assert {f"{shown}/x.tar?[hidden]#{i}" for i in range(2)} < of_tars  # whose rest is damaged
+    assert all(without_secrets(name) == name for name in of_links | of_tars)

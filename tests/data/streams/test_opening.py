@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import datasets
 import pytest
 
 from ijepa_scale.data.images import open_file, open_images
@@ -137,6 +138,36 @@ def test_dead_links_among_those_that_are_kept(tmp_path):
         server.faults = [404] * 9
         with pytest.raises(ValueError, match="hold no images"):
             sample_images(shards, tmp_path / "y.arrow", count=4, patience=PATIENCE)
+
+
+def test_no_secret_is_kept_with_images_of_links(tmp_path):
+    make("images", tmp_path)
+    with serving(tmp_path) as server:
+        host = server.url.replace("http://", "http://me:p4ss@w0rd@")
+        links = [f"{host}/s/0003.png?id={i}&signature=s1gn" for i in range(8)]
+        shards = open_shards(str(write_jsonl(tmp_path / "x.jsonl", [{"path": x} for x in links])), patience=PATIENCE)
+        path = sample_images(shards, tmp_path / "x.arrow", count=4, patience=PATIENCE)
+    assert not [secret for secret in (b"p4ss", b"w0rd", b"s1gn") if secret in path.read_bytes()]
+    images = open_file(str(path), name="x:train")
+    shown = server.url.replace("http://", "http://[hidden]@")
+    assert [images.sample_id(i) for i in range(4)] == [f"{shown}/s/0003.png?[hidden]#{2 * i}" for i in range(4)]
+
+
+def test_what_was_saved_before_in_the_same_folder_is_not_read(tmp_path):
+    def saved(*splits):
+        parts = {split: datasets.load_from_disk(save_to_disk(tmp_path / split, range(6))) for split in splits}
+        return datasets.DatasetDict(parts)
+
+    for where, shards in (("one", 3), ("one", 2)):
+        save_to_disk(tmp_path / where, range(6), shards=shards)
+    assert len(list((tmp_path / "one").glob("*.arrow"))) == 5
+    assert [Path(file).name for file in shard_locations(str(tmp_path / "one"))["train"]] == [
+        "data-00000-of-00002.arrow",
+        "data-00001-of-00002.arrow",
+    ]
+    saved("train", "test").save_to_disk(tmp_path / "several")
+    saved("train").save_to_disk(tmp_path / "several")
+    assert list(shard_locations(str(tmp_path / "several"))) == ["train"]
 
 
 def damage(path, where):
