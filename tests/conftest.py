@@ -1,5 +1,7 @@
 """Data and a config that several tests share."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -18,6 +20,13 @@ checkpoint: {every_steps: 4}
 logging: {health_every_steps: 0}
 report: {train_images: 0}
 """
+
+
+# Under nohup, or in the background of a script, these are ignored, and what is started would ignore them, too. One that
+# is handled here does nothing here, and has its default there.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, lambda number, frame: None)
 
 
 def pytest_runtest_setup(item):

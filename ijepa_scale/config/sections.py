@@ -40,9 +40,7 @@ class DataConfig:
     split: str = "train"
     column: str = ""  # of the images, where several hold some; in tars their ending, as seg.png; "": the likeliest
     config: str = ""  # of a data set that has several configurations, as its card lists them
-    eval_split: str = free(
-        ""
-    )  # labelled images of the report; "": validation, val or test if there is one, else `split`
+    eval_split: str = free("")  # labelled images of the report; "": one called validation, test or so, else `split`
     image_size: int = 224  # pixels, side of the square crop
     crop_scale: tuple[float, float] = (0.3, 1.0)  # area of the random crop / area of the image
     horizontal_flip: bool = False
@@ -61,6 +59,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         low, high = self.crop_scale
         _require(0.0 < low <= high <= 1.0, f"data.crop_scale must satisfy 0 < low <= high <= 1, got {[low, high]}")
+        _require(bool(self.split.strip()), f"data.split must name a split, as train, got {self.split!r}")
         check_ranges(
             "data",
             self,
@@ -77,10 +76,8 @@ class DataConfig:
         )
         _expand_user(self, "cache_dir", "data.cache_dir")
         _ = self.mixed_sources  # checks each of a list
-        _require(
-            0.0 <= self.max_bad_fraction <= 1.0,
-            f"data.max_bad_fraction must lie in 0..1, got {self.max_bad_fraction}",
-        )
+        in_range = 0.0 <= self.max_bad_fraction <= 1.0
+        _require(in_range, f"data.max_bad_fraction must lie in 0..1, got {self.max_bad_fraction}")
 
     @property
     def mixed_sources(self) -> list[tuple[str, float]]:

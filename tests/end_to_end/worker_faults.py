@@ -210,12 +210,12 @@ def stuck_loader(rank: str, batch: str, *arguments: str) -> None:
 
 
 def slow_forward(rank: str, *arguments: str) -> None:
-    """One rank's forward takes 0.2 s longer, and the images of step 2 come 0.3 s late."""
+    """One rank's forward takes 0.5 s longer, and the images of step 2 come 0.3 s late."""
     forward, following = ijepa.IJepa.forward, collate.MicroBatchStream.__next__
     counter, this = itertools.count(), os.environ["RANK"] == rank
 
     def slow(self: ijepa.IJepa, *inputs: Any) -> dict[str, torch.Tensor]:
-        time.sleep(0.2 * this)
+        time.sleep(0.5 * this)
         return forward(self, *inputs)
 
     def late(stream: collate.MicroBatchStream) -> Any:
