@@ -23,6 +23,7 @@ from ijepa_scale.plan.step_model import Rates
 TOY = ["model.width=48", "model.depth=2", "predictor.width=48", "predictor.depth=2", "predictor.heads=2"]
 TOY += ["loss.variance=0", "loss.covariance=0", "optimization.micro_batch_size=4"]
 TOY_STEPS = 12
+ON_GPU = ("kernels", "models", "engine", "objectives", "benchmark")  # rooms whose tests need one, as make gpu-tests
 SUITE_SECONDS = 90.0  # after which a suite of pytest's begins no further test; it has a part's time to end in
 
 
@@ -78,7 +79,7 @@ def device(check: Check) -> Results:
 
 def tests(check: Check) -> Results:
     kernels = self_tests(check.config("vith14"), check.device)
-    on_gpu = ("-m", "gpu", "-n", str(suites.PROCESSES), "tests/kernels", "tests/models", "tests/engine")
+    on_gpu = ("-m", "gpu", "-n", str(suites.PROCESSES), *(f"tests/{room}" for room in ON_GPU))
     chosen = ("tests/kernels/test_ema.py",) if check.toy else on_gpu
     found = suites.run_tests(*chosen, seconds=SUITE_SECONDS, say=check.say)
     wrong = [said for said in kernels.values() if said != "right"]

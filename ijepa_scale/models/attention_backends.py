@@ -171,6 +171,7 @@ BACKENDS = {
 # once (Dao-AILab/flash-attention#2482, #2553, #2698), so it is taken only where it is asked for.
 AUTO = {8: ("fa2", "torch_varlen"), 9: ("triton", "fa3", "fa2", "torch_varlen")}
 AUTO_ELSEWHERE = ("torch_varlen",)
+WIDEST = {"triton": 128}  # heads for which auto takes it: in wider ones its backward spills registers
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,8 @@ def pick(
     reasons: list[str] = []
     for name in order:
         reason = misfit(name, major, dtype, head_width)
+        if not reason and wanted == "auto" and head_width > WIDEST.get(name, head_width):
+            reason = f"is slow in heads wider than {WIDEST[name]}"
         if not reason:
             try:
                 attend = load(name)

@@ -35,12 +35,19 @@ def explained_memory_errors(run: Run) -> Iterator[None]:
         if not out_of_memory:
             raise
         micro = run.dataset.micro_batch_size
+        least = "set engine.activation_checkpointing=predictor or full, raise engine.zero_stage, or "
+        if run.objective.batch_facts():  # a resume with another micro-batch would be refused
+            advice = (
+                f"{least}start anew, in another run_dir, with a smaller optimization.micro_batch_size: here it alters "
+                "what is learned"
+            )
+        else:
+            advice = (
+                f"lower optimization.micro_batch_size (for example {max(1, micro // 2)}; the global batch stays: "
+                f"gradients are accumulated), {least}use more ranks"
+            )
         raise RunError(
-            f"out of memory on {run.ranks.device} with {micro} images a micro-batch; lower "
-            f"optimization.micro_batch_size (for example {max(1, micro // 2)}; the global batch stays: gradients "
-            f"are accumulated), set engine.activation_checkpointing=predictor or full, raise engine.zero_stage, or use "
-            f"more ranks\n{error}",
-            local=True,
+            f"out of memory on {run.ranks.device} with {micro} images a micro-batch; {advice}\n{error}", local=True
         ) from error
 
 

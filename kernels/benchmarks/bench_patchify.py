@@ -3,6 +3,7 @@ import torch
 
 from benchmarks.cases import CASES, DEVICE, DTYPE, case_of, num_bytes
 from ijepa_kernels.patchify import patchify, patchify_definition
+from ijepa_scale.models.vit import pixel_columns
 
 PROVIDERS = {
     "ours": patchify,
@@ -19,10 +20,11 @@ def test_patches(case, which, provider, row):
     size, patch_size = case.config.data.image_size, case.config.model.patch_size
     images = torch.randint(256, (case.images, 3, size, size), device=DEVICE).to(torch.uint8)
     indices = case.masks.context.indices_T if which == "context" else None
+    columns = pixel_columns(patch_size, DTYPE, images.device)  # as the step has them
 
     def run():
-        return PROVIDERS[provider](images, patch_size, indices_T=indices, dtype=DTYPE)
+        return PROVIDERS[provider](images, patch_size, indices_T=indices, dtype=DTYPE, columns=columns)
 
     out = run()
-    moved = num_bytes(out) + out.numel()  # a byte in for each number out
+    moved = num_bytes(out) + len(out) * 3 * patch_size**2  # a byte in for each pixel
     row(run, op=f"patchify, {which}", shape=case.label, provider=provider, bytes_moved=moved)

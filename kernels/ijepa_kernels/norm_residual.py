@@ -161,11 +161,14 @@ def _grad(
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     tokens, weight, *_ = inputs
+    ctx.set_materialize_grads(False)  # else zeros are written for the statistics in every backward
     ctx.save_for_backward(tokens, weight, output[2])
 
 
-def _backward(ctx, grad, grad_sum, _):  # type: ignore[no-untyped-def]
-    grad_tokens, sums = _grad(grad.contiguous(), grad_sum.contiguous(), *ctx.saved_tensors)
+def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
+    tokens = ctx.saved_tensors[0]
+    grad, grad_sum = (torch.zeros_like(tokens) if one is None else one.contiguous() for one in grads[:2])
+    grad_tokens, sums = _grad(grad, grad_sum, *ctx.saved_tensors)
     return grad_tokens, *sums.unbind(), None, None
 
 

@@ -26,7 +26,7 @@ from ijepa_kernels.target_loss import target_loss
 
 CAPABILITIES = (80, 90)
 WIDTHS = (16, 37, 384, 768, 1024, 1280, 1408, 1664)
-HEAD_WIDTHS = (24, 80)
+HEAD_WIDTHS = (24, 80, 128)
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",

@@ -241,6 +241,7 @@ def _grad(
 
 
 def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.set_materialize_grads(False)  # else zeros are written for the normalizers in every backward
     ctx.save_for_backward(*inputs, *output)
 
 

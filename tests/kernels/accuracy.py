@@ -7,6 +7,7 @@ import pytest
 import torch
 import triton
 from packaging.version import Version
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # The interpreter cuts fp32 off where it makes bf16 of it, and hardware rounds.
@@ -60,3 +61,15 @@ def assert_rounded_once(actual: torch.Tensor, exact: torch.Tensor) -> None:
     """actual is within half a unit in the last place of exact, which is float64 and not near 0."""
     unit = torch.finfo(actual.dtype).eps * 2 ** exact.abs().log2().floor()
     assert ((actual.double() - exact).abs() <= 0.51 * unit).all()
+
+
+class Filled(TorchDispatchMode):
+    """Counts tensors that are made of zeros: of what nobody reads they cost a kernel each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += "zeros" in func.name()
+        return func(*args, **(kwargs or {}))

@@ -6,7 +6,7 @@ from ijepa_kernels import column_sums as column_sums_file
 from ijepa_kernels import norm_residual as norm_residual_file
 from ijepa_kernels.column_sums import column_sums, column_sums_definition
 from ijepa_kernels.norm_residual import norm_residual, norm_residual_definition
-from tests.kernels.accuracy import DTYPES, INTERPRETED, WIDTHS, assert_as_exact_as_definition, values
+from tests.kernels.accuracy import DTYPES, INTERPRETED, WIDTHS, Filled, assert_as_exact_as_definition, values
 
 EPS = 1e-6
 
@@ -96,6 +96,15 @@ def test_the_same_bits_every_time(device):
         out = both(norm_residual)(*leaves)
         runs.append((out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out))))
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the kernel")
+def test_no_zeros_are_written_for_the_statistics():
+    leaves = [tensor.requires_grad_() for tensor in case(3, 16)[0]]
+    out = both(norm_residual)(*leaves).sum()
+    with Filled() as made:
+        out.backward()
+    assert made.count == 0
 
 
 def test_the_sum_may_be_written_over_by_a_product(device):

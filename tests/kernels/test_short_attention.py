@@ -7,7 +7,15 @@ from torch.autograd import gradcheck
 from ijepa_kernels import short_attention as file
 from ijepa_kernels.dispatch import recording
 from ijepa_kernels.short_attention import short_attention, short_attention_definition
-from tests.kernels.accuracy import DTYPES, assert_as_exact_as_definition, loads_its_bounds, value_and_grads, values
+from tests.kernels.accuracy import (
+    DTYPES,
+    INTERPRETED,
+    Filled,
+    assert_as_exact_as_definition,
+    loads_its_bounds,
+    value_and_grads,
+    values,
+)
 
 RAGGED = [0, 1, 63, 64, 65]  # tiles of 64 rows
 
@@ -88,6 +96,15 @@ def test_the_same_bits_every_time(device):
     call = partial(short_attention, cu_seqlens=bounds_of(lengths, device))
     runs = [value_and_grads(call, [qkv], upstream) for _ in range(20 if device == "cuda" else 2)]
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="of the kernel")
+def test_no_zeros_are_written_for_the_normalizers():
+    qkv = torch.randn(5, 3, 1, 8).requires_grad_()
+    out = short_attention(qkv, bounds_of([5])).sum()
+    with Filled() as made:
+        out.backward()
+    assert made.count == 0
 
 
 def test_fp64_goes_to_the_definition(device):

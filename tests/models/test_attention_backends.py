@@ -228,6 +228,14 @@ def test_what_auto_takes(major, dtype, there, expected):
             assert pick(name, major=major, dtype=dtype, head_width=80, load=load).name == name
 
 
+def test_auto_takes_triton_for_heads_without_spills_alone():
+    def took(width, wanted="auto"):
+        return pick(wanted, major=9, dtype=BF16, head_width=width, load=lambda name: packed_attention_reference)
+
+    assert took(128).name == took(136, "triton").name == "triton"
+    assert took(136).name == "fa3" and "triton is slow in heads wider than 128" in took(136).why
+
+
 def test_heads_that_no_kernel_takes_are_left_to_the_definition():
     choice = pick("auto", major=9, dtype=BF16, head_width=20, load=lambda name: packed_attention_reference)
     assert choice.name == "sdpa" and "fa3 takes heads whose width is a multiple of 8 up to 256, not 20" in choice.why
