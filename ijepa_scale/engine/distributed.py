@@ -195,7 +195,7 @@ def start(alike: Mapping[str, str] | None = None) -> Ranks:
     here = launchers.place()
     if not here.address:
         os.environ.pop(roll_call.AGENT_STORE, None)  # of a launcher further up
-    store = roll_call.host_store(here)  # kept until DeepSpeed's is there: both are one
+    store = roll_call.host_store(here)
     if not here.address:
         here = replace(here, address="127.0.0.1", port=store.port)
     os.environ.update(MASTER_ADDR=here.address, MASTER_PORT=str(here.port))
@@ -225,7 +225,13 @@ def start(alike: Mapping[str, str] | None = None) -> Ranks:
         # memory a process that outlive it (more than a container has by default). By its name: deepspeed.comm.torch, as
         # an attribute, is torch itself.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
-        deepspeed.init_distributed(dist_backend="nccl" if cuda else "gloo", verbose=False)
+        backend, wait = "nccl" if cuda else "gloo", deepspeed.constants.default_pg_timeout
+        device_id = torch.device("cuda", local_rank) if cuda and world_size > 1 else None  # as DeepSpeed has it
+        meet = roll_call.group_store(here, store, wait)
+        dist.init_process_group(
+            backend, store=meet, rank=rank, world_size=world_size, timeout=wait, device_id=device_id
+        )
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)  # which takes this one
     del store
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")

@@ -114,6 +114,16 @@ def roll_call(
         raise StartError(f"rank 0 at {patience.where} ended before all processes had started") from error
 
 
+def group_store(here: Place, store: Any, wait: timedelta) -> Any:
+    """Where the backends of the process group find one another: of this attempt of torchrun's alone.
+
+    torch 2.14 gives all attempts one place. Ranks that were started again then called upon peers that had ended.
+    """
+    import torch.distributed as dist
+
+    return dist.PrefixStore("group", _book(here, store, wait))
+
+
 def call_off(error: str, *, seconds: float = TELL_SECONDS) -> None:
     """Tell those that wait for this process why it does not start, which it has said itself already.
 

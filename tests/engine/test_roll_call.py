@@ -10,7 +10,7 @@ import pytest
 
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.launchers import Place
-from ijepa_scale.engine.roll_call import AGENT_STORE, StartError, call_off, host_store, roll_call
+from ijepa_scale.engine.roll_call import AGENT_STORE, StartError, call_off, group_store, host_store, roll_call
 from tests.processes import assert_all, free_port, run_ranks
 
 
@@ -118,3 +118,15 @@ def come_back() -> None:
 
 def test_a_machine_that_comes_back_finds_the_others(tmp_path):
     assert_all(run_ranks(come_back, 2, tmp_path, timeout=60))
+
+
+def test_an_attempt_of_torchrun_s_finds_nothing_of_the_one_before(monkeypatch):
+    """In the agent's store, which outlives the ranks."""
+    here, wait = Place(0, 2, 0, "127.0.0.1", free_port()), timedelta(seconds=20)
+    agent = host_store(here)
+    monkeypatch.setenv(AGENT_STORE, "True")
+    group_store(here, host_store(here), wait).set("rank 1", "a port that nobody listens on any more")
+    assert group_store(here, host_store(here), wait).check(["rank 1"])
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert not group_store(here, host_store(here), wait).check(["rank 1"])
+    del agent
