@@ -245,8 +245,6 @@ class _Patience:
         """Ask until nothing is missing."""
         while what := missing():
             now, minutes = time.monotonic(), self.wait.total_seconds() / 60
-            if now > self.deadline:
-                raise StartError(f"waited {minutes:g} minutes for {what} at {self.where}: {advice}")
             if now > self.speak_at and self.speak:
                 print(
                     f"waiting for {what} at {self.where}, for up to {minutes:g} minutes: {advice}",
@@ -254,6 +252,8 @@ class _Patience:
                     flush=True,
                 )
                 self.speak = False
+            if now > self.deadline:
+                raise StartError(f"waited {minutes:g} minutes for {what} at {self.where}: {advice}")
             time.sleep(0.05)
 
 

@@ -166,9 +166,9 @@ def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, *grads):  # type: ignore[no-untyped-def]
-    tokens = ctx.saved_tensors[0]
+    tokens, weight, stats = ctx.saved_tensors  # once: what is computed again is there for one look
     grad, grad_sum = (torch.zeros_like(tokens) if one is None else one.contiguous() for one in grads[:2])
-    grad_tokens, sums = _grad(grad, grad_sum, *ctx.saved_tensors)
+    grad_tokens, sums = _grad(grad, grad_sum, tokens, weight, stats)
     return grad_tokens, *sums.unbind(), None, None
 
 

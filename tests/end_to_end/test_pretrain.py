@@ -286,9 +286,20 @@ def test_a_loader_that_hangs_ends_all_ranks_which_name_its_own(config, tmp_path)
         )
 
 
-def test_out_of_memory_names_the_micro_batch():
-    run = SimpleNamespace(ranks=SimpleNamespace(device="cuda:0"), dataset=SimpleNamespace(micro_batch_size=64))
-    message = r"64 images a micro-batch.*micro_batch_size \(for example 32"
+@pytest.mark.parametrize(
+    "facts, advice",
+    [
+        ((), r"lower optimization.micro_batch_size \(for example 32"),
+        (("images_in_statistics",), "start anew, in another run_dir, with a smaller optimization.micro_batch_size"),
+    ],
+)
+def test_out_of_memory_names_the_micro_batch(facts, advice):
+    run = SimpleNamespace(
+        ranks=SimpleNamespace(device="cuda:0"),
+        dataset=SimpleNamespace(micro_batch_size=64),
+        objective=SimpleNamespace(batch_facts=lambda: facts),
+    )
+    message = f"64 images a micro-batch; .*{advice}"
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CPUAllocator: can't allocate memory")):
         with pytest.raises(RunError, match=message), explained_memory_errors(run):
             raise error
