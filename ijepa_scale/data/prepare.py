@@ -154,12 +154,14 @@ def _claim(folder: Path, facts: dict[str, Any], *, finished: bool) -> None:
     changed = [key for key in facts if before.get(key) != facts[key]]
     if changed and not any((folder / "data").glob("*.parquet")):  # refused, or stopped, before anything was written
         write_whole(file, json.dumps(facts, indent=1) + "\n")
-    elif changed == ["version"] and not finished:
+    elif changed == ["version"]:
+        if finished:
+            return
         raise ValueError(
             f"{folder} was begun by another version of this command, whose shards do not go with today's; give another "
             "folder, or delete this one"
         )
-    elif changed and changed != ["version"]:
+    elif changed:
         what = "the files of the source" if changed[0] == "files" else changed[0]
         values = "" if changed[0] == "files" else f" from {before.get(changed[0])} to {facts[changed[0]]}"
         raise ValueError(

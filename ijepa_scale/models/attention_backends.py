@@ -171,7 +171,7 @@ BACKENDS = {
 # once (Dao-AILab/flash-attention#2482, #2553, #2698), so it is taken only where it is asked for.
 AUTO = {8: ("fa2", "torch_varlen"), 9: ("triton", "fa3", "fa2", "torch_varlen")}
 AUTO_ELSEWHERE = ("torch_varlen",)
-WIDEST = {"triton": 128}  # heads for which auto takes it: in wider ones its backward spills registers
+WIDEST = {"triton": 128}  # heads for which auto takes it: in wider ones its backward spills registers by the dozen
 
 
 @dataclass(frozen=True)

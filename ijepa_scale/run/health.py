@@ -143,5 +143,5 @@ class HealthChecks:
         record = health_record(features, labels, step=step, loss=loss)
         self._history.append(record)
         self._log(record)
-        said = health_verdict(self._history, run.objective.advice(), objective=run.config.objective.name)
+        said = health_verdict(self._history, run.objective.advice(), objective=run.objective.name)
         self._say(f"health at step {step}: {said}")

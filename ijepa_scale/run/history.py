@@ -72,7 +72,8 @@ class History:
     @property
     def objective(self) -> str:
         """Its name; of old runs, which had no other, I-JEPA's."""
-        return str(self.config.get("objective", {}).get("name", "ijepa"))
+        configured = self.config.get("objective", {}).get("name", "ijepa")
+        return str(self.environment.get("objective", configured))  # the config does not say which one a caller gave
 
     @property
     def finished(self) -> bool:

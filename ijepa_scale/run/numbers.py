@@ -23,9 +23,7 @@ HEAD = ("run", "steps", "images seen", "time in steps", "loss", "k-NN, %", "rank
 
 
 def method(history: History) -> str:
-    configured = history.config.get("objective", {}).get("name", "ijepa")
-    name = history.environment.get("objective", configured)  # the config does not say which one a caller gave
-    return METHODS.get(name, str(name))
+    return METHODS.get(history.objective, history.objective)
 
 
 def source(history: History) -> str:

@@ -54,7 +54,7 @@ def score(run: Run) -> None:
     if run.ranks.first:
         records = read_records(folder.metrics) if folder.metrics.exists() else []
         if records:
-            moving = run.config.objective.name not in FIXED_TARGETS
+            moving = run.objective.name not in FIXED_TARGETS
             draw_loss_curve(folder.path / "loss_curve.png", records, moving=moving)
     of_train, of_test = run.evaluation.train.label_columns(), run.evaluation.test.label_columns()
     labels = {name: (of_train[name].values, of_test[name].values) for name in of_test if name in of_train}

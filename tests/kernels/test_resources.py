@@ -49,8 +49,10 @@ def check(rows, half=True):
     only_half = {"linear_gelu", "short_attention", "short_attention_grad"}
     assert kernels == (expected | {"patchify", *only_half}) - (set() if half else only_half)
     # Triton 3.8's assembler spills one register of the EMA's where nothing is aligned, in fp32 with an fp32 target: no
-    # run has that.
-    assert [row for row in rows if row.spilled_bytes > (8 if row.width % 16 and row.kernel == "ema" else 0)] == []
+    # run has that. 3.6's spills four of attention's backward in heads 128 wide, where wider ones spill 56 and more.
+    allowed = {("short_attention_grad", 128): 16}
+    allowed |= {("ema", width): 8 for width in WIDTHS if width % 16}
+    assert [row for row in rows if row.spilled_bytes > allowed.get((row.kernel, row.width), 0)] == []
     wide = [row for row in rows if row.width % 16 == 0 and row.width > 16]
     assert [row for row in wide if row.load_bytes < 16] == []
     # These store one row for the 64 and more that they load.

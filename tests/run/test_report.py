@@ -165,7 +165,7 @@ def test_health_of_an_objective_without_a_target(run):
     records = []
     encoders = run.objective.encoders(run.engine.module)
     for chosen in (encoders, {"context": encoders["context"]}):
-        run.objective = SimpleNamespace(encoders=lambda module, chosen=chosen: chosen, advice=lambda: "")
+        run.objective = SimpleNamespace(name="", encoders=lambda module, chosen=chosen: chosen, advice=lambda: "")
         HealthChecks(run, records.append, lambda line: None).measure(3, loss=None)
     both, alone = records
     assert alone == {key: value for key, value in both.items() if key != "drift"}  # the target is its copy at the start
