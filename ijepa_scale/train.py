@@ -70,11 +70,14 @@ def pretrain(
             raise InputError(str(error), alone=True) from error
         try:
             facts = start_facts(config, **{"--resume": resume, "--allow-changes": allow_changes})
-            ranks = distributed.start(facts)
+            ranks = distributed.start(facts, hang_seconds=config.engine.hang_seconds)
         except ValueError as error:
             raise InputError(str(error)) from error
         try:
-            code = run_on(ranks, config, objective, stop_request, resume=resume, allow_changes=allow_changes)
+            with contextlib.closing(Watchdog(ranks, config.engine.hang_seconds)) as watchdog:
+                code = run_on(
+                    ranks, config, objective, stop_request, watchdog, resume=resume, allow_changes=allow_changes
+                )
         except BaseException:
             if ranks.world_size == 1:  # others may be in a collective, for which closing would wait
                 ranks.close()
@@ -91,6 +94,7 @@ def run_on(
     config: PretrainConfig,
     objective: Objective,
     stop_request: StopRequest,
+    watchdog: Watchdog,
     *,
     resume: str,
     allow_changes: bool,
@@ -103,7 +107,7 @@ def run_on(
     try:
         if run.start_step < run.horizon.stop:
             with stop_request.between_steps():
-                reason = train(run, stop_request)
+                reason = train(run, stop_request, watchdog)
             if reason:
                 return STOP_EXIT_CODE
             if stop_request.reason:  # since the last step
@@ -111,6 +115,7 @@ def run_on(
         elif ranks.first:
             print(without_secrets("\n".join(run.notes)))
             print(f"{run.folder.path} is finished at step {run.start_step}; to train anew, give another run_dir")
+        watchdog.outside("the report")
         del run.engine, run.ema  # their memory is free for the probes
         try:
             report(run)
@@ -126,7 +131,7 @@ def run_on(
     return 0
 
 
-def train(run: Run, stop_request: StopRequest) -> str:
+def train(run: Run, stop_request: StopRequest, watchdog: Watchdog) -> str:
     """The loop, with its logs and its loader. Returns why it was asked to stop early, or "" at the end of the run."""
     with contextlib.ExitStack() as stack:
         stack.callback(faulthandler.cancel_dump_traceback_later)
@@ -148,8 +153,6 @@ def train(run: Run, stop_request: StopRequest) -> str:
             pinned=run.ranks.device.type == "cuda",
         )
         stack.enter_context(batches)
-        watchdog = Watchdog(run.ranks, run.config.engine.hang_seconds)
-        stack.callback(watchdog.close)
         stack.push(closing_in_time)
         return loop(run, stop_request, progress, log, batches, watchdog)
 
@@ -199,7 +202,7 @@ def loop(
         if done % RELEASE_STEPS == 0:
             gc.collect()
             run.ranks.release_memory()
-        if reason:
+        if reason and done < horizon.stop:
             say(f"stopped by {reason} after step {done}; the same command goes on from there")
             return reason
     if health.due(horizon.stop, last=True):
@@ -388,8 +391,9 @@ def open_logs(run: Run, stack: contextlib.ExitStack) -> Log:
             raise RunError(
                 f"{error}: free space or mend the disk; the same command goes on from the last checkpoint", local=True
             ) from error
-        if record["kind"] in ("step", "health"):
-            wandb.log(record, record["step"])
+        if record["kind"] in ("step", "health"):  # of the same step: the health check's loss is the step before's
+            of_wandb = {key: value for key, value in record.items() if (key, record["kind"]) != ("loss", "health")}
+            wandb.log(of_wandb, record["step"])
         if record["kind"] == "pictures":
             wandb.log_pictures({title: folder / name for title, name in record["pictures"].items()}, record["step"])
 

@@ -82,7 +82,6 @@ def srun(words: list[str]) -> int:
     signal.signal(signal.SIGUSR1, lambda *_: [task.send_signal(signal.SIGUSR1) for task in tasks])
     while any(task.poll() is None for task in tasks):
         if kill and any(task.poll() for task in tasks):
-            time.sleep(2)
             for task in tasks:
                 task.terminate()
         time.sleep(0.1)

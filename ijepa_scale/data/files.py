@@ -12,6 +12,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+CACHE_TAG = "CACHEDIR.TAG"
+
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
@@ -101,13 +103,24 @@ def cache_path(path: str) -> Path:
 
 
 def make_cache(folder: Path) -> Path:
-    """The folder, made if need be. Raises ValueError, naming data.cache_dir, where nothing can be written to it."""
+    """The folder, made if need be. Raises ValueError, naming data.cache_dir, where nothing can be written to it.
+
+    A new one is marked as a cache: in a source what lies in it is no data.
+    """
     try:
+        new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        if new:
+            (folder / CACHE_TAG).write_text("Signature: 8a477f597d28d172789f06886806bc55\n")
     except OSError as error:
         raise ValueError(
             f"the cache folder {folder} cannot be written: {error.strerror}; set data.cache_dir to one that can"
         ) from error
     return folder
+
+
+def usable_cores() -> frozenset[int]:
+    """Numbers of the cores that this process may run on."""
+    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))

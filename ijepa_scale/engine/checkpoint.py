@@ -251,18 +251,24 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def not_whole(path: Path, entry: dict[str, Any]) -> str:
+    """What is wrong with a file of a checkpoint, by its manifest's entry, without reading it; "": nothing."""
+    file = path / entry["name"]
+    size = file.stat().st_size if file.is_file() else None
+    if size is None:
+        return f"{entry['name']} is missing"
+    return f"{entry['name']} has {size:,} bytes instead of {entry['bytes']:,}" if size != entry["bytes"] else ""
+
+
 def _verify(path: Path, ranks: Ranks) -> tuple[dict[str, Any], str]:
     """The manifest, and what is wrong with the checkpoint in this rank's share of the files ("": nothing)."""
     manifest: dict[str, Any] = {}
     try:
         manifest = read_manifest(path)
         for entry in manifest["files"][ranks.rank :: ranks.world_size]:
-            file = path / entry["name"]
-            if not file.is_file():
-                return manifest, f"{entry['name']} is missing"
-            if file.stat().st_size != entry["bytes"]:
-                return manifest, f"{entry['name']} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-            if sha256_of(file) != entry["sha256"]:
+            if complaint := not_whole(path, entry):
+                return manifest, complaint
+            if sha256_of(path / entry["name"]) != entry["sha256"]:
                 return manifest, f"{entry['name']} does not match its SHA-256: it was changed or damaged"
     except (ValueError, OSError, KeyError, TypeError) as error:
         return manifest, str(error) or type(error).__name__

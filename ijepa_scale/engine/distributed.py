@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from ijepa_scale.data.files import usable_cores
 from ijepa_scale.engine import launchers, roll_call
 
 T = TypeVar("T")
 
 # Agreements (who prepares data, which checkpoint, stop or go on) may wait for a rank that copies a large source.
 CONTROL_TIMEOUT = timedelta(hours=24)
+BEYOND_WATCHDOG = timedelta(minutes=2)  # for it to ask and to speak, before a collective ends the process
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # glibc's malloc.h
 LARGE = 1 << 20  # bytes of an allocation that keep_nothing_large() means
 
@@ -186,11 +188,13 @@ def _quiet_warnings(rank: int) -> None:
         warnings.simplefilter("ignore")
 
 
-def start(alike: Mapping[str, str] | None = None) -> Ranks:
+def start(alike: Mapping[str, str] | None = None, *, hang_seconds: float | None = None) -> Ranks:
     """Join the process group of deepspeed's launcher, torchrun, srun or mpirun; alone where none started this process.
 
-    alike: names and values that must be the same on all ranks. Raises ValueError for what the launcher's variables
-    lack, a port that is taken, processes that do not come or do not start, and what is not alike.
+    alike: names and values that must be the same on all ranks. hang_seconds: after which a watchdog ends a step, 0
+    without one: collectives wait longer than that, as it can say which rank they wait for. Raises ValueError for what
+    the launcher's variables lack, a port that is taken, processes that do not come or do not start, and what is not
+    alike.
     """
     here = launchers.place()
     if not here.address:
@@ -226,17 +230,22 @@ def start(alike: Mapping[str, str] | None = None) -> Ranks:
         # an attribute, is torch itself.
         importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
         backend, wait = "nccl" if cuda else "gloo", deepspeed.constants.default_pg_timeout
+        limit = wait if hang_seconds is None else CONTROL_TIMEOUT
+        if hang_seconds:
+            limit = max(wait, timedelta(seconds=hang_seconds) + BEYOND_WATCHDOG)
         device_id = torch.device("cuda", local_rank) if cuda and world_size > 1 else None  # as DeepSpeed has it
         meet = roll_call.group_store(here, store, wait)
         dist.init_process_group(
-            backend, store=meet, rank=rank, world_size=world_size, timeout=wait, device_id=device_id
+            backend, store=meet, rank=rank, world_size=world_size, timeout=limit, device_id=device_id
         )
         deepspeed.init_distributed(dist_backend=backend, verbose=False)  # which takes this one
+        if world_size > 1:  # DeepSpeed makes one for ZeRO-3, with torch's limit: 10 minutes under NCCL
+            importlib.import_module("deepspeed.utils.groups")._WORLD_GROUP = dist.new_group(timeout=limit)  # type: ignore[attr-defined]
     del store
     control = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if world_size > 1 else None
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     ranks = Ranks(rank, world_size, local_rank, device, control)
-    own = (roll_call.machine(), _cores())
+    own = (roll_call.machine(), usable_cores())
     said = ranks.gather(own)
     machines = [machine for machine, _ in said]
     os.environ.setdefault("LOCAL_WORLD_SIZE", str(machines.count(own[0])))  # for ranks_here(); srun does not say it
@@ -254,11 +263,6 @@ def keep_nothing_large(ranks: Ranks) -> None:
     if ranks.device.type == "cpu" and mallopt:
         mallopt(M_MMAP_MAX, 1 << 16)
         mallopt(M_MMAP_THRESHOLD, LARGE)
-
-
-def _cores() -> list[int]:
-    """Those that this process may run on."""
-    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 
 
 def _keep_memory() -> None:

@@ -22,6 +22,7 @@ SPEAK_SECONDS = 10.0  # of waiting for other processes before it is said
 WAIT_MINUTES = 10  # for other processes, as DeepSpeed waits for a process group
 TELL_SECONDS = 60.0  # for the others to come and hear why nothing starts
 MOST_LINES = 8  # of what differs
+NCCL_ENDED = "exception_dump"  # its watchdog's key (torch's ProcessGroupNCCL.cpp)
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun's word for: its agent has the store
 
 
@@ -118,10 +119,17 @@ def group_store(here: Place, store: Any, wait: timedelta) -> Any:
     """Where the backends of the process group find one another: of this attempt of torchrun's alone.
 
     torch 2.14 gives all attempts one place. Ranks that were started again then called upon peers that had ended.
+    NCCL's watchdog tells all ranks of an error by a key of the store beneath all prefixes, and would end those, too.
     """
     import torch.distributed as dist
 
-    return dist.PrefixStore("group", _book(here, store, wait))
+    book = _book(here, store, wait)
+    if here.rank == 0 and _agent_has_store():
+        beneath = book
+        while isinstance(beneath, dist.PrefixStore):
+            beneath = beneath.underlying_store
+        beneath.delete_key(NCCL_ENDED)
+    return dist.PrefixStore("group", book)
 
 
 def call_off(error: str, *, seconds: float = TELL_SECONDS) -> None:

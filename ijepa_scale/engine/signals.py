@@ -168,6 +168,8 @@ def run_process(main: Callable[[StopRequest], int]) -> NoReturn:
     if code == 1:
         _exit("", code)
     faulthandler.dump_traceback_later(EXIT_SECONDS, exit=True)
+    for number in SIGNALS:  # srun sends SIGTERM once any rank has ended: while Python ends, its handlers are gone
+        signal.signal(number, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 Ranks that wait for one another in a collective wait for ever, whether a peer's process is stopped, its machine is gone
 or its disk hangs. Each rank tells the others through a store of its own what it does, and a thread looks at the clock.
+A step ends by the clock. Set-up and report may take any time: they end where a rank gives no sign any more.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import distributed as dist
 
@@ -23,8 +24,10 @@ from ijepa_scale.engine.distributed import Ranks
 
 BEAT_SECONDS = 2.0  # between a rank's signs
 SILENT_BEATS = 3  # without one a rank stands still
+LEAST_SILENCE = 60.0  # seconds, outside of steps: an import may hold the interpreter for some
 PATIENCE = 30.0  # seconds for what the thread has to ask and to print; then the process ends without its words
 STEP = "in step"
+DONE = "done"
 
 
 @dataclass(frozen=True)
@@ -45,24 +48,33 @@ class Sign:
 
 
 class Watchdog:
-    """at() says that a step begins, doing() what is done within it. seconds: that a step may take; 0: it may take ever.
+    """at() says that a step begins, doing() what is done within it, outside() that there are no more.
 
-    All ranks make one and close() it. After an end by it the process's exit code is 1.
+    seconds: that a step may take, and a rank be silent outside of steps; 0: ever. All ranks make one, before the first
+    step, and close() it. After an end by it the process's exit code is 1.
     """
 
     def __init__(self, ranks: Ranks, seconds: float) -> None:
         self._ranks, self._seconds = ranks, seconds
         self._beat = min(BEAT_SECONDS, seconds / 8)
-        self._state = (0, STEP, time.monotonic())
-        self._began = 0.0  # of the step; 0: none has begun
+        self._silence = max(seconds, LEAST_SILENCE)
+        self._began = 0.0  # of the step; 0: there is none
         self._count = 0
         self._asked = False  # for the signs of all ranks
         self._heard: list[list[Sign]] = []
         self._closed = threading.Event()
+        self.outside("set-up")
         self._store = _store_of(ranks) if seconds and ranks.world_size > 1 else None
         self._tell()  # at once: who this is the others then know
         for name, work in (("signs", self._talk), ("watchdog", self._watch)) if seconds else ():
             threading.Thread(target=work, name=name, daemon=True).start()
+
+    def outside(self, doing: str) -> None:
+        """doing: what comes before the steps, or after them."""
+        now = time.monotonic()
+        self._began, self._state = 0.0, (0, doing, now)
+        self._alive = {rank: (-1, now) for rank in range(self._ranks.world_size)}  # count of signs, and since when
+        self._look = now
 
     def at(self, step: int) -> None:
         self._began = time.monotonic()
@@ -79,6 +91,9 @@ class Watchdog:
         self._state = (step, before, since)
 
     def close(self) -> None:
+        self._state = (0, DONE, time.monotonic())
+        with contextlib.suppress(Exception):  # the first rank, which keeps the store, may have closed it
+            self._tell()
         self._closed.set()
 
     def _talk(self) -> None:
@@ -89,6 +104,8 @@ class Watchdog:
                 self._tell()
                 if self._asked:
                     self._heard.append(self._signs())
+                elif not self._began and time.monotonic() >= self._look:
+                    self._note(self._signs())
 
     def _tell(self) -> None:
         self._count += 1
@@ -99,6 +116,29 @@ class Watchdog:
         while not self._closed.wait(self._beat):
             if self._began and time.monotonic() - self._began > self._seconds:
                 self._end()
+            elif not self._began and self._store is not None and (silent := self._silent()):
+                _say_and_end(
+                    f"{self._own().who} ends, in {self._own().doing}: {silent} for {self._silence:.0f} seconds: it is "
+                    "stopped, or its machine is gone; the same command goes on from there"
+                )
+
+    def _note(self, signs: list[Sign]) -> None:
+        now = time.monotonic()
+        self._look = now + self._silence / 8
+        for sign in signs:
+            if sign.doing == DONE:
+                self._alive.pop(sign.rank, None)
+            elif sign.count != self._alive.get(sign.rank, (0, now))[0]:
+                self._alive[sign.rank] = (sign.count, now)
+
+    def _silent(self) -> str:
+        """Who has given no sign for too long; "" where none."""
+        now = time.monotonic()
+        silent = [rank for rank, (_, since) in list(self._alive.items()) if now - since > self._silence]
+        if not silent:
+            return ""
+        # Where the first rank is silent, its store is, and nothing is heard of the others.
+        return f"{self._ranks.name(min(silent))} has given no sign"
 
     def _own(self) -> Sign:
         step, doing, since = self._state
@@ -115,16 +155,14 @@ class Watchdog:
                 return
         heard = self._heard if len(self._heard) > SILENT_BEATS else []
         limit = f"engine.hang_seconds={self._seconds:g}"
-        print(
-            f"error: {own.who} ends, as step {own.step + 1} has taken more than {limit} seconds: "
-            f"{explained(own, heard, self._ranks.world_size)}; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        faulthandler.dump_traceback(all_threads=True)
+        wait = 0.0
         if self._store is not None and self._ranks.first:
-            time.sleep(2 * SILENT_BEATS * self._beat + 1)  # the others ask its store at about the same time
-        os._exit(1)
+            wait = 2 * SILENT_BEATS * self._beat + 1  # the others ask its store at about the same time
+        _say_and_end(
+            f"{own.who} ends, as step {own.step + 1} has taken more than {limit} seconds: "
+            f"{explained(own, heard, self._ranks.world_size)}; the same command goes on from the last checkpoint",
+            wait=wait,
+        )
 
     def _signs(self) -> list[Sign]:
         """The newest of each rank that has given one."""
@@ -132,6 +170,13 @@ class Watchdog:
             return [self._own()]
         ranks = [str(rank) for rank in range(self._ranks.world_size)]
         return [Sign(**json.loads(self._store.get(rank))) for rank in ranks if self._store.check([rank])]
+
+
+def _say_and_end(why: str, *, wait: float = 0.0) -> NoReturn:
+    print(f"error: {why}", file=sys.stderr, flush=True)
+    faulthandler.dump_traceback(all_threads=True)
+    time.sleep(wait)
+    os._exit(1)
 
 
 def _store_of(ranks: Ranks) -> Any:

@@ -1,6 +1,5 @@
 """Whether training waits for its data, and what to do about it."""
 
-import os
 from collections import deque
 from collections.abc import Iterable
 from typing import Self
@@ -9,11 +8,6 @@ WARM_UP = 20  # steps: the loader's processes start, and the first batches come 
 WINDOW = 50  # steps the share is taken over
 ALLOWED = 0.02  # of the time of a step
 WORSE = 2.0  # times the share said before, to say it again
-
-
-def usable_cores() -> frozenset[int]:
-    """Numbers of the cores that this process may run on."""
-    return frozenset(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
 class DataWait:

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ijepa_scale.data.collate import Batch
+from ijepa_scale.data.files import usable_cores
 from ijepa_scale.engine.feed import HostCopy
-from ijepa_scale.run.data_wait import DataWait, usable_cores
+from ijepa_scale.run.data_wait import DataWait
 from ijepa_scale.run.incidents import Log, Say
 from ijepa_scale.run.progress import Progress
 from ijepa_scale.run.setup import Run

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ijepa_scale import build
-from ijepa_scale.config import from_dict, to_dict, to_yaml
+from ijepa_scale.config import from_dict, to_dict, to_yaml, without_secrets
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine import stored
 from ijepa_scale.engine.checkpoint import Checkpoint
@@ -44,11 +44,8 @@ def look(path: Path) -> Listed:
     try:
         manifest = checkpoints.read_manifest(path)
         for entry in manifest["files"]:
-            file = path / entry["name"]
-            if not file.is_file():
-                raise ValueError(f"{entry['name']} is missing")
-            if file.stat().st_size != entry["bytes"]:
-                raise ValueError(f"{entry['name']} has {file.stat().st_size:,} bytes instead of {entry['bytes']:,}")
+            if complaint := checkpoints.not_whole(path, entry):
+                raise ValueError(complaint)
     except (ValueError, KeyError, TypeError) as error:
         return Listed(path, None, size, str(error) or type(error).__name__)
     return Listed(path, Checkpoint(path, manifest), size, "")
@@ -129,7 +126,11 @@ def convert(path: Path, out: Path) -> Checkpoint:
         raise ValueError(f"{path} cannot be converted: {wrong[0]}")
     found = Checkpoint(path, checkpoints.read_manifest(path))
     config, objective = from_dict(found.manifest["config"]), described(found)
-    today = {"objective": objective.name, "config": to_dict(config), "architecture": objective.architecture()}
+    today = {
+        "objective": objective.name,
+        "config": without_secrets(to_dict(config)),
+        "architecture": objective.architecture(),
+    }
     folder = RunFolder(out)
     folder.lock()
     written = stored.copy(found, folder.checkpoints, found.manifest | today)

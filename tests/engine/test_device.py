@@ -17,6 +17,9 @@ SCRIPT = "import sys; from tests.engine import worker_device; worker_device.run(
 ROUNDING = {"fp32": 1e-3, "bf16": 3e-2}
 
 
+pytestmark = pytest.mark.xdist_group("device")  # one process runs them all, and the script of facts() once
+
+
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
     if not torch.cuda.is_available():

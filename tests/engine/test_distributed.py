@@ -155,6 +155,21 @@ def test_one_rank_has_all_rows():
     assert distributed.alone().gather_rows(rows) is rows
 
 
+def limits(hang_seconds: float | None, minutes: float) -> None:
+    ranks = distributed.start(hang_seconds=hang_seconds)
+    from deepspeed.utils import groups
+
+    for group in (torch.distributed.group.WORLD, groups._clone_world_group()):  # the latter is ZeRO-3's
+        found = group._get_backend(torch.device("cpu")).options._timeout
+        assert found.total_seconds() == 60 * minutes, found
+    ranks.close()
+
+
+@pytest.mark.parametrize("hang_seconds, minutes", [(None, 10), (5.0, 10), (1800.0, 32), (0.0, 24 * 60)])
+def test_a_collective_waits_longer_than_the_watchdog_that_knows_for_whom(tmp_path, hang_seconds, minutes):
+    assert_all(run_ranks(limits, 2, tmp_path, hang_seconds, minutes))
+
+
 def share_a_machine(cores: list[set[int]], threads: int) -> None:
     """As mpirun starts processes, which it may bind to some of the cores."""
     rank = os.environ.pop("RANK")

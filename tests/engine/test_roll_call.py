@@ -4,13 +4,22 @@ import os
 import socket
 import threading
 import time
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 
 from ijepa_scale.engine import distributed
 from ijepa_scale.engine.launchers import Place
-from ijepa_scale.engine.roll_call import AGENT_STORE, StartError, call_off, group_store, host_store, roll_call
+from ijepa_scale.engine.roll_call import (
+    AGENT_STORE,
+    NCCL_ENDED,
+    StartError,
+    call_off,
+    group_store,
+    host_store,
+    roll_call,
+)
 from tests.processes import assert_all, free_port, run_ranks
 
 
@@ -127,6 +136,10 @@ def test_an_attempt_of_torchrun_s_finds_nothing_of_the_one_before(monkeypatch):
     monkeypatch.setenv(AGENT_STORE, "True")
     group_store(here, host_store(here), wait).set("rank 1", "a port that nobody listens on any more")
     assert group_store(here, host_store(here), wait).check(["rank 1"])
+    agent.set(NCCL_ENDED, "1")  # as the watchdog of a rank of the first attempt does, whatever the prefix
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    group_store(replace(here, rank=1), host_store(here), wait)  # which may come after rank 0 has begun to train
+    assert agent.check([NCCL_ENDED])
     assert not group_store(here, host_store(here), wait).check(["rank 1"])
+    assert not agent.check([NCCL_ENDED])
     del agent

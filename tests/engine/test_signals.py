@@ -30,6 +30,14 @@ def main(stop):
 
 signals.run_process(main)
 """
+# What Python does at its very end, when it has put signal handlers back: a launcher's SIGTERM comes then.
+TERMINATED_LATE = """
+class Late:
+    kill, pid = staticmethod(os.kill), os.getpid()
+    def __del__(self):
+        self.kill(self.pid, 15)
+sys.modules["late"] = Late()
+"""
 # Another process that starts a rank, and lives on.
 LAUNCHER = "import subprocess, sys; subprocess.Popen([sys.executable, *sys.argv[-2:]]).wait()"
 SLEEP = "time.sleep(30)"
@@ -76,6 +84,7 @@ def rank(tmp_path):
         ("pass", 0, ""),
         ("sys.exit(2)", 2, ""),
         ("sys.exit('a text')", 1, "a text\n"),
+        (TERMINATED_LATE, 0, ""),
         ("1 / 0", 1, "ZeroDivisionError: division by zero\n"),
         (f"{DEAF_CHILD}1 / 0", 1, "ZeroDivisionError: division by zero\n"),
         (

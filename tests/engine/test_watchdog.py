@@ -1,10 +1,14 @@
-"""Whom a rank names when a step takes too long."""
+"""Whom a rank names when a step takes too long, and outside of steps; with runs: tests/soak."""
 
 import dataclasses
+import os
+import time
 
 import pytest
 
-from ijepa_scale.engine.watchdog import STEP, Sign, explained
+from ijepa_scale.engine import distributed, watchdog
+from ijepa_scale.engine.watchdog import STEP, Sign, Watchdog, explained
+from tests.processes import assert_all, run_ranks
 
 
 def signs(*doing, steps=None, silent=()):
@@ -44,3 +48,39 @@ def test_several_are_all_named():
 def test_a_rank_that_has_never_given_a_sign_is_named():
     said = explained(Sign(0, 8, 40, STEP, 30.0, "node0", 100), signs(STEP), 2)
     assert said == "rank 1 gives no sign any more: it is stopped, or its machine is gone"
+
+
+def outside_of_steps(how: str) -> None:
+    """Of two ranks the second, or the first, does not come to where the other waits."""
+    watchdog.BEAT_SECONDS, watchdog.LEAST_SILENCE = 0.05, 2.0
+    ranks = distributed.start()
+    dog = Watchdog(ranks, 1.0)
+    late = ranks.rank == (how == "the second")
+    dog.outside("the report")
+    if how == "slow":  # the threads live: it may take any time
+        time.sleep(5 * late)
+    elif how == "done":
+        if ranks.first:
+            time.sleep(5)
+    elif late:
+        dog._closed.set()  # no more signs, as of a process that is stopped
+        time.sleep(8)
+        os._exit(0)
+    else:
+        ranks.barrier()
+    dog.close()
+    ranks.close()
+
+
+@pytest.mark.parametrize("how", ["slow", "done"])
+def test_outside_of_steps_a_rank_may_take_its_time_or_be_done(tmp_path, how):
+    assert_all(run_ranks(outside_of_steps, 2, tmp_path, how))
+
+
+@pytest.mark.parametrize("how, silent", [("the second", 1), ("the first", 0)])
+def test_outside_of_steps_a_rank_that_gives_no_sign_ends_the_others(tmp_path, how, silent):
+    ends = run_ranks(outside_of_steps, 2, tmp_path, how)
+    assert [end.code for end in ends] == [int(rank != silent) for rank in (0, 1)], [end.output for end in ends]
+    said = ends[1 - silent].output
+    assert f"error: rank {1 - silent} (" in said and "ends, in the report: rank" in said
+    assert f"rank {silent} (" in said and "has given no sign for 2 seconds: it is stopped" in said

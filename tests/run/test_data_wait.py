@@ -1,9 +1,8 @@
-import os
 import re
 
 import pytest
 
-from ijepa_scale.run.data_wait import WARM_UP, WINDOW, DataWait, usable_cores
+from ijepa_scale.run.data_wait import WARM_UP, WINDOW, DataWait
 
 
 def watch(steps, **options):
@@ -62,7 +61,3 @@ def test_cores_of_a_node_are_counted_once():
         data_wait = DataWait.of_ranks(ranks, workers=0)
         texts = [data_wait.update(0.5, 1.0) for _ in range(100)]
         assert "Raise data.workers from 0, to 1 at most on 4 cores" in "".join(texts)
-
-
-def test_usable_cores():
-    assert 1 <= len(usable_cores()) <= (os.cpu_count() or 1)
