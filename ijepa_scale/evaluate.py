@@ -1,5 +1,6 @@
 """An evaluation, top to bottom: an encoder and two splits of images -> tasks -> tables, results.json and pictures."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -111,7 +112,10 @@ def evaluate_tasks(ranks: Ranks, request: Request) -> None:
                 outcome = replace(outcome, facts={**outcome.facts, "arguments": redacted(request.arguments)})
             write_results(folder, facts, asked.name, asked.settings, outcome, seconds)
             _show(folder, asked, outcome, seconds)
-            log_evaluation(loaded.path, asked.name, {measure.name: measure.value for measure in outcome.measures})
+            try:
+                log_evaluation(loaded.path, asked.name, {measure.name: measure.value for measure in outcome.measures})
+            except (ValueError, OSError) as error:  # the results are there, and other tasks wait
+                say(f"warning: {asked.name} is not in the run's wandb: {error}")
     say(f"results: {folder / RESULTS}")
     if folder.parent.name == "evaluations" and ((run := folder.parents[1]) / "checkpoints").is_dir():
         say(f"on the page of the run: python launch/report.py {run} (or ijepa-scale report)")
@@ -220,7 +224,14 @@ def _asked(
         )
         defaults = TASKS[name].defaults(evaluation)
         settings = over(defaults, _overrides(request, name, defaults))
-        asked.append(Asked(name, evaluation, settings, run))
+        try:
+            ranks.together(functools.partial(TASKS[name].check, evaluation, settings))
+        except ValueError as error:
+            if not of_all:
+                raise
+            say(f"left out: {name}: {error}")
+        else:
+            asked.append(Asked(name, evaluation, settings, run))
     _check_overrides(request, names)
     return asked
 

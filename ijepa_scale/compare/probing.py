@@ -50,8 +50,10 @@ def labelled_images(config: CompareConfig, of: PretrainConfig) -> Pairs:
     if not (labels := config.labels or there):
         raise ValueError(f"{images.train.name} has no column of classes to probe with; name one in labels")
     pairs: Pairs = {}
+    held_out = None  # of one split: by the first label, for all
     for label in labels:
-        pair = labelled_pair(images.train, images.test, label)
+        pair = labelled_pair(images.train, images.test, label, held_out=held_out)
+        held_out = pair[1].indices if held_out is None else held_out
         if pairs:
             chosen = zip(pair, next(iter(pairs.values())), strict=True)
             pairs[label] = tuple(
@@ -89,13 +91,18 @@ def probe(training: Training, config: CompareConfig, pairs: Pairs, told: Callabl
 
 def probe_initial(training: Training, config: CompareConfig, pairs: Pairs) -> Scores:
     """Scores of what every run of the training's seed starts from, which is the same encoder for all recipes."""
-    file, asked = training.folder.parent / f"initial-seed{training.seed}.jsonl", asked_for(config, pairs)
-    done = read_probes(file, asked)
+    objective = build.build_objective(training.config)
+    encoder, network = plain_encoder(objective)
+    fill_initial(encoder, objective, network, alone(), {})
+    images = [part.images.digest for part in next(iter(pairs.values()))]
+    asked = {**asked_for(config, pairs), "encoder": digest(encoder), "images": images}
+    file = training.folder.parent / f"initial-seed{training.seed}.jsonl"
+    try:
+        done = read_probes(file, asked)
+    except ValueError:  # those of a start that came to no checkpoint, with other settings
+        done = {}
     if 0 not in done:
-        objective = build.build_objective(training.config)
-        encoder, network = plain_encoder(objective)
-        fill_initial(encoder, objective, network, alone(), {})
-        done[0] = scores_of(encoder, training.config, config, pairs)
+        done = {0: scores_of(encoder, training.config, config, pairs)}
         write_probes(file, asked, done)
     return done[0]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import gc
 import itertools
 import multiprocessing
@@ -71,6 +72,8 @@ class FailedBatch:
 
 class LoadError(Exception):
     """No more micro-batches can be made. The message says what failed and what to do."""
+
+    local = True  # to be said by whichever rank it befell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +154,12 @@ class MicroBatchStream:
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> Batch:
-        """Raises LoadError where the micro-batch cannot be made."""
+    def __len__(self) -> int:
+        """Of all batches, from the first on."""
+        return len(self._batches)
+
+    def __next__(self) -> Any:
+        """A Batch, or what else the loader makes. Raises LoadError where the micro-batch cannot be made."""
         try:
             batch = next(self._batches)
             if isinstance(batch, FailedBatch):
@@ -222,21 +229,39 @@ def shared_memory() -> tuple[str, int] | None:
     return f"{os.uname().nodename}:{device}", space.f_bavail * space.f_frsize
 
 
-def check_batches_fit(*, batch_bytes: int, workers: int, ranks: int, free: int) -> None:
+def check_batches_fit(
+    *, batch_bytes: int, workers: int, ranks: int, free: int, ahead: int = PREFETCH, option: str = "data.workers"
+) -> None:
     """ValueError where what loader processes make ahead does not fit into shared memory.
 
-    batch_bytes: of a micro-batch's images. workers: loader processes of a rank. ranks: that share the memory.
+    batch_bytes: of a micro-batch's images. workers: loader processes of a rank, as the option says. ranks: that share
+    the memory. ahead: micro-batches that a process makes ahead.
     """
-    need = batch_bytes * (PREFETCH * workers + 1) * ranks  # and one that the rank is about to copy
+    need = batch_bytes * (ahead * workers + 1) * ranks  # and one that the rank is about to copy
     if need <= free:
         return
-    most = max(0, free // (batch_bytes * ranks) - 1) // PREFETCH
+    most = max(0, free // (batch_bytes * ranks) - 1) // ahead
     raise ValueError(
         f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and loader processes need {need / 2**20:,.0f} MiB of it: "
-        f"{batch_bytes / 2**20:,.1f} MiB a micro-batch x ({PREFETCH} made ahead x data.workers {workers} + 1)"
+        f"{batch_bytes / 2**20:,.1f} MiB a micro-batch x ({ahead} made ahead x {option} {workers} + 1)"
         f"{f' x {ranks} ranks' * (ranks > 1)}; start the container with --shm-size={-(-need * 2 // 2**30)}g (or "
-        f"--ipc=host), or set data.workers={most}" + (" (the training process then loads)" if not most else "")
+        f"--ipc=host), or set {option}={most}" + (" (no process is then started for it)" if not most else "")
     )
+
+
+def why_loaders_failed(error: RuntimeError | OSError) -> str:
+    """What keeps loader processes from starting or from handing over their batches, and a remedy; "" if not known."""
+    said = str(error)
+    # A library says no more than this: torch of its loaders, in words that have not changed since torch 1.0.
+    if "unable to allocate shared memory" in said or "unable to resize file" in said:
+        return f"{SHARED_MEMORY} is full; start the container with a larger --shm-size"
+    if "DataLoader worker" in said and ("killed by signal" in said or "exited unexpectedly" in said):
+        return "a loader process was killed, perhaps as the machine's memory ran out"
+    if "Too many open files" in said or "received 0 items of ancdata" in said:
+        return "too many files are open; raise the limit (ulimit -n)"
+    if isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):
+        return "no more processes can be started"
+    return ""
 
 
 @contextlib.contextmanager

@@ -18,9 +18,10 @@ from torch import nn
 
 from ijepa_scale.engine.device import free_memory
 from ijepa_scale.engine.launchers import ranks_here
-from ijepa_scale.evals.batches import LabelledBatch, TrainingBatches, eval_batches
+from ijepa_scale.evals.batches import LabelledBatch, TrainingBatches
 from ijepa_scale.evals.evaluation import Evaluation, Labelled, Outcome, accuracy, commonest_share
 from ijepa_scale.evals.features import encoding_copy
+from ijepa_scale.evals.shares import image_batches
 from ijepa_scale.evals.training import Fit, TrainingSettings, answers, start_engine
 from ijepa_scale.models.attention import Sequences
 from ijepa_scale.models.blocks import NORM_EPS, Block, Mlp, ViTSize, run_blocks
@@ -139,6 +140,11 @@ def split(train: Labelled, probes: int) -> tuple[Labelled, Labelled]:
     return train.take(np.flatnonzero(~held_out)), train.take(np.flatnonzero(held_out))
 
 
+def check_attentive(evaluation: Evaluation, settings: AttentiveSettings) -> None:
+    """ValueError for too few images to choose among the probes."""
+    split(evaluation.train, len(settings.grid))
+
+
 def attentive(evaluation: Evaluation, settings: AttentiveSettings) -> Outcome:
     """Test accuracy of each probe; the chosen one is the best on training images held out from all. All ranks call it.
 
@@ -204,18 +210,20 @@ def _kept_tokens(
             f"{free / 2**30:,.1f} GiB are free; leave out features=true, or use fewer images"
         )
     kept_BND, read = torch.empty(shape, dtype=dtype), np.zeros(len(labelled), bool)
-    loader = eval_batches(
-        labelled,
+    batches = image_batches(
+        labelled.images,
+        labelled.indices,
         image_size=image_size,
         batch_size=evaluation.batch_size,
         ranks=replace(evaluation.ranks, rank=0, world_size=1),
         workers=evaluation.workers,
         stretch=stretch,
     )
-    for batch in evaluation.watch(f"encoding {labelled.images.name}", loader):
-        here = batch.places >= 0
-        kept_BND[batch.places[here]] = tokens_of(batch.images.to(device))[here.to(device)].to("cpu", dtype)
-        read[batch.places[here]] = True
+    with batches as loaded:
+        for batch in evaluation.watch(f"encoding {labelled.images.name}", loaded):
+            here = batch.places >= 0
+            kept_BND[batch.places[here]] = tokens_of(batch.images.to(device))[here.to(device)].to("cpu", dtype)
+            read[batch.places[here]] = True
     if not read.any():
         raise ValueError(f"{labelled.images.name}: none of {len(labelled)} images can be read; check its files")
     places = np.flatnonzero(read)

@@ -18,13 +18,13 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ijepa_kernels.patchify import IMAGENET_MEAN
-from ijepa_scale.data.collate import PREFETCH, FailedBatch, LoadError, MicroBatchStream, start_worker
+from ijepa_scale.data.collate import PREFETCH, FailedBatch, LoadError, start_worker
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import MAX_SUBSTITUTES, SUBSTITUTE_SEED, BadImage
 from ijepa_scale.data.order import generator_for, image_at
 from ijepa_scale.data.transforms import RandomCrop, center_crop, stretched
-from ijepa_scale.engine.distributed import Ranks
 from ijepa_scale.evals.evaluation import Labelled
+from ijepa_scale.evals.shares import streamed
 from ijepa_scale.extras import needed
 
 # Streams of random numbers, beside those of data/order.py.
@@ -176,7 +176,8 @@ class TrainingBatches(Dataset):
     ) -> Iterator[Iterator[LabelledBatch]]:
         """LabelledBatches in order from start_step to stop_step (None: the last), made by so many loader processes.
 
-        The iterator raises BadImageError where an image and all that might stand in for it are bad.
+        The iterator raises BadImageError where an image and all that might stand in for it are bad, and what
+        shares.image_batches() does.
         """
         accumulation, stop = self.accumulation_steps, self.total_steps if stop_step is None else stop_step
         loader = DataLoader(
@@ -189,7 +190,8 @@ class TrainingBatches(Dataset):
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # of its own: a loader draws from the global one, even where nothing is random
         )
-        with MicroBatchStream(loader) as batches:
+        images = self.read * (len(self.positions(0)) + 2)  # of a micro-batch at most
+        with streamed(loader, batch_bytes=images * 3 * self.image_size**2) as batches:
             yield _read_through(batches)
 
     def __getitem__(self, micro_step: int) -> LabelledBatch | FailedBatch:
@@ -313,49 +315,3 @@ def _global_draws(*key: int) -> Iterator[None]:
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
-
-
-@dataclass(frozen=True)
-class EvalBatch:
-    """images: (B, 3, S, S) uint8. places: (B,) int64, which of the labelled each is; -1: none, not to be counted."""
-
-    images: torch.Tensor
-    places: torch.Tensor
-
-
-def eval_batches(
-    labelled: Labelled, *, image_size: int, batch_size: int, ranks: Ranks, workers: int, stretch: bool = False
-) -> DataLoader:
-    """This rank's share of the images, each place of which modulo the ranks is its rank, in order: EvalBatches.
-
-    stretch: the whole image, squashed to a square, not its centre. All ranks get as many batches of one size: where a
-    share is over, and for an unreadable image, a black one stands, with place -1.
-    """
-    share = _Share(labelled, image_size, stretch, ranks.rank, ranks.world_size)
-    draws = torch.Generator()  # of its own: a loader draws from the global one, even where nothing is random
-    return DataLoader(share, batch_size=batch_size, num_workers=workers, collate_fn=_stacked, generator=draws)
-
-
-@dataclass(frozen=True)
-class _Share(Dataset):
-    labelled: Labelled
-    image_size: int
-    stretch: bool
-    rank: int
-    ranks: int
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.labelled) / self.ranks)
-
-    def __getitem__(self, item: int) -> tuple[np.ndarray, int]:
-        place = item * self.ranks + self.rank
-        if place < len(self.labelled):
-            with contextlib.suppress(BadImageError):  # whoever counts sees that it is missing
-                image = self.labelled.images.read(int(self.labelled.indices[place]))
-                return (stretched if self.stretch else center_crop)(image, self.image_size), place
-        return np.zeros((3, self.image_size, self.image_size), np.uint8), -1
-
-
-def _stacked(items: list[tuple[np.ndarray, int]]) -> EvalBatch:
-    images = torch.from_numpy(np.ascontiguousarray(np.stack([image for image, _ in items])))
-    return EvalBatch(images, torch.tensor([place for _, place in items]))

@@ -173,6 +173,12 @@ class Embeddings:
         )
         return [(row, float(similarity[row])) for row in itertools.islice(others, max(0, count))]
 
+    def row_of(self, query: Query) -> int:
+        """Where a query is among the images, by its file where another path leads to it; -1: nowhere."""
+        if query.row >= 0 or query.file is None:
+            return query.row
+        return next((row for row, one in enumerate(self.table) if _file_at(one["image"]) == query.file), -1)
+
     def picture(self, row: int, images: ImageSet) -> np.ndarray:
         """The centre of the image that a row is of. images: those that were embedded; ValueError if they have changed.
 

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import math
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,14 +12,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
 
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.images import ImageSet
-from ijepa_scale.data.transforms import center_crop, stretched
 from ijepa_scale.engine.distributed import Ranks, alone
+from ijepa_scale.evals.shares import ImageBatch, image_batches
 from ijepa_scale.evals.stores import open_stores
 
 
@@ -123,13 +120,19 @@ def extract(
         if stores and (told := stores.begun(len(chosen))):
             say(told)
         kept = array("q", (index for index in chosen[:done] if index not in unreadable))
-        crop = stretched if stretch else center_crop
-        crops = _Crops(images, crop, image_size, chosen, ranks.rank, ranks.world_size, done)
-        # A generator of its own: a loader draws from torch's global one, even where nothing is random.
-        draws = torch.Generator()
-        loader = DataLoader(crops, batch_size=batch_size, num_workers=workers, collate_fn=_stacked, generator=draws)
+        batches = image_batches(
+            images,
+            chosen,
+            image_size=image_size,
+            batch_size=batch_size,
+            ranks=ranks,
+            workers=workers,
+            stretch=stretch,
+            start=done,
+        )
+        loaded = watch(stack.enter_context(batches))
         wanted = iter(chosen[done:])
-        for rows in _batches(list(encoders.values()), watch(loader), ranks, blocks, patches):
+        for rows in _batches(list(encoders.values()), loaded, ranks, blocks, patches):
             found = []
             for (vectors, reason), index in zip(rows, wanted, strict=False):  # the last ranks may be an image short
                 if reason:
@@ -160,46 +163,14 @@ def _nothing() -> None:
 
 
 def _batches(
-    encoders: list[nn.Module], loader: Iterable, ranks: Ranks, blocks: Sequence[int], patches: bool
+    encoders: list[nn.Module], loaded: Iterable[ImageBatch], ranks: Ranks, blocks: Sequence[int], patches: bool
 ) -> Iterator[list[tuple[list[np.ndarray], str]]]:
     """For each batch, of all ranks' images in order: a row for every store of it, and why it cannot be read."""
-    for batch, reasons in loader:
-        values = [part for encoder in encoders for part in _features(encoder, batch, blocks, patches)]
-        shares = ranks.gather((values, reasons))
+    for batch in loaded:
+        values = [part for encoder in encoders for part in _features(encoder, batch.images, blocks, patches)]
+        shares = ranks.gather((values, batch.reasons))
         yield [
             ([vectors[row] for vectors in values_there], reasons_there[row])
-            for row in range(len(reasons))
+            for row in range(len(batch.reasons))
             for values_there, reasons_there in shares
         ]
-
-
-@dataclass(frozen=True)
-class _Crops(Dataset):
-    """Item i: the centre of image i of a rank's share, (3, size, size) uint8, and why it cannot be read; then black.
-
-    As is what lies past the last image: all ranks have as many items.
-    """
-
-    images: ImageSet
-    crop: Callable[[Image.Image, int], np.ndarray]
-    size: int
-    indices: Sequence[int] | np.ndarray  # of all ranks; a range of a whole set takes no memory
-    rank: int
-    ranks: int
-    done: int  # how many of the first are left out
-
-    def __len__(self) -> int:
-        return math.ceil((len(self.indices) - self.done) / self.ranks)
-
-    def __getitem__(self, item: int) -> tuple[np.ndarray, str]:
-        place, reason = self.done + item * self.ranks + self.rank, ""
-        if place < len(self.indices):
-            try:
-                return self.crop(self.images.read(self.indices[place]), self.size), reason
-            except BadImageError as error:
-                reason = error.reason
-        return np.zeros((3, self.size, self.size), np.uint8), reason
-
-
-def _stacked(items: list[tuple[np.ndarray, str]]) -> tuple[torch.Tensor, list[str]]:
-    return torch.from_numpy(np.stack([crop for crop, _ in items])), [reason for _, reason in items]

@@ -18,6 +18,7 @@ from ijepa_scale.engine.checkpoint import Checkpoint, read_weights
 from ijepa_scale.evals.batches import DROP_PATH, LabelledBatch, Mix, TrainingBatches
 from ijepa_scale.evals.evaluation import Evaluation, Outcome, accuracy, commonest_share
 from ijepa_scale.evals.training import Fit, TrainingSettings, answers, start_engine
+from ijepa_scale.extras import needed
 from ijepa_scale.models.blocks import Block, recompute
 from ijepa_scale.models.vit import VisionTransformer
 
@@ -129,6 +130,12 @@ def kept_branches(seed: int, step: int, positions: list[int], depth: int, rate: 
     rates = np.linspace(0.0, rate, depth)[:, None, None]
     draws = np.stack([generator_for(seed, DROP_PATH, step, at).random((depth, 2)) for at in positions], axis=1)
     return torch.from_numpy(((draws >= rates) / (1.0 - rates)).astype(np.float32))
+
+
+def check_finetune(evaluation: Evaluation, settings: FinetuneSettings) -> None:
+    """ValueError where a package is missing."""
+    if settings.mix or settings.rand_augment:
+        needed("timm", extra="evaluate")
 
 
 def finetune(evaluation: Evaluation, settings: FinetuneSettings) -> Outcome:

@@ -63,26 +63,35 @@ def label_column(images: ImageSet, name: str) -> str:
     )
 
 
-def labelled_pair(train: ImageSet, test: ImageSet, column: str) -> tuple[Labelled, Labelled]:
+def labelled_pair(
+    train: ImageSet, test: ImageSet, column: str, *, held_out: np.ndarray | None = None
+) -> tuple[Labelled, Labelled]:
     """Labelled images to fit on and to judge by, their classes numbered alike, by their names.
 
-    Where both are the same split, every fifth image of a class is for testing. Raises ValueError where there is no such
-    column, or nothing can be learned from it.
+    Where both are the same split, every fifth image of a class is for testing, or held_out: indices. Raises ValueError
+    where there is no such column, or nothing can be learned from it.
     """
     of_train, of_test = train.classes(column), test.classes(column)
     names = list(dict.fromkeys([*of_train.names, *of_test.names]))
     number = {name: place for place, name in enumerate(names)}
     renumbered = np.array([number[name] for name in of_test.names] + [-1])  # and of -1 still -1
     labels, test_labels = of_train.values, renumbered[of_test.values]
-    return checked_pair(train, labels, test, test_labels, names, column)
+    return checked_pair(train, labels, test, test_labels, names, column, held_out=held_out)
 
 
 def checked_pair(
-    train: ImageSet, labels: np.ndarray, test: ImageSet, test_labels: np.ndarray, names: list[str], column: str
+    train: ImageSet,
+    labels: np.ndarray,
+    test: ImageSet,
+    test_labels: np.ndarray,
+    names: list[str],
+    column: str,
+    *,
+    held_out: np.ndarray | None = None,
 ) -> tuple[Labelled, Labelled]:
     """Those of the images that have a class; labels, test_labels: -1 where one has none. The rest as labelled_pair."""
     if test is train:
-        held_out = held_out_places(labels)
+        held_out = held_out_places(labels) if held_out is None else held_out[labels[held_out] >= 0]
         fit = np.setdiff1d(np.flatnonzero(labels >= 0), held_out)
     else:
         fit, held_out = np.flatnonzero(labels >= 0), np.flatnonzero(test_labels >= 0)

@@ -155,6 +155,12 @@ def lr_factor(step: int, steps_per_epoch: int, settings: LinearSettings) -> floa
     return cosine(step, steps_per_epoch * settings.epochs, 1.0, 0.01)
 
 
+def check_linear(evaluation: Evaluation, settings: LinearSettings) -> None:
+    """ValueError where a package is missing."""
+    if settings.optimizer == "lars":
+        needed("timm", extra="evaluate")
+
+
 def linear(evaluation: Evaluation, settings: LinearSettings) -> Outcome:
     """All heads, the best on the test images as the result, as in the paper. Ranks share the heads among them.
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from ijepa_scale.data.images import ImageSet
 from ijepa_scale.evals import clevr
-from ijepa_scale.evals.attentive import AttentiveSettings, attentive
+from ijepa_scale.evals.attentive import AttentiveSettings, attentive, check_attentive
 from ijepa_scale.evals.evaluation import Evaluation, Labelled, Outcome
-from ijepa_scale.evals.finetune import finetune, recipe
+from ijepa_scale.evals.finetune import check_finetune, finetune, recipe
 from ijepa_scale.evals.knn import KnnSettings, knn
 from ijepa_scale.evals.labels import checked_pair, label_column, labelled_pair
-from ijepa_scale.evals.linear import FULL_SIZE, RECIPES, LinearSettings, linear
+from ijepa_scale.evals.linear import FULL_SIZE, RECIPES, LinearSettings, check_linear, linear
 from ijepa_scale.evals.logistic import LogisticSettings, logistic
 from ijepa_scale.evals.lowshot import LowshotSettings, lowshot
 
@@ -22,12 +22,16 @@ COUNT, DISTANCE, DISTANCE_VALUE = "count", "distance", "nearest_distance"  # col
 
 @dataclass(frozen=True)
 class Task:
-    """usual: settings, one of which defaults() takes for an evaluation. column: of classes; "": that of labels."""
+    """usual: settings, one of which defaults() takes for an evaluation. column: of classes; "": that of labels.
+
+    check: raises ValueError, before anything is computed, for settings that cannot be here: too few images, no package.
+    """
 
     usual: tuple[Any, ...]
     run: Callable[[Evaluation, Any], Outcome]
     column: str = ""
     choose: Callable[[Evaluation], Any] | None = None
+    check: Callable[[Evaluation, Any], None] = lambda evaluation, settings: None
 
     def defaults(self, evaluation: Evaluation) -> Any:
         return self.choose(evaluation) if self.choose else self.usual[0]
@@ -40,14 +44,15 @@ def linear_defaults(evaluation: Evaluation) -> LinearSettings:
 
 TASKS: dict[str, Task] = {
     "knn": Task((KnnSettings(),), knn),
-    "linear": Task(tuple(RECIPES.values()), linear, choose=linear_defaults),
+    "linear": Task(tuple(RECIPES.values()), linear, choose=linear_defaults, check=check_linear),
     "logistic": Task((LogisticSettings(),), logistic),
     "lowshot": Task((LowshotSettings(),), lowshot),
-    "attentive": Task((AttentiveSettings(),), attentive),
+    "attentive": Task((AttentiveSettings(),), attentive, check=check_attentive),
     "finetune": Task(
         tuple(recipe(width, few_labels=False) for width in (768, 1280)),
         finetune,
         choose=lambda of: recipe(of.encoder.size.width, few_labels=False),
+        check=check_finetune,
     ),
     "count": Task((clevr.COUNT,), clevr.count, COUNT),
     "distance": Task((clevr.DISTANCE,), clevr.distance, DISTANCE),

@@ -19,8 +19,9 @@ from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.engine.ema import ShardedEMA
 from ijepa_scale.engine.schedules import cosine
 from ijepa_scale.engine.zero import building_context, deepspeed_config, initialize
-from ijepa_scale.evals.batches import Augment, LabelledBatch, Mix, TrainingBatches, eval_batches
+from ijepa_scale.evals.batches import Augment, LabelledBatch, Mix, TrainingBatches
 from ijepa_scale.evals.evaluation import Evaluation, Labelled
+from ijepa_scale.evals.shares import image_batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +136,8 @@ class Fit:
         labelled, evaluation = self.batches.labelled, self.evaluation
         places = hashlib.sha256(labelled.indices.tobytes() + labelled.labels.tobytes()).hexdigest()
         of = [evaluation.sha256, evaluation.image_size, evaluation.seed, labelled.images.name, places]
-        of.append(asdict(self.settings))
+        images = evaluation.ranks.from_first(labelled.images.digest if evaluation.ranks.first else "")
+        of += [images, asdict(self.settings)]
         digest = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = evaluation.keep / "checkpoints" / f"{self.name}-{digest}"
 
@@ -203,11 +205,12 @@ def answers(
 ) -> np.ndarray:
     """What classify says of each image, on every rank: (n, ...) int64, -1 for images that cannot be read.
 
-    classify: (B, 3, S, S) uint8 on the device -> (B, ...) int64. stretch: as of eval_batches().
+    classify: (B, 3, S, S) uint8 on the device -> (B, ...) int64. stretch: as of image_batches().
     """
     ranks = evaluation.ranks
-    loader = eval_batches(
-        labelled,
+    batches = image_batches(
+        labelled.images,
+        labelled.indices,
         image_size=evaluation.image_size,
         batch_size=evaluation.batch_size,
         ranks=ranks,
@@ -215,10 +218,11 @@ def answers(
         stretch=stretch,
     )
     places, found = [], []
-    for batch in evaluation.watch(words, loader):
-        answer = classify(batch.images.to(ranks.device, non_blocking=True)).cpu()
-        places.append(batch.places.numpy())
-        found.append(answer.numpy())
+    with batches as loaded:
+        for batch in evaluation.watch(words, loaded):
+            answer = classify(batch.images.to(ranks.device, non_blocking=True)).cpu()
+            places.append(batch.places.numpy())
+            found.append(answer.numpy())
     shares = ranks.gather((np.concatenate(places), np.concatenate(found)))
     result = np.full((len(labelled), *found[0].shape[1:]), -1, np.int64)
     for at, given in shares:

@@ -1,13 +1,12 @@
 """What can befall a step, told to the user: unreadable images, ends of shards, skipped steps, memory that runs out."""
 
 import contextlib
-import errno
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from ijepa_scale.data.collate import SHARED_MEMORY, Batch
+from ijepa_scale.data.collate import Batch, why_loaders_failed
 from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.engine import checkpoint as checkpoints
 from ijepa_scale.run.setup import Run
@@ -31,7 +30,10 @@ def explained_memory_errors(run: Run) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in str(error)
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+            words in str(error)
+            for words in ("allocate memory", "out of memory")  # the latter of CUDA, NCCL and Triton
+        )
         if not out_of_memory:
             raise
         micro = run.dataset.micro_batch_size
@@ -59,21 +61,13 @@ def explained_loader_errors(run: Run) -> Iterator[None]:
     except RunError:  # it is explained already
         raise
     except (RuntimeError, OSError) as error:
-        said, workers = str(error), run.config.data.workers
-        last = said.strip().splitlines()[-1] if said.strip() else ""
-        # A library says no more than this: torch of its loaders, in words that have not changed since torch 1.0.
-        if "unable to allocate shared memory" in said or "unable to resize file" in said:
-            what = f"{SHARED_MEMORY} is full; start the container with a larger --shm-size"
-        elif "DataLoader worker" in said and ("killed by signal" in said or "exited unexpectedly" in said):
-            what = "a loader process was killed, perhaps as the machine's memory ran out"
-        elif "Too many open files" in said or "received 0 items of ancdata" in said:
-            what = "too many files are open; raise the limit (ulimit -n)"
-        elif isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM):
-            what = "no more processes can be started"
-        else:
+        if not (why := why_loaders_failed(error)):
             raise
+        lines = str(error).strip().splitlines()
         raise RunError(
-            f"{what}, or lower data.workers (now {workers}; with 0 the training process loads): {last}", local=True
+            f"{why}, or lower data.workers (now {run.config.data.workers}; with 0 the training process loads): "
+            f"{lines[-1] if lines else ''}",
+            local=True,
         ) from error
 
 

@@ -45,6 +45,7 @@ def compare(stop: "StopRequest", arguments: list[str] | None) -> int:
     from ijepa_scale.compare.pacing import plan_in_words
     from ijepa_scale.compare.runs import make_plan
     from ijepa_scale.config import load_comparison, without_secrets
+    from ijepa_scale.data.collate import LoadError
     from ijepa_scale.run.incidents import RunError
 
     try:
@@ -53,7 +54,7 @@ def compare(stop: "StopRequest", arguments: list[str] | None) -> int:
             print(without_secrets(plan_in_words(make_plan(config))))
             return 0
         return comparison.compare(config, stop)
-    except RunError as error:
+    except (RunError, LoadError) as error:
         return fail(error, 1)
     except (ValueError, OSError) as error:
         return fail(error, 2)

@@ -41,8 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--column", default="", help="as data.column: of the images, where several hold some")
     parser.add_argument("--config", default="", help="as data.config: of a data set that has several configurations")
     options = parser.parse_args(arguments)
+    from ijepa_scale.data.collate import LoadError
+
     try:
         embed_source(**vars(options))
+    except LoadError as error:
+        return fail(error, 1)
     except (ValueError, OSError) as error:
         return fail(error, 2)
     except KeyboardInterrupt:

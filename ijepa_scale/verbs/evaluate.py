@@ -72,10 +72,10 @@ def evaluate(stop: "StopRequest", arguments: list[str] | None) -> int:
     stop.doing = "the evaluation"
     given = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_intermixed_args(given)
+    from ijepa_scale.data.collate import LoadError
     from ijepa_scale.engine.distributed import start
     from ijepa_scale.evaluate import Request, check_request, evaluate_tasks
 
-    ranks = None
     try:
         asked = {key: value for key, value in vars(options).items() if key != "local_rank"}
         typed = [word for word in given if not word.startswith("--local_rank")]  # the launcher's, not the user's
@@ -83,9 +83,9 @@ def evaluate(stop: "StopRequest", arguments: list[str] | None) -> int:
         check_request(request)
         ranks = start()
         evaluate_tasks(ranks, request)
-    except (ValueError, OSError) as error:
+    except LoadError as error:
+        return fail(error, 1)
+    except (ValueError, OSError) as error:  # no rank is waited for: it may be in a collective
         return fail(error, 2)
-    finally:
-        if ranks:
-            ranks.close()
+    ranks.close()
     return 0

@@ -12,6 +12,7 @@ import pytest
 
 from ijepa_scale.compare import comparison, probing
 from ijepa_scale.compare.comparison import compare
+from ijepa_scale.compare.probing import labelled_images
 from ijepa_scale.compare.runs import make_plan
 from ijepa_scale.config import load_comparison
 from ijepa_scale.engine.signals import StopRequest
@@ -154,6 +155,21 @@ def test_the_page_has_both_tables_and_there_is_a_plot(done):
     assert (done[0] / "results.png").stat().st_size > 30_000
     times = results(done)["times"]
     assert len(times) == 2 * 3 * 2 and all(row["words"] in page for row in times)
+
+
+def test_scores_to_begin_with_are_of_this_encoder_and_these_images(done, tmp_path):
+    """A start that came to no checkpoint leaves its own, and the settings may have changed since then."""
+    config = toy(done[0].parent, seeds=[3])
+    (training, *_), pairs = make_plan(config).all_runs(), labelled_images(config, make_plan(config).recipes[0].config)
+    file = training.folder.parent / "initial-seed3.jsonl"
+    before, found = file.read_text(), probing.probe_initial(training, config, pairs)
+    for key, value in (("encoder", "another"), ("images", ["others", "others"])):
+        line = json.loads(before)
+        line["asked"][key] = value
+        line["scores"] = {name: {**score, "value": 99.9} for name, score in line["scores"].items()}
+        file.write_text(json.dumps(line) + "\n")
+        assert probing.probe_initial(training, config, pairs) == found
+        assert file.read_text() == before
 
 
 def test_other_probes_or_lengths_in_the_same_folder_are_refused(done):

@@ -12,6 +12,7 @@ import pytest
 
 from ijepa_scale import evaluate as evaluation
 from ijepa_scale.evaluate import Request, evaluate_tasks
+from ijepa_scale.exchange.load import load
 from ijepa_scale.run import records
 from ijepa_scale.verbs.evaluate import parser
 from tests.evals.small import ONE, write_splits
@@ -231,6 +232,36 @@ def test_other_results_into_one_folder_are_refused_before_anything_is_done(reque
         with pytest.raises(ValueError, match=message):
             evaluate_tasks(ONE, request_of(out=out, **changed))
     assert len(list((tmp_path / "cache" / "features").iterdir())) == kept
+
+
+def test_of_all_what_cannot_be_here_is_left_out_before_the_first_begins(request_of, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+
+    def asked(**given):
+        request, said = request_of(train_images=12, **given), []
+        loaded = load(request.checkpoint, request.network)
+        train, test = evaluation._open(request, loaded, said.append)
+        tasks = evaluation._asked(ONE, request, loaded, train, test, tmp_path, said.append)
+        return [task.name for task in tasks], "\n".join(said)
+
+    names, said = asked(task="all")
+    assert names == ["knn", "linear", "logistic", "lowshot"]
+    assert "left out: finetune: timm not installed; get it with: pip install" in said
+    assert "left out: attentive: 12 labelled images are too few" in said
+    with pytest.raises(ValueError, match="timm not installed"):
+        asked(task="finetune")
+    with pytest.raises(ValueError, match="timm not installed"):
+        asked(task="linear", overrides=["optimizer=lars"])
+
+
+def test_wandb_that_lets_nobody_in_costs_no_result(request_of, tmp_path, monkeypatch, capsys):
+    def refused(*given):
+        raise ValueError("logging.wandb=online: no API key; run `wandb login`")
+
+    monkeypatch.setattr(evaluation, "log_evaluation", refused)
+    evaluate_tasks(ONE, request_of(out=str(tmp_path / "out")))
+    assert results_of(tmp_path / "out")["tasks"].keys() == {"knn"}
+    assert "warning: knn is not in the run's wandb: logging.wandb=online: no API key" in capsys.readouterr().out
 
 
 def test_values_go_to_the_wandb_run_of_the_checkpoint(request_of, tmp_path, monkeypatch):

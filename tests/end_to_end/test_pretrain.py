@@ -300,7 +300,11 @@ def test_out_of_memory_names_the_micro_batch(facts, advice):
         objective=SimpleNamespace(batch_facts=lambda: facts),
     )
     message = f"64 images a micro-batch; .*{advice}"
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CPUAllocator: can't allocate memory")):
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("CPUAllocator: can't allocate memory"),
+        RuntimeError("CUDA error: out of memory"),
+    ):
         with pytest.raises(RunError, match=message), explained_memory_errors(run):
             raise error
     with pytest.raises(RuntimeError, match="another"), explained_memory_errors(run):
@@ -320,7 +324,7 @@ def test_a_report_that_cannot_be_made_says_how_it_comes_about(monkeypatch, tmp_p
     with pytest.raises(
         RunError, match=r"report could not be made: .*(space|used).* the same command makes it"
     ) as caught:
-        train.run_on(alone(), None, None, None, resume="auto", allow_changes=False)
+        train.run_on(alone(), None, None, None, mock.Mock(), resume="auto", allow_changes=False)
     assert caught.value.local == local  # a disk's error is one rank's
 
 

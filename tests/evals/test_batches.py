@@ -11,8 +11,7 @@ from PIL import Image
 
 from ijepa_scale.data.decoding import BadImageError
 from ijepa_scale.data.order import image_at
-from ijepa_scale.engine.distributed import Ranks
-from ijepa_scale.evals.batches import Augment, LabelledBatch, Mix, TrainingBatches, _rand_augment, eval_batches
+from ijepa_scale.evals.batches import Augment, LabelledBatch, Mix, TrainingBatches, _rand_augment
 from tests.evals.labelled import labelled, write_colours
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
@@ -175,32 +174,6 @@ def test_an_unreadable_image_gives_its_place_to_another_with_that_ones_label(col
     only_bad = images.take(np.array([bad, bad]))
     with pytest.raises(BadImageError, match="random labelled images"):
         made_by(batches_of(only_bad, **{**settings, "batch_size": 2}))
-
-
-def test_test_images_come_once_in_order_and_black_ones_are_no_images(colours, tmp_path):
-    shutil.copytree(colours, tmp_path / "data")
-    images = labelled(tmp_path / "data")
-    with open(images.images.sample_id(7), "wb") as file:
-        file.write(b"no image")
-    for stretch in (False, True):
-        seen = {}
-        for rank in range(3):
-            here = Ranks(rank, 3, rank, torch.device("cpu"))
-            loader = eval_batches(images, image_size=16, batch_size=4, ranks=here, workers=0, stretch=stretch)
-            batches = list(loader)
-            assert [len(batch.images) for batch in batches] == [4, 4, 1]
-            for batch in batches:
-                for pixels, place in zip(batch.images, batch.places.tolist(), strict=True):
-                    if place >= 0:
-                        assert place not in seen
-                        seen[place] = pixels
-        assert sorted(seen) == [place for place in range(26) if place != 7]
-        if stretch:
-            picture = images.images.read(11)
-            expected = np.asarray(picture.resize((16, 16), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-            assert np.abs(seen[11].numpy().astype(int) - expected).max() <= 2
-    with pytest.raises(BadImageError):
-        images.images.read(7)
 
 
 def test_what_cannot_be_is_said(colours):

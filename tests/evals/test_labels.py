@@ -92,6 +92,17 @@ def test_of_a_single_split_every_fifth_image_of_a_class_is_held_out(tmp_path):
         assert classes_of(part) == {place: kinds[place] for place in part.indices.tolist()}
 
 
+def test_of_a_single_split_several_labels_can_share_what_is_held_out(tmp_path):
+    draw = np.random.default_rng(0)
+    kinds, sizes = (draw.choice(values, 60).tolist() for values in (["a", "b"], ["s", "m", "l", None]))
+    (train, test), _ = splits(tmp_path, {"kind": pa.array(kinds), "size": pa.array(sizes)})
+    fit, judged = labelled_pair(train, test, "kind")
+    others = labelled_pair(train, test, "size", held_out=judged.indices)
+    for part, other in zip((fit, judged), others, strict=True):
+        assert other.indices.tolist() == [place for place in part.indices.tolist() if sizes[place]]
+        assert classes_of(other) == {place: sizes[place] for place in other.indices.tolist()}
+
+
 def test_places_held_out_of_labels_without_any():
     assert held_out_places(np.full(9, -1)).tolist() == []
     assert held_out_places(np.array([5, -1, 5, 5, 5, -1, 5, 5])).tolist() == [6]
