@@ -74,7 +74,7 @@ class ImageSet:
     ) -> None:
         """num_images: that the rows stand for, each for those of the indices next to its own; 0: they are all."""
         self.name, self.split, self.num_images = name, split, num_images or len(dataset)
-        self._limits = limits
+        self.limits = limits
         self._dataset = dataset
         self._rows = dataset.select_columns([column]).with_format("arrow")  # a row is a slice: nothing is decoded
 
@@ -88,12 +88,12 @@ class ImageSet:
     def read(self, index: int) -> Image.Image:
         """The image in RGB, upright. BadImageError if it cannot be decoded to the end or is smaller than min_side."""
         with self._naming(index):
-            return decode(self._file(index), self._limits)
+            return decode(self._file(index), self.limits)
 
     def crop(self, index: int, crop: RandomCrop) -> np.ndarray:
         """A crop of the image, (3, size, size) uint8. BadImageError as of read(), of what the crop needs of it."""
         with self._naming(index):
-            return crop.of(self._file(index), self._limits)
+            return crop.of(self._file(index), self.limits)
 
     def crop_or_substitute(self, index: int, crop: RandomCrop) -> tuple[np.ndarray, tuple[BadImage, ...]]:
         """The crop of the image at `index`, or of another in its place if that is bad, and every bad one met.
@@ -124,7 +124,7 @@ class ImageSet:
     def size(self, index: int) -> tuple[int, int]:
         """(width, height) as stored, from the header alone."""
         with self._naming(index):
-            return stored_size(self._file(index), self._limits)
+            return stored_size(self._file(index), self.limits)
 
     def sample_id(self, index: int) -> str:
         """The path of the image where it is known, else e.g. "train[17]"."""

@@ -18,8 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from ijepa_scale.data.decoding import decode, reason_of
-from ijepa_scale.data.files import remove_leftovers, write_whole, written_whole
+from ijepa_scale.data.decoding import MAX_PIXELS, USUAL, Limits, decode, reason_of
+from ijepa_scale.data.files import remove_leftovers, usable_cores, write_whole, written_whole
 from ijepa_scale.data.images import ImageSet, open_images, splits_of
 from ijepa_scale.data.sources.inspection import inspect_source
 
@@ -89,6 +89,7 @@ def prepare(
     column: str = "",
     config: str = "",
     max_bad_fraction: float = 0.01,
+    max_pixels: int | None = None,
     shard_images: int = SHARD_IMAGES,
 ) -> Notes:
     """Write every split of a source to OUT/data/SPLIT-00000-of-00007.parquet, for data.source=OUT.
@@ -96,15 +97,19 @@ def prepare(
     Images keep their order, names, labels and other single values (_features). Those whose shorter side is at most
     options.shorter_side keep their bytes. Unreadable ones are left out: ValueError once they are more than
     max_bad_fraction of the source, or where OUT holds anything but an unfinished run with the same source and options.
-    column, config: as of `open_images`.
+    workers: 0: one for each core that may be used. max_pixels: None: as usual. The rest: as of `open_images`.
     """
-    if workers < 1:
-        raise ValueError(f"--workers must be 1 or more, got {workers}")
+    if not 0.0 <= max_bad_fraction <= 1.0:
+        raise ValueError(f"--max-bad-fraction must lie in 0..1, got {max_bad_fraction}")
+    if workers < 0:
+        raise ValueError(f"--workers must be 0 (all cores) or more, got {workers}")
+    workers = workers or len(usable_cores())
     folder = Path(out).expanduser().absolute()
     if folder.is_relative_to(Path(source).expanduser().absolute()):
         raise ValueError(f"{folder} lies in the source, which would change by it; give a folder elsewhere")
     opened: dict[str, Any] = {"cache_dir": cache_dir or None, "column": column, "config": config}
-    images = {split: open_images(source, split=split, **opened) for split in splits_of(source, **opened)}
+    splits, limit = splits_of(source, **opened), MAX_PIXELS if max_pixels is None else max_pixels
+    images = {split: open_images(source, split=split, max_pixels=limit, **opened) for split in splits}
     facts = {
         "source": str(Path(source).expanduser().absolute()) if Path(source).expanduser().exists() else source,
         "images": {split: len(part) for split, part in images.items()},
@@ -130,8 +135,12 @@ def _digest(source: str, column: str) -> str:
     names = files or sorted(str(file.relative_to(root)) for file in path.rglob("*.arrow"))
     digest = hashlib.blake2b(digest_size=16)
     for name in names:
-        stat = os.stat(root / name)
-        digest.update(repr((name, stat.st_size, stat.st_mtime_ns)).encode("utf-8", "surrogateescape"))
+        try:
+            stat = os.stat(root / name)
+            facts = name, stat.st_size, stat.st_mtime_ns
+        except OSError:  # a link to nowhere, as its image is unreadable
+            facts = name, -1, -1
+        digest.update(repr(facts).encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -277,19 +286,19 @@ def _resize_some(split: str, indices: range, options: Options) -> list[Resized]:
     for index in indices:
         try:
             content = _images[split].content(index)
-            small = resized(content, options)
+            small = resized(content, options, _images[split].limits)
             results.append((small, len(content), small is content))
         except Exception as error:  # decoders raise whatever the bytes lead them to
             results.append(reason_of(error))
     return results
 
 
-def resized(content: bytes, options: Options) -> bytes:
+def resized(content: bytes, options: Options, limits: Limits = USUAL) -> bytes:
     """An encoded image, upright and in RGB, with its shorter side at options.shorter_side.
 
     As it is if that is not longer, or if the other one would still be too long for the format.
     """
-    image = decode(content)
+    image = decode(content, limits)
     side = options.shorter_side
     scale = side / min(image.size)
     size = (max(side, round(image.width * scale)), max(side, round(image.height * scale)))

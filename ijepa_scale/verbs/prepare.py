@@ -7,7 +7,6 @@ Stopped, the same command goes on.
 Exit codes: 0 done, 2 wrong input, 75 stopped on request: start it again.
 """
 
-import os
 import signal
 import sys
 import time
@@ -22,7 +21,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shorter-side", type=int, required=True, metavar="PIXELS", help="256 is fast: docs/data.md")
     parser.add_argument("--format", default="jpeg", help="jpeg (default) or webp: smaller, slower to decode")
     parser.add_argument("--quality", type=int, default=90, help="1 to 100 (default 90)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--workers", type=int, default=0, help="processes (default: as many as cores may be used)")
+    bad = "of the images may be unreadable, and are left out (default 0.01)"
+    parser.add_argument("--max-bad-fraction", type=float, default=0.01, metavar="SHARE", help=bad)
+    parser.add_argument("--max-pixels", type=int, default=None, help="of an image, as data.max_pixels; 0: any number")
     parser.add_argument("--cache-dir", default="", help="as data.cache_dir")
     parser.add_argument("--column", default="", help="as data.column: of the images, where several hold some")
     parser.add_argument("--config", default="", help="as data.config: of a data set that has several configurations")
@@ -37,6 +39,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.out,
             Options(shorter_side=options.shorter_side, format=options.format, quality=options.quality),
             workers=options.workers,
+            max_bad_fraction=options.max_bad_fraction,
+            max_pixels=options.max_pixels,
             cache_dir=options.cache_dir,
             column=options.column,
             config=options.config,

@@ -266,9 +266,14 @@ def test_unreadable_images_are_left_out_and_named(tmp_path):
     assert [left.sample_id(i)[-7:] for i in range(6, 8)] == ["006.png", "008.png"] and len(left) == 119
     assert prepare(str(source), str(out), SMALL, workers=1, shard_images=50).bad == notes.bad
 
-    (source / "008.png").write_bytes(b"")
+    (source / "008.png").unlink()
+    (source / "008.png").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"2 of 120 images cannot be read, more than 1%(.|\n)*007\.png(.|\n)*008\.png"):
         prepare(str(source), str(tmp_path / "other"), SMALL, workers=1)
+    allowed = {"max_bad_fraction": 0.02, "workers": 1}
+    assert prepare(str(source), str(tmp_path / "allowed"), SMALL, **allowed).images == 118
+    with pytest.raises(ValueError, match="more than 2%"):
+        prepare(str(source), str(tmp_path / "small"), SMALL, max_pixels=1000, **allowed)
 
 
 def test_after_a_refusal_the_source_can_be_mended(tmp_path):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ijepa_scale.data.files import make_cache, sync, written_whole
+from ijepa_scale.data.files import make_cache, sync, usable_cores, written_whole
 from ijepa_scale.data.scenes.layout import COUNTS, DISTANCE_BIN_EDGES, VERSION, distance_bin, render_scene
 
 VALIDATION_START = 1 << 40  # index of the first validation scene: the same scenes for any num_train
@@ -54,7 +54,7 @@ def prepare_scenes(
         missing = {name: indices for name, indices in shards.items() if not _is_whole(partial / name, len(indices))}
         for stray in {file.name for file in partial.iterdir()} - (shards.keys() - missing.keys()):
             (partial / stray).unlink()
-        with closing(_rendered_rows(list(missing.values()), seed, image_size, workers or os.cpu_count() or 1)) as rows:
+        with closing(_rendered_rows(list(missing.values()), seed, image_size, workers or len(usable_cores()))) as rows:
             for name, indices in missing.items():
                 _write_shard(partial / name, rows, len(indices))
         sync(partial)

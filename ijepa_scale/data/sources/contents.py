@@ -235,7 +235,8 @@ def _others_in_words(others: list[str], system: list[str]) -> tuple[list[str], i
     if plain:
         words.append(f"{sum(map(len, plain.values())):,} of {', '.join(plain)}")
     if system:
-        words.append(f"{len(system)} system folder{'s' * (len(system) != 1)}, such as {printable(system[0])}")
+        kind = "folder of a system, a run or a cache" if len(system) == 1 else "folders of systems, runs or caches"
+        words.append(f"{len(system)} {kind}, such as {printable(system[0])}")
     return words, sum(map(len, by_ending.values()))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from ijepa_scale.data.decoding import begins_as_image, image_extensions
+from ijepa_scale.data.files import CACHE_TAG
 
 _log = logging.getLogger(__name__)
 
@@ -21,6 +22,9 @@ SYSTEM_FOLDERS = {
     *("$recycle.bin", "system volume information", "__macosx"),
     *("@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "@__thumb"),
 }
+
+# Runs of this package, whose pictures are no data, and caches (bford.info/cachedir).
+OWN_FOLDERS = (("metrics.jsonl", "config.yaml"), (CACHE_TAG,))
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def list_files(root: str) -> Listing:
 def _walk(root: str, folder: str, ancestors: tuple[tuple[int, int], ...], system: list[str]) -> Iterator[str]:
     """Relative paths of all files below root/folder that are not hidden. Follows links, except in circles.
 
-    Folders of SYSTEM_FOLDERS are added to system instead.
+    Folders of SYSTEM_FOLDERS and those that hold files of OWN_FOLDERS are added to system instead.
     """
     here = os.path.join(root, folder)
     try:
@@ -97,10 +101,19 @@ def _walk(root: str, folder: str, ancestors: tuple[tuple[int, int], ...], system
         path = os.path.join(folder, entry.name)
         if not (os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()):
             yield path
-        elif entry.name.lower() in SYSTEM_FOLDERS:
+        elif entry.name.lower() in SYSTEM_FOLDERS or any(_has(entry.path, names) for names in OWN_FOLDERS):
             system.append(path)
         else:
             yield from _walk(root, path, ancestors, system)
+
+
+def whole_split(name: object) -> str:
+    """Of what `datasets` calls a saved split, train where it is a part, as of train[:10%], and where it has no name."""
+    return re.split(r"[\[+]", str(name or "train"))[0]
+
+
+def _has(folder: str, names: tuple[str, ...]) -> bool:
+    return all(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
 def judging_split(splits: Collection[str], besides: str = "") -> str:

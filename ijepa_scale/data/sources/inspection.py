@@ -1,6 +1,7 @@
 """What a source is, by its name and the names of its files: its kind, its files, and what may be chosen of it."""
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -100,7 +101,7 @@ def _kind_elsewhere(source: str, here: str) -> tuple[str, list[str]]:
 
 
 def _inspect_folder(path: Path, here: str, column: str) -> tuple[str, list[str]]:
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+    if (path / "dataset_dict.json").is_file() or _is_saved(path / "state.json"):
         return "saved", []
     found = folder_contents(str(path))
     if found.kind in ("images", "") and (tables := _tables_of(path, len(found.files), column)):
@@ -113,6 +114,16 @@ def _inspect_folder(path: Path, here: str, column: str) -> tuple[str, list[str]]
         )
     found.say(str(path))
     return found.kind, found.files
+
+
+def _is_saved(state: Path) -> bool:
+    """Whether `save_to_disk` has written it: other programs call a file so, too."""
+    try:
+        return "_data_files" in json.loads(state.read_bytes())
+    except FileNotFoundError:
+        return False
+    except (ValueError, TypeError, OSError):  # damaged, it is told when it is opened
+        return True
 
 
 def _refuse_scheme(source: str) -> None:

@@ -22,6 +22,8 @@ _TIMEOUT_SECONDS = 60.0  # without a byte
 _SKIP = 1 << 20  # bytes forward that are read and dropped rather than asked for anew
 _BUFFER = 1 << 20
 _LINK_SECONDS = 5.0  # for which an image of a list is tried before other hosts of the list are
+_LISTED_SECONDS = 120.0  # for an image of a list to come, once its server has begun to send it
+_LISTED_BYTES = 1 << 28  # of one
 _OTHER_HOSTS = 3  # that are tried then
 
 
@@ -84,7 +86,7 @@ def read_listed(url: str, urls: Sequence[str], patience: Patience) -> bytes:
     for seconds in (min(_LINK_SECONDS, patience.seconds), patience.seconds):
         try:
             with open_location(url, replace(patience, seconds=seconds)) as file:
-                return file.read()
+                return _whole(file, url)
         except StreamError as error:
             if _is_lasting(error.__cause__) or _another_host_answers(url, urls):
                 cause = error.__cause__ or error
@@ -93,6 +95,17 @@ def read_listed(url: str, urls: Sequence[str], patience: Patience) -> bytes:
         except ValueError as error:
             raise DeadLinkError(f"{shown(url)} is no URL: {error}") from error
     raise failure
+
+
+def _whole(file: BinaryIO, url: str) -> bytes:
+    """DeadLinkError for one that does not end, as a video, or a server that sends a byte now and then."""
+    parts, size, until = [], 0, time.monotonic() + _LISTED_SECONDS
+    while part := cast(io.BufferedReader, file).read1(_BUFFER):
+        parts.append(part)
+        size += len(part)
+        if size > _LISTED_BYTES or time.monotonic() > until:
+            raise DeadLinkError(f"{shown(url)} is no image: {size:,} bytes have come, and there is no end")
+    return b"".join(parts)
 
 
 def _another_host_answers(url: str, urls: Sequence[str]) -> bool:
@@ -211,7 +224,9 @@ class RemoteFile(io.RawIOBase):
         return data
 
     def _some(self, count: int) -> bytes:
-        data = self._response.read(count)
+        if self._size is not None:
+            count = min(count, self._size - self._at)
+        data = self._response.read1(count)  # what is there: a slow server is not waited for until all has come
         if not data and self._size is not None and count:
             raise ConnectionError(f"the connection ended at byte {self._at} of {self._size}")
         if not data and self._at < self._position:
@@ -253,7 +268,8 @@ class RemoteFile(io.RawIOBase):
     def _request(self, ranges: str) -> Any:
         url, headers = _resolve(self._location)
         headers = {**headers, "Range": ranges, "Accept-Encoding": "identity", "User-Agent": "ijepa-scale"}
-        return _opener.open(urllib.request.Request(url, headers=headers), timeout=_TIMEOUT_SECONDS)
+        timeout = min(_TIMEOUT_SECONDS, max(self._patience.seconds, _LINK_SECONDS))
+        return _opener.open(urllib.request.Request(url, headers=headers), timeout=timeout)
 
     def _drop(self) -> None:
         if self._response is not None:

@@ -4,13 +4,14 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ijepa_scale.data.decoding import image_extensions, reason_of
+from ijepa_scale.data.sources.folders import printable
 from ijepa_scale.data.sources.remote import Patience, StreamError, is_remote, open_location, shown
 
 SHARD_KINDS = {  # ending of a location -> kind; anything else that Pillow knows is a shard of one image
@@ -49,10 +50,14 @@ def damage_of(location: str, error: Exception) -> str:
 def table_batches(
     file: BinaryIO, location: str, row: int, columns: list[str] | None
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(number of its first row, batch) of a Parquet or Arrow file, from the batch that holds `row` on."""
+    """(number of its first row, batch) of a Parquet or Arrow file, from the batch that holds `row` on.
+
+    Raises StreamError where it lacks one of the columns, as the file of another data set does.
+    """
     if shard_kind(location) == "parquet":
         # A remote column chunk is read whole, so that reads go forward; a local one in pieces, as it may be the file.
         with pq.ParquetFile(file, buffer_size=0 if is_remote(location) else 1 << 20, pre_buffer=False) as parquet:
+            check_columns(location, parquet.schema_arrow.names, columns or ())
             first = 0
             for group in range(parquet.num_row_groups):
                 end = first + parquet.metadata.row_group(group).num_rows
@@ -67,8 +72,18 @@ def table_batches(
     first = 0
     for batch in arrow_batches(pa.memory_map(location) if not is_remote(location) else file):
         if first + batch.num_rows > row:
+            check_columns(location, batch.schema.names, columns or ())
             yield first, batch if columns is None else batch.select(columns)
         first += batch.num_rows
+
+
+def check_columns(location: str, names: Sequence[str], wanted: Sequence[str]) -> None:
+    """StreamError where a shard lacks a column that others of its source have."""
+    if missing := [name for name in wanted if name not in names]:
+        raise StreamError(
+            f"{printable(shown(location))} has no column {missing[0]!r}, as other files of the source have; it has: "
+            f"{', '.join(names)}. Give a folder with files of one data set"
+        )
 
 
 def arrow_batches(file: Any) -> Iterator[pa.RecordBatch]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ijepa_scale.data.files import make_cache
 from ijepa_scale.data.sources.clones import clone_builder
 from ijepa_scale.data.sources.copies import cache_folder, copied_split, explained
-from ijepa_scale.data.sources.folders import FolderSplit, image_splits, printable, shard_splits
+from ijepa_scale.data.sources.folders import FolderSplit, image_splits, printable, shard_splits, whole_split
 from ijepa_scale.data.sources.inspection import HOW_TO_STREAM, check_choice, inspect_source
 from ijepa_scale.data.sources.remote import is_remote
 from ijepa_scale.data.sources.tables import ListedImages, listed_images
@@ -37,7 +37,7 @@ def map_splits(
             raise ValueError(f"{source!r} has no rows; it must hold at least one image")
         with explained(f"cannot read {source!r}"):
             saved = datasets.load_from_disk(str(path))
-            saved = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved}
+            saved = saved if isinstance(saved, datasets.DatasetDict) else {whole_split(saved.split): saved}
             for part in saved.values():
                 _check_arrow(part)
         return {str(name): functools.partial(saved.__getitem__, name) for name in saved}

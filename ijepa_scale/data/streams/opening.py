@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 
 from ijepa_scale.data.images import image_column
 from ijepa_scale.data.sources.copies import explained
-from ijepa_scale.data.sources.folders import image_splits, shard_splits
+from ijepa_scale.data.sources.folders import image_splits, shard_splits, whole_split
 from ijepa_scale.data.sources.inspection import check_all_there, check_choice, find_split, inspect_source
 from ijepa_scale.data.sources.remote import Patience, is_remote, shown
-from ijepa_scale.data.sources.shards import DAMAGED, damage_of, first_dataset, open_shard, shard_kind
+from ijepa_scale.data.sources.shards import DAMAGED, check_columns, damage_of, first_dataset, open_shard, shard_kind
 from ijepa_scale.data.sources.splits import source_builder
 from ijepa_scale.data.sources.tables import listed_images
 from ijepa_scale.data.sources.tars import first_notes, tar_ending
@@ -62,7 +62,7 @@ def _saved_shards(path: Path) -> dict[str, list[str]]:
     splits = {}
     for folder in folders:
         state = json.loads((folder / "state.json").read_bytes())
-        name = folder.name if saved.is_file() else str(state["_split"] or "train")
+        name = folder.name if saved.is_file() else whole_split(state["_split"])
         splits[name] = [str(folder / file["filename"]) for file in state["_data_files"]]
     return splits
 
@@ -98,7 +98,8 @@ def open_shards(
     column = "" if images else _column(source, locations[0], column, patience)
     named = source.partition("?")[0] if is_remote(source) else source  # a query may be a secret
     name = f"{posixpath.basename(named.rstrip('/'))}:{found}"
-    return Shards(name, locations, column, _count(source, found, locations, images, cache_dir, config))
+    count = len(locations) if images else _count(source, found, locations, column, cache_dir, config)
+    return Shards(name, locations, column, count)
 
 
 def _column(source: str, location: str, column: str, patience: Patience) -> str:
@@ -127,23 +128,26 @@ def _named_damage(location: str) -> Iterator[None]:
         raise ValueError(damage_of(location, error)) from error
 
 
-def _count(source: str, split: str, locations: Sequence[str], images: bool, cache_dir: str | None, config: str) -> int:
-    """Images in all, where that can be known without reading them; else 0."""
-    if images:
-        return len(locations)
+def _count(source: str, split: str, locations: Sequence[str], column: str, cache_dir: str | None, config: str) -> int:
+    """Rows in all shards where that is known without reading them, else 0. StreamError for one without the column."""
     if is_remote(locations[0]):
         if locations[0].startswith("hf://") and not is_remote(source):
             told = (source_builder(source, cache_dir, config=config).info.splits or {}).get(split)
             return (told.num_examples or 0) if told else 0
         return 0
     kind = shard_kind(locations[0])
-    return sum(_rows_in(location) for location in locations) if kind in ("parquet", "arrow") else 0
+    return sum(_rows_in(location, column) for location in locations) if kind in ("parquet", "arrow") else 0
 
 
-def _rows_in(location: str) -> int:
+def _rows_in(location: str, column: str) -> int:
     import datasets
 
     with _named_damage(location):
         if shard_kind(location) == "parquet":
-            return pq.read_metadata(location).num_rows
-        return len(datasets.Dataset.from_file(location))
+            metadata = pq.read_metadata(location)
+            rows, names = metadata.num_rows, metadata.schema.to_arrow_schema().names
+        else:
+            dataset = datasets.Dataset.from_file(location)
+            rows, names = len(dataset), dataset.column_names
+    check_columns(location, names, [column])
+    return rows

@@ -54,7 +54,7 @@ def sample_images(shards: Shards, path: Path, *, count: int, patience: Patience)
         if (first := next(tables, None)) is not None:
             with pa.ipc.new_stream(file, first.schema) as writer:
                 for table in itertools.chain([first], tables):
-                    writer.write_table(table.cast(first.schema))
+                    writer.write_table(_like(table, first.schema))
                     written += table.num_rows
         if not written:
             why = damage[0] if damage else "the first rows of its shards hold no images; check data.source"
@@ -107,6 +107,15 @@ def _first_tables(
                 yield _image_row(place, shards.locations, patience)
         except DAMAGED as error:
             damage.append(damage_of(location, error))
+
+
+def _like(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with these columns: null where it has none, as labels that some shards alone have."""
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
 
 
 def _image_row(place: int, locations: Sequence[str], patience: Patience) -> pa.Table:

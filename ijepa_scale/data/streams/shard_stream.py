@@ -6,7 +6,9 @@ it was handed out, say all that is to come.
 """
 
 import errno
+import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +21,8 @@ from ijepa_scale.data.sources.remote import Patience, StreamError, shown
 from ijepa_scale.data.sources.shards import DAMAGED
 from ijepa_scale.data.streams.positions import BEGINNING, SourcePosition
 from ijepa_scale.data.streams.reading import START, Encoded, ShardPosition, read_shard
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -159,20 +163,13 @@ class ShardStream:
             while shard < len(locations):
                 chosen = permuted_index(self._seed, number, len(locations), shard)
                 location, place = locations[chosen], (self._shards.places or range(len(locations)))[chosen]
-                rows = read_shard(
-                    location, column=self._shards.column, start=within, share=self._share, patience=self._patience
-                )
                 try:
-                    for within, image in rows:
+                    for after, image in self._rows_of(location, within):
+                        within = after
                         if image is not None:
                             found = True
                             yield _read_of(location, place, image, number, PassPosition(number, shard, within))
                 except DAMAGED as error:
-                    if isinstance(error, OSError) and error.errno in (errno.EIO, errno.ESTALE):  # of a disk
-                        raise StreamError(
-                            f"{printable(location)} cannot be read: {error}; look at the disk, then start the same "
-                            "command again"
-                        ) from error
                     found = True
                     reason = f"{reason_of(error)}; the rest of this shard is left out"
                     name = printable(shown(location, place))
@@ -185,11 +182,35 @@ class ShardStream:
                 )
             number, shard = number + 1, 0
 
+    def _rows_of(self, location: str, start: ShardPosition) -> Iterator[tuple[ShardPosition, Encoded | None]]:
+        """read_shard() from there on. What keeps a disk from being read is waited for, as the network is."""
+        column, share, patience = self._shards.column, self._share, self._patience
+        failing, wait = 0.0, patience.first_wait
+        while True:
+            try:
+                for after, image in read_shard(location, column=column, start=start, share=share, patience=patience):
+                    start = after
+                    yield start, image
+                    failing, wait = 0.0, patience.first_wait
+                return
+            except DAMAGED as error:
+                if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):  # of its content
+                    raise
+                failing = failing or time.monotonic()
+                if time.monotonic() - failing >= patience.seconds:
+                    raise StreamError(
+                        f"{printable(location)} cannot be read: {error}; look at the disk, then start the same "
+                        "command again; data.retry_seconds sets how long to try"
+                    ) from error
+                _log.warning("warning: %s: %s; trying again in %g s", printable(location), error, wait)
+            time.sleep(wait)
+            wait = min(2 * wait, patience.longest_wait)
+
 
 def _read_of(location: str, place: int, image: Encoded, number: int, after: PassPosition) -> Read:
     """With a name that may be kept and said: before and after a restart it is the same."""
-    if image.content is None:  # a file of its own
+    if image.content is None and image.path:  # a file of its own
         return Read(number, image.index, printable(shown(image.path, place)), after, file=image.path)
     name = f"{os.path.basename(shown(location, place))}[{image.index}]"
     name += f" {shown(image.path)}" if image.path else ""
-    return Read(number, image.index, printable(name), after, file=image.content)
+    return Read(number, image.index, printable(name), after, file=image.content or b"")

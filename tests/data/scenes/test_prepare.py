@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ijepa_scale.data.files import CACHE_TAG
 from ijepa_scale.data.scenes import layout, prepare
 
 
@@ -112,7 +113,8 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_no_worker_and_whole_fil
     )
     workers = killed.stdout.readline().split()
     assert killed.wait(30) == -signal.SIGKILL and len(workers) == 2
-    assert sorted(path.name for path in folder.iterdir()) == [f".{prepared.name}.lock", f".{prepared.name}.partial"]
+    left = [f".{prepared.name}.lock", f".{prepared.name}.partial", CACHE_TAG]
+    assert sorted(path.name for path in folder.iterdir()) == left
     partial, first = folder / f".{prepared.name}.partial", "train-00000-of-00003.parquet"
     half, whole = sorted(path.name for path in partial.iterdir())
     assert half.startswith(".train-00001-of-00003.parquet.") and whole == first

@@ -198,7 +198,10 @@ def test_what_is_left_out_is_counted_and_named(tmp_path, caplog):
     assert level == "WARNING" and text.endswith("left out: 1 .zip file (unpack them), such as more.zip")
     assert said("noted", "a.xml", "b.xml") == ("INFO", "3 image files taken; left out: 2 of .xml")
     level, text = said("nas", "@eaDir/x.png")
-    assert (level, text) == ("INFO", "3 image files taken; left out: 1 system folder, such as @eaDir")
+    assert (level, text) == (
+        "INFO",
+        "3 image files taken; left out: 1 folder of a system, a run or a cache, such as @eaDir",
+    )
     (tmp_path / "zips").mkdir()
     (tmp_path / "zips/a.zip").touch()
     with pytest.raises(ValueError, match=r"holds no Parquet, .*; it holds 1 \.zip file \(unpack them\)"):

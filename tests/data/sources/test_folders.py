@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ijepa_scale.data.files import make_cache
 from ijepa_scale.data.images import open_images
 from ijepa_scale.data.sources.folders import FolderSplit, image_splits, list_files, printable, shard_splits
 from tests.data.small_sources import write_images, write_parquet
@@ -55,6 +56,17 @@ def test_what_is_no_data_is_not_listed(tmp_path):
     assert listed.kinds == {"parquet": [], "arrow": [], "tar": [], "images": ["cache-1.png"]}
     assert listed.system == [*system[:3], "__MACOSX", "a/@eaDir"]
     assert listed.others == ["a/Thumbs.db", "png", "x.png.txt"]
+
+
+def test_runs_and_caches_below_a_source_are_no_data(tmp_path):
+    write_tree(tmp_path, "1.png", "runs/a/metrics.jsonl", "runs/a/config.yaml", "runs/a/masks.png", "runs/a/p/x.png")
+    write_tree(tmp_path, "photos/config.yaml", "photos/2.png")
+    make_cache(tmp_path / "cache" / "tar-index")
+    write_tree(tmp_path, "cache/tar-index/x.arrow")
+    listed = list_files(str(tmp_path))
+    assert listed.kinds["images"] == ["1.png", "photos/2.png"] and not listed.kinds["arrow"]
+    assert listed.system == ["cache/tar-index", "runs/a"]
+    assert list_files(str(tmp_path / "cache" / "tar-index")).kinds["arrow"] == ["x.arrow"]  # where it is the source
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):

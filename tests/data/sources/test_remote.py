@@ -1,6 +1,10 @@
+import contextlib
+import http.server
 import io
 import logging
 import ssl
+import threading
+import time
 import urllib.error
 from types import SimpleNamespace
 
@@ -9,7 +13,15 @@ import pytest
 from huggingface_hub import constants
 
 from ijepa_scale.data.sources import remote
-from ijepa_scale.data.sources.remote import Patience, StreamError, hub_file, is_remote, open_location
+from ijepa_scale.data.sources.remote import (
+    DeadLinkError,
+    Patience,
+    StreamError,
+    hub_file,
+    is_remote,
+    open_location,
+    read_listed,
+)
 from tests.data.server import serving
 
 QUICK = Patience(seconds=0.2, first_wait=0.01, longest_wait=0.04)
@@ -83,6 +95,33 @@ def test_failures_are_tried_again_from_where_the_connection_broke(server, ranges
     warnings = [record.getMessage() for record in caplog.records]
     assert len(warnings) == 5 and all("x.bin" in text and "trying again in 0.0" in text for text in warnings)
     assert "503" in warnings[0] and "connection ended at byte" in warnings[1] and "429" in warnings[2]
+
+
+@pytest.mark.parametrize("slow, limit", [(0.02, "_LISTED_SECONDS"), (0.0, "_LISTED_BYTES")])
+def test_a_listed_image_that_does_not_end_is_a_dead_link(monkeypatch, slow, limit):
+    """A server that sends a byte now and then, or a video: neither ever stops."""
+    monkeypatch.setattr(remote, limit, 0.3 if slow else 100_000)
+
+    class Endless(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):
+                while True:
+                    self.wfile.write(b"x" if slow else b"x" * 8192)
+                    time.sleep(slow)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless) as listening:
+        listening.daemon_threads = True
+        threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
+        url, began = f"http://127.0.0.1:{listening.server_port}/x.jpg", time.monotonic()
+        with pytest.raises(DeadLinkError, match=r"x\.jpg is no image: [\d,]+ bytes have come, and there is no end"):
+            read_listed(url, [url], Patience())
+        assert time.monotonic() - began < 10
+        listening.shutdown()
 
 
 def test_waits_grow_up_to_a_limit_and_patience_ends(server, monkeypatch):

@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 
@@ -9,6 +10,7 @@ from ijepa_scale.data.images import open_images, splits_of
 from ijepa_scale.data.sources import copies
 from ijepa_scale.data.sources.copies import copy_need, parts_of
 from ijepa_scale.data.sources.splits import source_builder
+from ijepa_scale.data.streams.opening import shard_locations
 from tests.data.small_sources import count_images
 from tests.data.test_images import contents, encoded, write_files, write_parquet
 
@@ -64,6 +66,21 @@ def test_saved_dataset(tmp_path):
     assert contents(open_images(str(tmp_path / "two"), split="val")) == [7, 8, 9]
     assert contents(open_images(str(tmp_path / "two"), split="validation")) == [7, 8, 9]
     assert contents(open_images(str(tmp_path / "two"))) == [0, 1]
+
+
+def test_a_saved_part_of_a_split_is_that_split(tmp_path):
+    part = hf_dataset(0, 3)
+    part._split = datasets.Split("train[:10%]+test")  # as load_dataset(..., split="train[:10%]+test") has it
+    part.save_to_disk(tmp_path / "part")
+    assert json.loads((tmp_path / "part" / "state.json").read_text())["_split"] == "train[:10%]+test"
+    assert splits_of(str(tmp_path / "part")) == ["train"] and contents(open_images(str(tmp_path / "part"))) == [0, 1, 2]
+    assert list(shard_locations(str(tmp_path / "part"))) == ["train"]
+
+
+def test_a_state_of_another_program_makes_no_saved_dataset(tmp_path):
+    write_files(tmp_path / "set", {"3.png": 3})
+    (tmp_path / "set" / "state.json").write_text('{"window": [0, 0]}')
+    assert contents(open_images(str(tmp_path / "set"))) == [3]
 
 
 def test_arrow_files(tmp_path, cache):

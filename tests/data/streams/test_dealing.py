@@ -2,9 +2,11 @@ import errno
 import itertools
 import json
 import multiprocessing
+import os
 import pickle
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -236,12 +238,36 @@ def test_bad_images_are_passed_over_and_named(tmp_path):
 
 def test_a_disk_that_fails_ends_the_run_rather_than_the_shard(tars, monkeypatch):
     def failing(location, **options):
-        yield from list(read_shard(location, **options))[:2]
+        yield from [row for row in read_shard(location, **options) if row[0].rows <= 2]
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(shard_stream, "read_shard", failing)
+    waits = []
+    monkeypatch.setattr(shard_stream, "time", SimpleNamespace(sleep=waits.append, monotonic=lambda: 1 + sum(waits)))
     with pytest.raises(StreamError, match=r"\.tar cannot be read: .*Input/output error; look at the disk"):
-        streams_of(tars).take(0, [WHOLE] * 16)
+        streams_of(tars, patience=Patience()).take(0, [WHOLE] * 16)
+    assert waits == [1, 2, 4, 8, 16, 32, 64, 64, 64, 64]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EACCES])
+def test_a_disk_that_comes_back_costs_nothing(tars, monkeypatch, number, caplog):
+    """Whatever it says meanwhile, once in every shard and in the middle of it."""
+    expected = streams_of(tars, patience=Patience()).take(0, [WHOLE] * 40)
+    failed = set()
+
+    def failing(location, *, start, **options):
+        for row, (after, image) in enumerate(read_shard(location, start=start, **options)):
+            if row == 1 and location not in failed:
+                failed.add(location)
+                raise OSError(number, os.strerror(number))
+            yield after, image
+
+    monkeypatch.setattr(shard_stream, "read_shard", failing)
+    monkeypatch.setattr(shard_stream.time, "sleep", lambda seconds: None)
+    images, bad, progress = streams_of(tars, patience=Patience()).take(0, [WHOLE] * 40)
+    assert failed == set(tars.locations) and not bad and progress == expected[2]
+    assert [row for _, row, _ in images] == [row for _, row, _ in expected[0]]
+    assert sum("trying again in 1 s" in record.getMessage() for record in caplog.records) == len(failed)
 
 
 def test_a_damaged_shard_costs_its_rest_alone(tars, tmp_path):

@@ -6,14 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ijepa_scale.data.images import open_file, open_images
 from ijepa_scale.data.sources.inspection import expand_braces
-from ijepa_scale.data.sources.remote import Patience
+from ijepa_scale.data.sources.remote import Patience, StreamError
 from ijepa_scale.data.streams.dealing import Streams
 from ijepa_scale.data.streams.opening import open_shards, shard_locations
 from ijepa_scale.data.streams.samples import sample_images
+from ijepa_scale.data.streams.shard_stream import Shards
 from tests.data.server import HUB_COMMIT, serving
 from tests.data.small_sources import WHOLE, number_of, save_to_disk, write_images, write_jsonl, write_parquet, write_tar
 
@@ -311,3 +314,32 @@ def test_a_hub_that_refuses_is_explained(hub, status, code):
         assert line.startswith("cannot open 'me/data' on the Hub, and there is no folder")
         assert "terms at https://huggingface.co/datasets/me/data" in line
         assert "`hf auth login`" in line and "HF_TOKEN" in line
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow"])
+def test_a_shard_of_another_data_set_is_named_at_once(tmp_path, ending):
+    write_parquet(tmp_path / "s/train-0.parquet", range(3))
+    other = pa.table({"photo": pq.read_table(tmp_path / "s/train-0.parquet")["image"], "id": [1, 2, 3]})
+    pq.write_table(other, tmp_path / "s/train-1.parquet")
+    if ending == "arrow":
+        for file in list((tmp_path / "s").iterdir()):
+            with pa.ipc.new_stream(file.with_suffix(".arrow"), (table := pq.read_table(file)).schema) as writer:
+                writer.write_table(table)
+            file.unlink()
+    words = rf"train-1\.{ending} has no column 'image', as other files of the source have; it has: photo, id\. Give"
+    with pytest.raises(ValueError, match=words):
+        open_shards(str(tmp_path / "s"), patience=PATIENCE)
+    shards = Shards(
+        "s:train", sorted(map(str, (tmp_path / "s").iterdir())), "image"
+    )  # as remote ones are not looked at
+    with pytest.raises(StreamError, match=words):
+        Streams(sources=(shards,), seed=0, shuffle_buffer=5).take(0, [WHOLE] * 20)
+
+
+def test_labels_that_some_shards_alone_have(tmp_path):
+    write_parquet(tmp_path / "s/train-0.parquet", range(3), label=[0, 1, 0])
+    write_parquet(tmp_path / "s/train-1.parquet", range(3, 6))
+    shards = open_shards(str(tmp_path / "s"), patience=PATIENCE)
+    path = sample_images(shards, tmp_path / "train-1.arrow", count=6, patience=PATIENCE)
+    images = open_file(str(path), name=shards.name)
+    assert images.label_columns()["label"].values.tolist() == [0, 1, 0, -1, -1, -1]
