@@ -1,9 +1,9 @@
 # make pretrain and make test do all their own set-up on a machine with Python 3.11 and make (test: and a C++ compiler).
 PYTHON ?= python3
 BIN := .venv/bin
-# Processes of make pretrain: one for each GPU, or two on the CPU.
+# Processes of make pretrain: one for each GPU, up to a power of two, which divides the batch; or two on the CPU.
 GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | grep -c GPU)
-RANKS ?= $(if $(filter-out 0,$(GPUS)),$(GPUS),2)
+RANKS ?= $(or $(lastword $(foreach n,1 2 4 8 16,$(shell [ $(GPUS) -ge $(n) ] && echo $(n)))),2)
 ARGS ?=
 # Of make benchmark: images in a micro-batch of ViT-S. Of make gpu-step-...: whether blocks are compiled.
 IMAGES ?= 32
@@ -102,7 +102,7 @@ gpu-check: $(GPU_SETUP)
 	@$(GPU_PATH) $(GPU_PYTHON) launch/gpu_check.py $(ARGS); code=$$?; \
 		$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py; exit $$code
 gpu-tests: $(GPU_SETUP)
-	$(GPU_PATH) $(GPU_PYTHON) -m pytest -n 8 -m gpu tests/kernels tests/models tests/engine tests/objectives tests/benchmark
+	$(GPU_PATH) $(GPU_PYTHON) -m pytest -n 8 --dist loadgroup -m gpu tests/kernels tests/models tests/engine tests/objectives tests/benchmark
 gpu-benchmarks: $(GPU_SETUP)
 	$(GPU_PATH) $(GPU_PYTHON) -m pytest kernels/benchmarks --benchmark-only --benchmark-columns=min,median,max
 	$(GPU_PATH) $(GPU_PYTHON) kernels/benchmarks/tables.py

@@ -22,7 +22,7 @@ RULES = [
     (MATRIX, r"gemm|gemv|nvjet|cutlass|xmma|splitk|matmul|linear_gelu|aten::(add|b|badd)?mm|linear"),
     (
         REDUCTIONS,
-        r"layer_?norm|gammabeta|rowwisemoments|softmax|reduce|norm|target_loss|column_sums|segment_sum|context_grad|mask_grad"
+        r"layer_?norm|gammabeta|rowwisemoments|softmax|reduce|norm|target_loss|column_sums|context_grad|mask_grad"
         r"|aten::(sum|mean)",
     ),
     (COPIES, r"memcpy|memset|copy|fill|catarray|aten::(cat|stack|zero)"),

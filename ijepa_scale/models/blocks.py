@@ -159,7 +159,7 @@ class Block(nn.Module):
 
     compiled = False
     recomputed = False
-    fused_gelu = False  # where kernels run and no gradient is kept: off until a GPU shows that it pays (linear_gelu)
+    fused_gelu = False  # where kernels run and no gradient is kept: off, at 77% of the product (docs/kernels.md)
     engine_hooks = 0
 
     def __init__(self, size: ViTSize):
@@ -191,7 +191,7 @@ class Block(nn.Module):
         proj, norm2, fc1, fc2 = (_affine(layer) for layer in layers)
         mixed_TD = packed_attention(self._qkv(tokens_TD), sequences).flatten(1)
         if rows_K is not None:
-            mixed_TD, tokens_TD = (gather_rows(rows, rows_K, unique=True) for rows in (mixed_TD, tokens_TD))
+            mixed_TD, tokens_TD = (gather_rows(rows, rows_K) for rows in (mixed_TD, tokens_TD))
             keep_T2 = None if keep_T2 is None else keep_T2[rows_K]
         if self.compiled:
             _, after = _compiled_halves()
@@ -208,7 +208,7 @@ class Block(nn.Module):
         mixed_TD = packed_attention(self._heads(qkv_TF), sequences).flatten(1)
         del qkv_TF
         if rows_K is not None:
-            mixed_TD, sum_TD = (gather_rows(rows, rows_K, unique=True) for rows in (mixed_TD, sum_TD))
+            mixed_TD, sum_TD = (gather_rows(rows, rows_K) for rows in (mixed_TD, sum_TD))
         tokens_TD = _onto(sum_TD, mixed_TD, proj[0])
         hidden = _biased_gelu if torch.is_grad_enabled() else partial(linear_gelu, fused=self.fused_gelu)
         hidden_TK, sum_TD = _norm_linear(hidden, fc1, tokens_TD, norm2, fc2[1], True)
@@ -356,7 +356,7 @@ def rows_after(
         last = number == layers[-1]
         tokens_TD = run_block(block, tokens_TD, sequences, rows_K if last else None, overwrite=overwrite)
         if number in layers:
-            found.append(tokens_TD if last else gather_rows(tokens_TD, rows_K, unique=True))
+            found.append(tokens_TD if last else gather_rows(tokens_TD, rows_K))
     return found
 
 

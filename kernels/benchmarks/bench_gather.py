@@ -12,7 +12,7 @@ def torch_gather(rows, indices):
 
 
 PROVIDERS = {
-    "ours": lambda rows, indices: gather_rows(rows, indices, unique=True),
+    "ours": gather_rows,
     "definition (index_select)": gather_rows_definition,
     "compiled": compiled,
     "torch.gather": torch_gather,
@@ -31,20 +31,16 @@ def test_target_rows(case, provider, row):
         row(lambda: run(rows, indices), op="gather", shape=case.label, provider=provider, bytes_moved=moved)
 
 
-@pytest.mark.parametrize("rows_are", ["unique", "repeated"])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_backward(case, rows_are, provider, row):
+def test_backward(case, provider, row):
     case = case_of(*case)
-    rows = tokens(case.images * case.masks.num_patches, case.width).requires_grad_()
-    unique = rows_are == "unique"
-    indices = case.masks.target_patches_U if unique else case.masks.target_blocks.indices_T.long()
-    run = gather_rows if provider == "ours" and not unique else PROVIDERS[provider]
-    out = run(rows, indices)
+    rows, indices = tokens(case.images * case.masks.num_patches, case.width), case.masks.target_patches_U
+    out = PROVIDERS[provider](rows.requires_grad_(), indices)
     upstream = torch.randn_like(out)
     row(
         lambda: torch.autograd.grad(out, rows, upstream, retain_graph=True),
-        op=f"gather backward, {rows_are} rows",
+        op="gather backward, unique rows",  # as in docs/measurements
         shape=case.label,
         provider=provider,
         bytes_moved=num_bytes(upstream, rows, indices),

@@ -60,9 +60,7 @@ def launches(width: int, dtype: torch.dtype) -> list[Launch]:
     pos, mask_token = torch.zeros(2, width), torch.zeros(width, dtype=dtype, requires_grad=True)
     four = torch.arange(4, dtype=torch.int32)
     with dispatch.recording() as recorded:
-        for unique in (True, False):
-            gather_rows(tokens, four, unique=unique).sum().backward()
-        gather_rows(tokens, four, pos_embed_ND=pos)
+        gather_rows(tokens, four).sum().backward()
         copies = torch.arange(16, dtype=torch.int32)  # of four tokens, one for each of four target blocks
         rows = {"source_R": copies, "indices_R": copies, "copies_TM": copies.view(4, 4), "mask_rows_K": four[:0]}
         assemble(tokens, mask_token, pos, **rows).sum().backward()

@@ -56,7 +56,6 @@ NAMES = {
         "triton_per_fused__to_copy_add_mm_native_layer_norm_0",
         "_target_loss_kernel",
         "_context_grad_kernel",
-        "_segment_sum_kernel",
         "_column_sums_kernel",
         "aten::native_layer_norm",
         "aten::sum",

@@ -47,7 +47,7 @@ for change in (
         if change:
             assemble(two, one, two, **{**rows, **change})
         else:
-            gather_rows(two, torch.tensor([1, 1]), unique=True)
+            gather_rows(two, torch.tensor([1, 1]))
     except ValueError as error:
         print(error)
 """
@@ -171,7 +171,7 @@ def test_a_launch_is_guarded_by_the_device_of_its_tensors(monkeypatch):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_kernels_run_on_the_device_of_their_tensors():
     """Not on the current one."""
-    rows, indices = torch.randn(5, 48), torch.tensor([3, 0, 3])
+    rows, indices = torch.randn(5, 48), torch.tensor([3, 0, 4])
     with torch.cuda.device(0):
         ours = rows.to("cuda:1").requires_grad_()
         loss = target_loss(gather.gather_rows(ours, indices.to("cuda:1")), rows.to("cuda:1"), indices.to("cuda:1"))

@@ -32,7 +32,6 @@ def check(rows, half=True):
     expected = {
         "gather",
         "scatter",
-        "segment_sum",
         "assemble",
         "context_grad",
         "mask_grad",
