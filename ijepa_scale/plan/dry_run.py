@@ -20,8 +20,11 @@ from ijepa_scale.objectives.flops import Counts
 from ijepa_scale.objectives.ijepa import IJepaObjective
 from ijepa_scale.objectives.objective import Expected, Objective
 from ijepa_scale.plan import checks, memory, step_model
+from ijepa_scale.plan.clusters import GPUS
 from ijepa_scale.plan.memory import Model, Sharding
 from ijepa_scale.plan.sampling import sample
+
+ESTIMATED = ("h100", "a100-80g")  # of plan/clusters.py; launch/plan.py has all
 
 
 def dry_run(config: PretrainConfig, *, ranks: int = 1, objective: Objective | None = None) -> str:
@@ -104,15 +107,18 @@ def _kept_line(config: PretrainConfig, expected: Expected, images: int) -> str:
 def _estimate_lines(
     config: PretrainConfig, objective: Objective, model: Model, masks: Sequence[Masks], images: int
 ) -> list[str]:
-    """The time of a step of I-JEPA on each GPU that rates are assumed of; of another objective nothing is known."""
+    """The time of a step of I-JEPA on the usual GPUs; of another objective nothing is known."""
     if not isinstance(objective, IJepaObjective):
         return []
     counts = Counts.mean([Counts.of(one) for one in masks]).times(images)
     parameters = {"trained": model.trained, "averaged": model.averaged}
     lines = []
-    for device, rates in step_model.ASSUMED.items():
+    for name in ESTIMATED:
+        gpu = GPUS[name]
+        rates = gpu.sustained
         work = step_model.model_step(objective, counts, **parameters, rates=rates, compiled=config.engine.compile)
-        lines.append(step_model.in_words(work, images=images, device=device, rates=rates))
+        line = step_model.in_words(work, images=images, device=gpu.torch_name, rates=rates, slower=gpu.slower)
+        lines.append(line)
         if config.engine.activation_checkpointing != "none":
             lines[-1] += "; without activation checkpointing"
     return lines

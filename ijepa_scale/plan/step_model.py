@@ -29,9 +29,6 @@ class Rates:
     copy: float
 
 
-# Assumed until `make gpu-check` has said better: seven tenths to five sixths of what the data sheets give.
-ASSUMED = {"H100": Rates(matrix=700e12, copy=2.8e12), "A100": Rates(matrix=260e12, copy=1.65e12)}
-
 # Shares of the sustained matrix rate, assumed: products of many rows come near it, weight gradients sum over them, the
 # predictor's have a K of 384, the patch embedding's K is a patch's pixels, of which some are padding.
 SHARES = {
@@ -249,13 +246,13 @@ def by_category(work: Iterable[Work]) -> dict[str, dict[str, float]]:
     return dict(found)
 
 
-def in_words(work: list[Work], *, images: int, device: str, rates: Rates) -> str:
-    """A line of --dry-run: what is estimated, from what."""
-    seconds = sum(one.seconds for one in work)
+def in_words(work: list[Work], *, images: int, device: str, rates: Rates, slower: float) -> str:
+    """A line of --dry-run: what is estimated, from what. slower: a step's time over what the model says."""
+    seconds = slower * sum(one.seconds for one in work)
     share = sum(one.flops for one in work) / seconds / rates.matrix
-    parts = ", ".join(f"{name} {sums['milliseconds']:,.3g}" for name, sums in by_category(work).items())
+    parts = ", ".join(f"{name} {slower * sums['milliseconds']:,.3g}" for name, sums in by_category(work).items())
     return (
-        f"estimate       by arithmetic, not measured: one {device} (assumed: {rates.matrix / 1e12:,.0f} TFLOP/s in "
+        f"estimate       by arithmetic, not measured: one {device} ({rates.matrix / 1e12:,.0f} TFLOP/s in "
         f"large products, {rates.copy / 1e12:,.3g} TB/s) takes {1e3 * seconds:,.3g} ms for a step of {images} "
         f"image{'s' * (images > 1)} in bf16: {images / seconds:,.0f} images/s, {100 * share:.0f}% of that rate; "
         f"ms: {parts}"
