@@ -48,11 +48,18 @@ encoder = load("FOLDER", "target").network  # (B, 3, H, W) uint8 -> (B, patches,
 """,
 }
 
+PREDICTOR = """\
+from ijepa_scale.exchange.load import load
 
-def card(form: str, loaded: Sequence[Loaded], licence: str) -> str:
+predictor = load("FOLDER", "predictor").network  # of context tokens and masks: ijepa_scale/models/predictor.py
+"""
+
+
+def card(form: str, loaded: Sequence[Loaded], licence: str, *, scored: str = "target") -> str:
     """A README.md as the Hub reads it. loaded: the networks in the export, whose weights are not looked at.
 
-    licence: an identifier of the Hub's list, as apache-2.0; "unknown" asks its reader to ask.
+    scored: the name of the network that the run's report is of. licence: an identifier of the Hub's list, as
+    apache-2.0; "unknown" asks its reader to ask.
     """
     first = next((one for one in loaded if one.name != "predictor"), loaded[0])
     record, side = Record.of(first), first.image_size
@@ -73,11 +80,11 @@ def card(form: str, loaded: Sequence[Loaded], licence: str) -> str:
         "\n".join(f"- {KINDS[one.name]}" for one in loaded),
         f"- {size}, MLP of {record.size.mlp_width}, LayerNorm eps 1e-6; no class token, no classifier\n"
         f"- images of {side} x {side} pixels\n- licence: {_said(licence)}",
-        f"## Use\n\n```python\n{USES[form]}```",
+        f"## Use\n\n```python\n{PREDICTOR if first.name == 'predictor' else USES[form]}```",
         f"An image is prepared so: RGB, its shorter side to {usual_shorter_side(side)} pixels (bicubic), the middle "
         f"{side} x {side} of that, ImageNet's mean and standard deviation.",
         _training(first),
-        _scores(first),
+        _scores(first) if first.name == scored else "",
     ]
     if first.config:
         parts.append(f"## Config\n\n```yaml\n{yaml.safe_dump(dict(first.config), sort_keys=False)}```")
@@ -94,9 +101,10 @@ def _training(loaded: Loaded) -> str:
     data = (loaded.config or {}).get("data", {})
     if not data:
         return f"## Training\n\nThe data are not recorded.{step}"
-    return (
-        f"## Training\n\nSelf-supervised, without labels, on `{data.get('source')}`, split `{data.get('split')}`.{step}"
-    )
+    start = (loaded.config or {}).get("model", {}).get("init_from")
+    began = f" It began with the weights of `{start}`, however these were trained." if start else ""
+    source = f"`{data.get('source')}`, split `{data.get('split')}`"
+    return f"## Training\n\nSelf-supervised, without labels, on {source}.{began}{step}"
 
 
 def _scores(loaded: Loaded) -> str:
@@ -120,8 +128,9 @@ def _scores(loaded: Loaded) -> str:
             "",
             f"Top-1 accuracy (%) of frozen features, as the report of the run has them, of its best encoder{of_test}.",
             "",
-            "| probe | trained | at initialisation | chance |",
+            "| probe | trained | before training | chance |",
             "|---|---|---|---|",
             *rows,
+            *(["", f"Before training: {report['initial']}."] if report.get("initial") else []),
         )
     )

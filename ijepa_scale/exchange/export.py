@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ijepa_scale.config import without_secrets
 from ijepa_scale.data.files import folder_written_whole
 from ijepa_scale.exchange import onnx, safetensors, timm, transformers
 from ijepa_scale.exchange.card import card
@@ -45,12 +46,13 @@ def export(what: str, out: Path, *, form: str, network: str | None = None, licen
     with folder_written_whole(out) as folder:
         for name in names:
             loaded = found.load(name)
+            loaded = replace(loaded, config=without_secrets(loaded.config))  # of an older manifest
             FORMATS[form](loaded, folder)
             record = {key: value for key, value in asdict(Record.of(loaded)).items() if key not in SHARED}
             entries[loaded.name] = {**record, "sha256": digest(loaded.network)}
             done.append(replace(loaded, network=_emptied(loaded.network)))
             del loaded  # before the next one is read
-        (folder / CARD).write_text(card(form, done, licence), encoding="utf-8")
+        (folder / CARD).write_text(card(form, done, licence, scored=found.names[0]), encoding="utf-8")
         shared = {key: getattr(done[0], key) for key in SHARED}
         manifest = {"format": form, "from": str(done[0].path), **shared, "networks": entries}
         files = sorted([*(file.name for file in folder.iterdir()), MANIFEST])

@@ -238,6 +238,7 @@ def draw_neighbours_of(checkpoint: Checkpoint, images: Images, asked: Asked) -> 
     embeddings = Embeddings(of_patches.mean(axis=1), names, {"image_size": checkpoint.loaded.image_size})
     given = embeddings.file_queries(asked.queries, checkpoint.encoder)
     queries = list(given if asked.queries else embeddings.own_queries(images.source))
+    queries = [replace(query, row=embeddings.row_of(query)) for query in queries]
     draw_neighbours(path, look_up(embeddings, images.source, queries, NEAREST))
     asked.describe(
         path,

@@ -107,7 +107,10 @@ class Checkpoint:
             return encoder, "random weights"
         manifest = self.loaded.path / MANIFEST
         began = json.loads(manifest.read_text(encoding="utf-8")).get("init_from", {}) if manifest.is_file() else {}
-        return encoder, fill_initial(encoder, build.build_objective(self.config), self.loaded.name, alone(), began)
+        words = fill_initial(encoder, build.build_objective(self.config), self.loaded.name, alone(), began)
+        if not began and (start := self.config.model.init_from):
+            words += f", though training began with those of {start}, of which nothing is recorded here"
+        return encoder, words
 
     def model(self) -> IJepa:
         """All three networks, as they were trained together."""
@@ -175,7 +178,7 @@ def open_images_of(checkpoint: Checkpoint, source: str, split: str, cache_dir: s
         data = replace(data, cache_dir=cache_dir or data.cache_dir, eval_split=split or data.eval_split)
         evaluation = build.build_eval_images(replace(config, data=data, run_dir=str(run or config.run_dir)))
         images = evaluation.test
-        note = ", never trained on" if evaluation.held_out else ", which has no other split: it was trained on"
+        note = ", never trained on" if evaluation.held_out else ", of the split that was trained on"
     else:
         raise ValueError(f"{checkpoint.loaded.path} does not say what it was trained on: give --images FOLDER|SOURCE")
     indices, crops = [], []

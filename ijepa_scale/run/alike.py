@@ -32,11 +32,15 @@ class Images(Protocol):
 
 def start_facts(config: PretrainConfig, **words: Any) -> dict[str, str]:
     """For the roll call: names and values. words: of the command line, beside the config."""
-    versions = {name: version_of(name) for name in PACKAGES}
     code = f"{version_of('ijepa-scale')} (sources {code_digest()})"
     keys = {key: json.dumps(value) for key, value in by_key(config).items() if key not in OF_A_MACHINE}
     python = ".".join(platform.python_version_tuple()[:2])
-    return {"ijepa-scale": code, "python": python, **versions, **keys, **{k: str(v) for k, v in words.items()}}
+    return {"ijepa-scale": code, "python": python, **versions(), **keys, **{k: str(v) for k, v in words.items()}}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that steps are computed with."""
+    return {name: version_of(name) for name in PACKAGES}
 
 
 def code_digest() -> str:

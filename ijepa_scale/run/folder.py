@@ -1,5 +1,6 @@
 """A run's folder: who owns it, what was run, and which images could not be read."""
 
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -69,7 +70,14 @@ class RunFolder:
             return ""
 
     def set_aside_report(self, start_step: int) -> None:
-        """Where a run goes back behind its report, or starts anew: report.json becomes report.json.old, its PNGs go."""
+        """Where a run goes back behind its report, or starts anew: report.json becomes report.json.old, its PNGs go.
+
+        So do results of evaluations of later steps: those will be of other weights.
+        """
+        for results in self.path.glob("evaluations/*/results.json"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # whatever it is, the page leaves it out
+                if json.loads(results.read_text(encoding="utf-8"))["step"] > start_step:
+                    results.replace(results.with_suffix(".json.old"))
         report = self.path / "report.json"
         try:
             done = int(json.loads(report.read_text(encoding="utf-8"))["step"])

@@ -88,6 +88,27 @@ class History:
         known = self.column("images_per_second") * self.column("step_seconds")
         return round(np.nanmedian(known)) if np.isfinite(known).any() else 0
 
+    @property
+    def begun(self) -> int:
+        """The first step that is recorded: above 0 where the run goes on from another's checkpoint."""
+        return self.steps[0]["step"] if self.steps else 0
+
+    @property
+    def images_seen(self) -> int:
+        """By all steps; those before the first record had its batch."""
+        return round(self._starts(self._images())[-1]) if self.steps else 0
+
+    def _images(self) -> np.ndarray:
+        """(len(steps),) images of each step, which a resume may have changed; the median where it is not known."""
+        known = np.round(self.column("images_per_second") * self.column("step_seconds"))
+        return np.where(np.isfinite(known), known, self.images_a_step)
+
+    def _starts(self, each: np.ndarray) -> np.ndarray:
+        """(len(steps) + 1,) of what each step took, what all before it took; and what all took."""
+        at = column(self.steps, "step")
+        before = at[0] * each[0] if len(at) else 0.0
+        return before + np.concatenate(([0.0], np.cumsum(np.diff(at, append=at[-1:] + 1) * each)))
+
     def column(self, key: str) -> np.ndarray:
         """(len(steps),) float64, NaN where a step has no finite value."""
         return column(self.steps, key)
@@ -96,10 +117,11 @@ class History:
         """What had been spent before each of the steps at, on one of AXES. Seconds are those of recorded steps."""
         if axis == "steps":
             return at
-        if axis == "images":
-            return at * self.images_a_step
         seconds = self.column("step_seconds")
-        starts = np.concatenate(([0.0], np.cumsum(np.where(np.isfinite(seconds), seconds, 0.0))))
+        if axis == "images":
+            starts = self._starts(self._images())
+        else:
+            starts = np.concatenate(([0.0], np.cumsum(np.where(np.isfinite(seconds), seconds, 0.0))))
         return starts[np.searchsorted(column(self.steps, "step"), at)]
 
 
@@ -109,11 +131,14 @@ def read_history(path: str | Path) -> History:
     metrics = path / "metrics.jsonl"
     if not metrics.is_file():
         raise ValueError(f"{path} has no metrics.jsonl: give the folder of a run that has begun to train")
-    records = [record for record in read_records(metrics) if isinstance(record.get("step"), int)]
+    records = read_records(metrics)
+    if any(not isinstance(record, dict) for record in records):
+        raise ValueError(f"{metrics} has a line that is no JSON object: no run has written it; remove that line")
+    records = [record for record in records if isinstance(record.get("step"), int)]
     config = path / "config.yaml"
     return History(
         path=path,
-        config=redacted(yaml.safe_load(config.read_text(encoding="utf-8")) or {}) if config.is_file() else {},
+        config=_read_config(config),
         environment=read_json(path / "environment.json"),
         report=read_json(path / "report.json"),
         steps=latest([record for record in records if record.get("kind", "step") == "step"]),
@@ -121,6 +146,19 @@ def read_history(path: str | Path) -> History:
         bad_images=len({str(record.get("sample")) for record in records if record.get("kind") == "bad_image"}),
         last_record=datetime.datetime.fromtimestamp(metrics.stat().st_mtime, datetime.UTC),
     )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Without its secrets; {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}; mend it") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no config: it is no mapping")
+    return redacted(value)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_scale.config.reading import flat
 from ijepa_scale.run.history import History, column, knn_errors
 from ijepa_scale.run.records import is_number
 from ijepa_scale.run.verdict import health_verdict
@@ -98,10 +99,15 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s"
 
 
+def recorded(history: History) -> str:
+    """Of how many steps times and FLOPs are, where those of the first ones are in another run's records; else ""."""
+    return f" of the last {history.done - history.begun:,} steps" if history.begun else ""
+
+
 def flops(history: History) -> str:
     total = float(np.nansum(history.column("model_flops")))
     unit, name = next((unit, name) for unit, name in FLOP_UNITS if total >= unit)
-    return f"{total / (unit or 1e9):,.3g} {name} of the model" if total else ""
+    return f"{total / (unit or 1e9):,.3g} {name} of the model{recorded(history)}" if total else ""
 
 
 def memory(history: History, unit: str = " GiB in the first process") -> str:
@@ -124,11 +130,11 @@ def plain(value: Any) -> str:
 def row(history: History) -> list[str]:
     """A run in the table of a comparison; HEAD names the columns."""
     last = history.health[-1] if history.health else {}
-    seen = history.done * history.images_a_step
+    seen = history.images_seen
     return [
         steps(history),
         f"{seen:,}" if seen else "",
-        duration(seconds(history)),
+        duration(seconds(history)) + recorded(history),
         loss(history).partition(",")[0],
         knn(last),
         plain(last.get("rankme")),
@@ -143,14 +149,7 @@ def differences(histories: Sequence[History]) -> list[tuple[str, list[str]]]:
 
     A key that an older run does not have is left out: it has its default there.
     """
-    flat = [dict(_flat(history.config)) for history in histories]
-    keys = [key for key in flat[0] if key != "run_dir" and all(key in one for one in flat)]
-    rows = [(key, [str(one[key]) for one in flat]) for key in keys]
+    configs = [flat(history.config) for history in histories]
+    keys = [key for key in configs[0] if key != "run_dir" and all(key in one for one in configs)]
+    rows = [(key, [str(one[key]) for one in configs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
-
-
-def _flat(config: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs = []
-    for key, value in config.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return pairs

@@ -113,7 +113,9 @@ def key_figures(history: History, scores: Sequence[Score]) -> list[tuple[str, st
         rows.append((score.probe, value, note))
     if history.steps:
         rows.append(("Throughput", *numbers.throughput(history)))
-        rows.append(("Training time", numbers.duration(numbers.seconds(history)), "in steps alone"))
+        rows.append(
+            ("Training time", numbers.duration(numbers.seconds(history)), f"in steps alone{numbers.recorded(history)}")
+        )
     return rows
 
 
@@ -123,7 +125,7 @@ def trained_on(history: History) -> list[list[str]]:
         ["encoder", numbers.encoder(history)],
         ["images", numbers.images(history)],
         ["batch", numbers.batch(history)],
-        ["images seen", f"{history.done * history.images_a_step:,}" if history.images_a_step else ""],
+        ["images seen", f"{history.images_seen:,}" if history.images_seen else ""],
         ["loss", numbers.loss(history)],
         ["arithmetic", numbers.flops(history)],
         ["most memory", numbers.memory(history)],
@@ -150,8 +152,10 @@ def commands(history: History) -> str:
     ranks = history.environment.get("world_size", 1)
     start = verb("pretrain")
     if ranks != 1:
+        nodes = history.environment.get("nodes", 1)  # which older runs do not say
         launched = "launch/pretrain.py" if in_checkout() else "--module ijepa_scale.verbs.command pretrain"
-        start = f"torchrun --nproc-per-node {ranks} {launched}"
+        several = f"--nnodes {nodes} --node-rank N --master-addr FIRST_NODE " if nodes > 1 else ""
+        start = f"torchrun {several}--nproc-per-node {ranks // nodes} {launched}"
     moved = "" if history.config.get("run_dir") == str(history.path) else f" run_dir={run}"
     source = history.config.get("data", {}).get("source")
     data = shlex.quote(source) if isinstance(source, str) and source else "LABELLED_IMAGES"
@@ -200,11 +204,13 @@ def probe_blocks(history: History, scores: Sequence[Score]) -> list[Block]:
     for one in scores:
         pairs = ((one.initial, one.initial_error), (one.trained, one.trained_error))
         change = f"{one.difference:+.1f} ± {one.difference_error:.1f}"
-        rows.append([one.probe, f"{one.chance:.1f}", *(f"{a:.1f} ± {b:.1f}" for a, b in pairs), change, one.verdict])
-    head = ["probe", "chance, %", "initial, %", "trained, %", "difference, points", "verdict"]
+        values = [f"{one.chance:.1f}", *(f"{a:.1f} ± {b:.1f}" for a, b in pairs), change, one.verdict]
+        rows.append([one.probe, f"{one.num_test:,}", *values])
+    head = ["probe", "test images", "chance, %", "initial, %", "trained, %", "difference, points", "verdict"]
     caption = (
         f"Top-1 accuracy of frozen features at step {report.get('step', '?')}, {report.get('train_images', '?')} "
-        f"images to fit on and {scores[0].num_test} to score on, seed {report.get('seed', '?')}. ±: one standard error"
+        f"images to fit on, seed {report.get('seed', '?')}. ±: one standard error; of differences at most so much, as "
+        "both are of the same test images"
     )
     blocks: list[Block] = [
         Table(caption, head, rows),
@@ -248,7 +254,9 @@ def pictures_of(path: Path) -> tuple[dict[str, list[Block]], list[str]]:
     found: dict[str, dict[str, list[Frame]]] = {section: {} for section in SECTIONS}
     left_out = []
     masks = path / "masks.png"
-    if masks.is_file():
+    if masks.is_file() and (wrong := _no_png(masks)):
+        left_out.append(f"{masks.name}: {wrong}")
+    elif masks.is_file():
         caption = "What the encoder sees of the first images, and the patches that are predicted."
         alt = "Rows of images: whole, with the hidden patches grey, with the blocks to predict coloured, and both."
         found["masks"]["Context and targets"] = [Frame(path=masks, caption=caption, alt=alt)]
@@ -261,21 +269,27 @@ def pictures_of(path: Path) -> tuple[dict[str, list[Block]], list[str]]:
             words: dict[str, Any] = {key: str(said[key]) for key in ("caption", "alt")}
             frames = found[said["section"]].setdefault(str(said["title"]), [])
             step = said.get("step")
-            with open(picture, "rb") as file:
-                if file.read(24)[:8] != PNG:
-                    raise ValueError("it is no PNG")
+            if wrong := _no_png(picture):
+                raise ValueError(wrong)
             frames.append(Frame(path=picture, step=None if step is None else int(step), **words))
         except (ValueError, KeyError, TypeError) as error:
             left_out.append(f"{picture.name}: {error!r}" if isinstance(error, KeyError) else f"{picture.name}: {error}")
     blocks: dict[str, list[Block]] = {}
     for section, titles in found.items():
-        ordered = {
-            title: sorted(frames, key=lambda one: (one.step is None, one.step or 0)) for title, frames in titles.items()
-        }
+        ordered = {title: sorted(frames, key=_place) for title, frames in titles.items()}
         if ordered:
             blocks[section] = [Pictures(title, frames) for title, frames in ordered.items() if frames]
     return blocks, left_out
 
 
-def in_order(frame: Frame) -> tuple[bool, int]:
+def _no_png(path: Path) -> str:
+    """What is wrong with a file that should be one, written to its end; "" where nothing is."""
+    content = path.read_bytes()
+    if not content.startswith(PNG):
+        return "it is no PNG"
+    return "" if content[-8:-4] == b"IEND" else "it is half a PNG"
+
+
+def _place(frame: Frame) -> tuple[bool, int]:
+    """Among those of a title: by step, then what has none."""
     return frame.step is None, frame.step or 0

@@ -61,6 +61,9 @@ def find_checkpoint(
     if found is None:
         return None, notes
     refuse_misfit(objective, found, facts, allow=allow)
+    before, now = (known.get("packages", {}) for known in (found.manifest, facts))  # older checkpoints have none
+    if moved := [f"{name} {old} -> {now[name]}" for name, old in before.items() if now.get(name, old) != old]:
+        notes.append(f"computed with other packages from here on: {', '.join(moved)}; roundings may differ")
     later = [other for other in own if other.name > found.path.name] if inside and resume != "auto" else []
     if later:
         ranks.together(lambda: set_aside(later) if ranks.first else None)

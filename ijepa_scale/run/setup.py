@@ -23,7 +23,7 @@ from ijepa_scale.models.attention_backends import Choices
 from ijepa_scale.objectives.objective import Objective
 from ijepa_scale.plan import checks
 from ijepa_scale.run import frozen, init_from
-from ijepa_scale.run.alike import check_folder, check_images
+from ijepa_scale.run.alike import check_folder, check_images, versions
 from ijepa_scale.run.folder import BadImages, RunFolder
 from ijepa_scale.run.records import read_records
 from ijepa_scale.run.resume import find_checkpoint, go_on
@@ -176,7 +176,13 @@ def set_up(
     if config.model.init_from:
         start_from(run, found)
     if ranks.first:
-        seen = {"attention": attention.name, "images": len(images), "source": images.name, "objective": objective.name}
+        seen = {
+            "nodes": len(set(ranks.hosts)) or 1,
+            "attention": attention.name,
+            "images": len(images),
+            "source": images.name,
+            "objective": objective.name,
+        }
         folder.describe(to_yaml(config), world_size=ranks.world_size, precision=precision, **seen)
     return run
 
@@ -204,6 +210,7 @@ def facts_of(
         "precision": precision,
         "micro_batch_size": micro_batch,
         "images_in_statistics": micro_batch * ranks.world_size,  # of terms over the images of a micro-step
+        "packages": versions(),
     }
 
 

@@ -88,7 +88,7 @@ class StepPictures:
         heading = f"{name} encoder, step {step:,}"
         near = similarity(features, marked)
         draw_step(path, pixels, colours(scores), near, grid, heading=heading, marked=marked)
-        known = "never trained on" if run.evaluation.held_out else "which has no other split: they are trained on"
+        known = "never trained on" if run.evaluation.held_out else "of the split that is trained on"
         describe(
             path,
             title=TITLE,

@@ -52,5 +52,6 @@ def export_network(what: str, form: str, out: str, network: str | None = None, l
         step = "" if loaded.step is None else f", step {loaded.step:,}"
         print(f"{loaded.name}: {count:,} parameters of {loaded.path}{step}")
     print(f"{form}: {out}")
-    print(f"next: {NEXT[form].format(out=out)}")
+    if [loaded.name for loaded in done] != ["predictor"]:  # which embeds no images
+        print(f"next: {NEXT[form].format(out=out)}")
     print(f"share: hf upload YOU/NAME {out}")

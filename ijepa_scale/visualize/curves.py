@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ijepa_scale.data.files import written_whole
 from ijepa_scale.evals.scores import Score
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def draw_scores(path: str | Path, scores: Sequence[Score]) -> None:
     for offset, colour, label in ((-0.2, GREY, "initial"), (0.2, BLUE, "trained")):
         heights = [getattr(score, label) for score in scores]
         errors = [getattr(score, f"{label}_error") for score in scores]
-        name = "at initialisation" if label == "initial" else label
+        name = "before training" if label == "initial" else label
         axis.bar(places + offset, heights, 0.38, yerr=errors, capsize=3, color=colour, label=name)
         for place, height, error in zip(places + offset, heights, errors, strict=True):
             axis.annotate(
@@ -68,9 +69,12 @@ def draw_loss_curve(path: str | Path, records: Sequence[dict[str, Any]], *, movi
     _draw_gradient_norm(axes[0, 1], steps)
     _draw_pair(axes[1, 0], steps, ("lr", "learning rate", BLUE), ("weight_decay", "weight decay", ORANGE))
     axes[1, 0].set_title("schedules", fontsize=10)
-    _draw_series(axes[1, 1], *_series(steps, "ema_momentum"), GREEN)
-    axes[1, 1].set_title("EMA momentum", fontsize=10)
-    axes[1, 1].ticklabel_format(axis="y", useOffset=False)
+    if moving:
+        _draw_series(axes[1, 1], *_series(steps, "ema_momentum"), GREEN)
+        axes[1, 1].set_title("EMA momentum", fontsize=10)
+        axes[1, 1].ticklabel_format(axis="y", useOffset=False)
+    else:
+        axes[1, 1].set_axis_off()  # there is no EMA
     if with_terms:
         for axis, part, color in ((axes[0, 2], "variance", BLUE), (axes[1, 2], "covariance", ORANGE)):
             _draw_series(axis, *_series(steps, f"loss_{part}"), color)
@@ -192,5 +196,7 @@ def thin(
 
 
 def save(figure: Any, path: str | Path) -> None:
+    """Write a PNG, whole or not at all: a page may be made of the folder meanwhile."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    with written_whole(Path(path)) as file:
+        figure.savefig(file, format="png")

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ijepa_scale.visualize.curves import save
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -69,8 +71,7 @@ def draw_masks(
     ]
     handles.append(Patch(color=f"{GREY / 255}", label="hidden from the encoder"))
     figure.legend(handles=handles, loc="lower center", ncols=min(len(handles), 6), fontsize=8, frameon=False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def draw_mask_shares(
@@ -95,8 +96,7 @@ def draw_mask_shares(
                 bar = figure.colorbar(image, ax=row[:2] if title == "expected" else axis, shrink=0.9)
                 bar.set_label("% of layouts" if title == "expected" else "percent points", fontsize=8)
                 bar.ax.tick_params(labelsize=7)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def _check(

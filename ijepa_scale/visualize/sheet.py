@@ -10,6 +10,7 @@ import numpy as np
 
 from ijepa_scale.data.files import write_whole
 from ijepa_scale.masking.grid import PatchGrid
+from ijepa_scale.visualize.curves import save
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -102,8 +103,7 @@ def draw_sheet(
         )
         colours.set_label(bar.label, size=FONT, labelpad=2)
         colours.ax.tick_params(labelsize=FONT - 1, length=2, pad=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
+    save(figure, path)
 
 
 def _draw_cell(axis: "Axes", cell: Cell, grid: PatchGrid, bar: Bar | None) -> Any:

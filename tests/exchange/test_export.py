@@ -1,5 +1,6 @@
 """The folder of an export, whatever its format; safetensors and ONNX. The verb itself is asked by the page's test."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from ijepa_scale.exchange.export import export
 from ijepa_scale.exchange.load import find, load
 from ijepa_scale.models.predictor import Predictor
 from ijepa_scale.models.vit import VIT_SIZES, VisionTransformer
+from ijepa_scale.run.upkeep import convert
 from ijepa_scale.verbs import export as verb
 from launch.export import main
 from tests.exchange.test_reference import ENCODER, reference_checkpoint
@@ -54,6 +56,23 @@ def test_every_network_is_there_and_read_back_bit_for_bit(folder):
     assert load(folder / "context.safetensors", "target").name == "context"
     with pytest.raises(ValueError, match="holds no target; it holds: predictor"):
         load(folder / "predictor.safetensors")
+
+
+def test_a_password_in_an_older_manifest_goes_no_further(tmp_path):
+    shutil.copytree(OLD / "zero3", tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-00000004" / "manifest.json"
+    said = json.loads(path.read_text())
+    said["config"]["data"]["source"] = "https://me:hunter2@host/images"
+    del said["sha256"]
+    sealed = hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**said, "sha256": sealed}))
+    for form in ("safetensors", "timm", "transformers"):
+        export(str(tmp_path / "run"), tmp_path / form, form=form)
+    convert(path.parent, tmp_path / "converted")
+    written = [file for name in (*exports.FORMATS, "converted") for file in (tmp_path / name).rglob("*")]
+    texts = [file.read_bytes() for file in written if file.is_file()]
+    assert len(texts) > 10 and not [text for text in texts if b"hunter2" in text]
+    assert sum(b"://[hidden]@host/images" in text for text in texts) >= 6
 
 
 def test_no_more_than_one_network_is_in_memory(tmp_path, monkeypatch):
@@ -151,6 +170,10 @@ def test_the_card_has_the_licence_the_data_the_config_and_the_scores(tmp_path):
     assert "| k-NN count | 31.5 ± 4.6 | 20.0 | 12.5 |" in text
     config = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     assert config == json.loads(json.dumps(load(OLD / "zero1").config))
+    export(str(tmp_path / "run"), tmp_path / "out", form="timm", network="context")
+    assert "Scores" not in (tmp_path / "out" / "README.md").read_text()  # which are the target encoder's
+    export(str(tmp_path / "run"), tmp_path / "alone", form="safetensors", network="predictor")
+    assert 'load("FOLDER", "predictor")' in (tmp_path / "alone" / "README.md").read_text()
     write_report(report, [score], step=8, checkpoint="step-00000008", held_out=True)  # of other weights
     export(str(tmp_path / "run"), tmp_path / "out", form="timm")
     text = (tmp_path / "out" / "README.md").read_text()

@@ -49,6 +49,15 @@ def test_a_report_of_steps_that_are_trained_anew_is_set_aside(tmp_path):
     RunFolder(tmp_path).set_aside_report(100)  # there is none
 
 
+def test_evaluations_of_steps_that_are_trained_anew_are_set_aside(tmp_path):
+    for name, text in (("early", '{"step": 100}'), ("late", '{"step": 300}'), ("none", "[")):
+        (tmp_path / "evaluations" / name).mkdir(parents=True)
+        (tmp_path / "evaluations" / name / "results.json").write_text(text)
+    RunFolder(tmp_path).set_aside_report(100)
+    found = {path.parent.name: path.name for path in tmp_path.glob("evaluations/*/*")}
+    assert found == {"early": "results.json", "late": "results.json.old", "none": "results.json"}
+
+
 def test_bad_images_are_counted_once_and_survive_a_restart():
     bad = BadImages()
     records = bad.add(3, [(7, "g.png", "torn"), (2, "b.png", "empty"), (7, "g.png", "torn")])

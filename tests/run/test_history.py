@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 
+from ijepa_scale.run import numbers
 from ijepa_scale.run.history import latest, panels_of, read_history
 from tests.run.toy_run import health, step, write_run
 
@@ -43,6 +44,24 @@ def test_every_axis_says_what_was_spent_before_a_step(tmp_path):
     np.testing.assert_allclose(curve.errors, np.sqrt(25 * 75 / 128))
 
 
+def test_images_seen_are_of_each_step_s_batch_whatever_was_changed(tmp_path):
+    """A run of another's checkpoint at step 200, and a batch of 64 that a resume made 256; against a loop."""
+    run = write_run(tmp_path / "run", steps=0)
+    batches = dict.fromkeys(range(200, 260), 64) | dict.fromkeys(range(260, 300), 256)
+    rows = [step(number, step_seconds=0.5, images_per_second=2.0 * batch) for number, batch in batches.items()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    history = read_history(run)
+    seen = {200: 200 * 64}
+    for number, batch in batches.items():
+        seen[number + 1] = seen[number] + batch
+    assert history.images_seen == seen[300] == 200 * 64 + 60 * 64 + 40 * 256
+    at = np.array([200, 230, 260, 261, 299, 300])
+    assert history.spent("images", at).tolist() == [seen[number] for number in at.tolist()]
+    assert history.begun == 200 and history.spent("seconds", at)[-1] == 50.0
+    assert numbers.row(history)[2] == "50.0 s of the last 100 steps" and numbers.row(history)[1] == f"{seen[300]:,}"
+    assert numbers.flops(history).endswith("of the model of the last 100 steps")
+
+
 def test_curves_are_of_the_runs_that_have_them(tmp_path):
     plain, parts = write_run(tmp_path / "plain"), write_run(tmp_path / "parts")
     lines = [json.loads(line) for line in (plain / "metrics.jsonl").read_text().splitlines()]
@@ -68,6 +87,9 @@ def test_a_loss_whose_targets_do_not_move_is_not_said_to_rise(tmp_path):
         ("metrics.jsonl", "{\n{}\n", "line 1 is not JSON"),
         ("report.json", "[", "report.json is not JSON"),
         ("environment.json", "[]", "environment.json is no JSON object"),
+        ("metrics.jsonl", "[]\n", "has a line that is no JSON object"),
+        ("config.yaml", "a: [", "config.yaml is not YAML"),
+        ("config.yaml", "- a", "holds no config"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, content, message):

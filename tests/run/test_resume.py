@@ -34,6 +34,23 @@ def test_resume_takes_a_checkpoint_or_a_run_folder_s_newest_whole_one(tmp_path):
             found(resume)
 
 
+@pytest.mark.parametrize(
+    "before, words",
+    [
+        ({"torch": "2.11.0", "numpy": "2.0"}, ["torch 2.11.0 -> 2.15.0; roundings may differ"]),
+        ({"torch": "2.15.0", "numpy": "2.0"}, []),
+        (None, []),
+    ],
+)
+def test_other_packages_than_before_are_said(tmp_path, before, words):
+    facts = {"architecture": {}, "config": to_dict(PretrainConfig())}
+    folder = RunFolder(tmp_path)
+    standin.save(folder.checkpoints, 2, **facts, **({"packages": before} if before else {}))
+    now = facts | {"packages": {"torch": "2.15.0", "numpy": "2.0"}}
+    _, notes = find_checkpoint(OBJECTIVE, folder, standin.ALONE, now, 9, resume="auto", allow=False)
+    assert [note.partition("here on: ")[2] for note in notes if "with other packages" in note] == words
+
+
 def test_what_an_older_checkpoint_does_not_say_means_the_default(tmp_path):
     """Of its config and of its architecture; what differs all the same is refused."""
     config = PretrainConfig(model=ModelConfig(name="vit_tiny"))

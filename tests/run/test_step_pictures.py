@@ -71,7 +71,10 @@ def test_a_slider_of_the_same_images_on_the_page_and_a_record_of_each(run, pictu
     assert [frame.step for frame in slider.frames] == [0, 3] and left_out == [] and run.said == []
     assert all(min(frame.pixels) > 300 for frame in slider.frames)
     first, second = (frame.caption for frame in slider.frames)
-    assert "6 images of" in first and "they are trained on. Features of the target encoder's last block" in first
+    assert (
+        "6 images of" in first
+        and "of the split that is trained on. Features of the target encoder's last block" in first
+    )
     assert "over 64 images" in first and "Those of later steps are turned to these." in first
     assert "to be like those of step 0: the correlation with these is 0." in second
     assert [(one["kind"], one["step"], *one["pictures"].values()) for one in run.logged] == [

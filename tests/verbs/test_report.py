@@ -46,6 +46,27 @@ def test_the_page_of_a_run_says_what_it_came_to(tmp_path, capsys):
         assert words in text, words
 
 
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n", "half"])
+def test_a_picture_that_is_half_written_is_left_out_and_said(tmp_path, capsys, content):
+    run = write_run(tmp_path / "run")
+    Image.new("RGB", (40, 30)).save(run / "masks.png")
+    if content == "half":
+        content = (run / "masks.png").read_bytes()[:-20]
+    (run / "masks.png").write_bytes(content)
+    written([run], capsys)
+    text = (run / "report.html").read_text()
+    assert "masks.png: it is " in text and "What the encoder sees of the first images" not in text
+
+
+def test_a_run_of_several_nodes_is_started_on_each(tmp_path, capsys):
+    run = write_run(tmp_path / "run")
+    said = {**json.loads((run / "environment.json").read_text()), "world_size": 32, "nodes": 4}
+    (run / "environment.json").write_text(json.dumps(said))
+    written([run], capsys)
+    words = "torchrun --nnodes 4 --node-rank N --master-addr FIRST_NODE --nproc-per-node 8 --module"
+    assert words in (run / "report.html").read_text()
+
+
 @pytest.mark.parametrize("steps", [0, 1, 7])
 def test_a_run_that_goes_on_or_died_has_a_page(tmp_path, capsys, steps):
     run = write_run(tmp_path / "run", steps=steps, finished=False)

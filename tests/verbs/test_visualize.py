@@ -147,7 +147,7 @@ def test_images_are_those_that_were_not_trained_on(run, image_folder, tmp_path):
     for source in (image_folder, tmp_path):
         config = replace(checkpoint.config, data=replace(checkpoint.config.data, source=str(source)))
         chosen[source] = open_images_of(replace(checkpoint, config=config), "", "", "", among=64, seed=0)
-    assert chosen[image_folder].words.endswith(":train, which has no other split: it was trained on")
+    assert chosen[image_folder].words.endswith(":train, of the split that was trained on")
     assert chosen[tmp_path].words.endswith(":validation, never trained on") and len(chosen[tmp_path].indices) == 16
     assert sorted(chosen[image_folder].indices) == list(range(64)) != chosen[image_folder].indices
 

@@ -24,10 +24,15 @@ def axes_of(path, records, monkeypatch):
     return {axis.get_title(): axis for axis in figures[0].axes}
 
 
-def test_names_of_labels_are_no_formulas(tmp_path):
+def test_names_of_labels_are_no_formulas(tmp_path, monkeypatch):
     names = ["[red]x", "[/]", "$1_$2", "$"]
     odd = [Score(probe=f"k-NN {name}", initial=1.0, trained=2.0, chance=1.0, num_test=9) for name in names]
+    figures = []
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
     draw_scores(tmp_path / "scores.png", odd)
+    labels = figures[0].axes[0].get_xticklabels()
+    assert len(labels) == len(names) and not any(label.get_parse_math() for label in labels)
+    figures[0].canvas.draw()
 
 
 def test_bars_have_the_heights_of_the_scores(tmp_path, monkeypatch):
