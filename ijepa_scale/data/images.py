@@ -27,7 +27,7 @@ from ijepa_scale.data.decoding import (
 from ijepa_scale.data.order import generator_for, image_at
 from ijepa_scale.data.sources.columns import preferred, say_chosen, standing
 from ijepa_scale.data.sources.folders import printable
-from ijepa_scale.data.sources.inspection import find_split, inspect_source
+from ijepa_scale.data.sources.inspection import find_split
 from ijepa_scale.data.sources.splits import map_splits
 from ijepa_scale.data.sources.tars import read_member
 from ijepa_scale.data.transforms import RandomCrop
@@ -267,13 +267,13 @@ def open_images(
     let one process a node open them before the others do. min_side, max_pixels: as of Limits. column: of the images, or
     their ending in tars; "": the likeliest. config: of the data set, where it has several.
     """
-    splits = map_splits(source, cache_dir, column=column, config=config)
+    kind, splits = map_splits(source, cache_dir, column=column, config=config)
     found = find_split(list(splits), split, source)
     dataset = splits[found]()
     if len(dataset) == 0:
         raise ValueError(f"split {found!r} of {source!r} has no rows; it must hold at least one image")
     name = f"{os.path.basename(os.path.abspath(source))}:{found}"
-    if inspect_source(source, column)[0] in ("tar", "table"):
+    if kind in ("tar", "table"):
         column = ""  # the rows are those of the column by now
     limits = Limits(min_side, max_pixels)
     return ImageSet(dataset, image_column(dataset, source, column), name=name, split=found, limits=limits)
@@ -290,7 +290,7 @@ def open_file(path: str, *, name: str, max_pixels: int = MAX_PIXELS, num_images:
 
 def splits_of(source: str, cache_dir: str | None = None, *, column: str = "", config: str = "") -> list[str]:
     """Names of the splits of a source, as `open_images` takes them. Copies and decodes nothing."""
-    return list(map_splits(source, cache_dir, column=column, config=config))
+    return list(map_splits(source, cache_dir, column=column, config=config)[1])
 
 
 def check_images(images: ImageSet, *, min_side: int, sample: int = 64) -> None:

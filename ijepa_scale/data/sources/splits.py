@@ -24,11 +24,20 @@ if TYPE_CHECKING:
 
 def map_splits(
     source: str, cache_dir: str | None, *, column: str = "", config: str = ""
+) -> tuple[str, dict[str, Callable[[], datasets.Dataset]]]:
+    """The kind of a source, and how to load each of its splits: all files of a folder are listed, which takes time.
+
+    column: of the images in a table, or their ending in tars.
+    """
+    kind, files = inspect_source(source, column)
+    return kind, _loaders(kind, files, source, cache_dir, column, config)
+
+
+def _loaders(
+    kind: str, files: list[str], source: str, cache_dir: str | None, column: str, config: str
 ) -> dict[str, Callable[[], datasets.Dataset]]:
-    """The splits of a source, and how to load each. column: of the images in a table, or their ending in tars."""
     import datasets
 
-    kind, files = inspect_source(source, column)
     check_choice(kind, source, column=column, config=config)
     path = Path(source).expanduser().absolute()
     root = str(path.parent if path.is_file() else path)
