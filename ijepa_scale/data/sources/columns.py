@@ -34,6 +34,11 @@ def standing(name: str) -> tuple[int, int]:
     return (0 if words and plain else 1), name.count(".")
 
 
+def are_masks(folder: str) -> bool:
+    """Whether a folder's path says that what lies in it is made of pictures, as SegmentationClass."""
+    return any(standing(part)[0] == 2 for part in folder.split("/") if part)
+
+
 def say_chosen(source: str, names: Iterable[str], chosen: str) -> None:
     """One line for the user, where several names could have been meant."""
     warn_once(

@@ -15,13 +15,15 @@ import pyarrow.parquet as pq
 
 from ijepa_scale.data.decoding import open_encoded
 from ijepa_scale.data.lfs import LFS_ADVICE, is_pointer_file
-from ijepa_scale.data.sources.folders import list_files, printable, say_once
+from ijepa_scale.data.sources.columns import are_masks
+from ijepa_scale.data.sources.folders import list_files, printable, say_once, warn_once
 from ijepa_scale.data.sources.remote import Patience, StreamError
 from ijepa_scale.data.sources.shards import DAMAGED, arrow_batches, first_rows
 from ijepa_scale.data.sources.tars import open_tar, tar_samples
 
 _WORDS = {"parquet": "Parquet file", "arrow": "Arrow file", "tar": "tar", "images": "image file"}
 _MOST = 10  # times the images of another kind of files, for the one kind to be plainly what was meant
+_FEW_MASKS = 0.05  # of all images: a class of a data set may be called mask
 _COUNTED_IN_TARS = 1000  # images that are counted; how many the rest holds is told from its bytes
 _SAMPLED_IMAGES = 64
 _UNDECODED = (
@@ -93,7 +95,23 @@ def folder_contents(root: str) -> Contents:
     loud |= kind in ("images", "") and missed * _MOST > len(parts.get(kind, []))
     if kind == "images" and missed > len(parts[kind]):
         taken = f"most files left out, and only {taken}"
+    if kind == "images":
+        _warn_of_masks(root, parts[kind])
     return Contents(kind, parts.get(kind, []), taken, left_out + words, loud)
+
+
+def _warn_of_masks(root: str, files: list[str]) -> None:
+    """Of masks in folders of their own beside photographs; one class of many may be called so."""
+    counts = collections.Counter(os.path.dirname(file) for file in files)
+    masks = {folder: count for folder, count in counts.items() if are_masks(folder)}
+    share = sum(masks.values()) / len(files)
+    if _FEW_MASKS < share < 1:
+        folder, count = max(masks.items(), key=lambda item: item[1])
+        warn_once(
+            f"{printable(root)}: {sum(masks.values()):,} of the {len(files):,} images lie in folders called as masks are, "
+            f"such as {printable(folder)} ({count:,}): they are trained on with the rest; if they are none, give the "
+            "folder of the photographs alone"
+        )
 
 
 def _several(count: int, kind: str) -> str:

@@ -1,6 +1,7 @@
 import itertools
 import logging
 import os
+import re
 
 import datasets
 import pyarrow as pa
@@ -223,3 +224,22 @@ def test_sources_elsewhere_that_cannot_be_read_are_told(source, words):
     for look in (inspect_source, open_images, count_images, lambda s: open_shards(s, patience=Patience(0))):
         with pytest.raises(ValueError, match=words):
             look(source)
+
+
+@pytest.mark.parametrize(
+    "folders, told",
+    [
+        ({"JPEGImages": 20, "SegmentationClass": 6, "SegmentationObject": 3}, "9 of the 29 images .*Class (6)"),
+        ({"train/images": 9, "train/masks": 9}, "9 of the 18 images .*train/masks (9)"),
+        ({f"class-{i}": 3 for i in range(30)} | {"gas_mask": 3}, ""),
+        ({"masks": 9}, ""),
+    ],
+)
+def test_masks_beside_photographs_are_told(tmp_path, caplog, folders, told):
+    for folder, count in folders.items():
+        write_images(tmp_path / folder, range(count))
+    with caplog.at_level(logging.WARNING):
+        assert len(folder_contents(str(tmp_path)).files) == sum(folders.values())
+    warnings = [record.getMessage() for record in caplog.records if "masks" in record.getMessage()]
+    assert bool(warnings) == bool(told)
+    assert all(re.search(told.replace("(", r"\(").replace(")", r"\)"), text) for text in warnings)
