@@ -109,7 +109,7 @@ def _warn_of_masks(root: str, files: list[str]) -> None:
         folder, count = max(masks.items(), key=lambda item: item[1])
         warn_once(
             f"{printable(root)}: {sum(masks.values()):,} of the {len(files):,} images lie in folders called as masks are, "
-            f"such as {printable(folder)} ({count:,}): they are trained on with the rest; if they are none, give the "
+            f"such as {printable(folder)} ({count:,}): they are trained on, too; if they are masks, give the "
             "folder of the photographs alone"
         )
 
