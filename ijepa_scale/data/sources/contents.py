@@ -108,8 +108,8 @@ def _warn_of_masks(root: str, files: list[str]) -> None:
     if _FEW_MASKS < share < 1:
         folder, count = max(masks.items(), key=lambda item: item[1])
         warn_once(
-            f"{printable(root)}: {sum(masks.values()):,} of the {len(files):,} images lie in folders called as masks are, "
-            f"such as {printable(folder)} ({count:,}): they are trained on, too; if they are masks, give the "
+            f"{printable(root)}: {sum(masks.values()):,} of the {len(files):,} images lie in folders called as masks "
+            f"are, such as {printable(folder)} ({count:,}): they are trained on, too; if they are masks, give the "
             "folder of the photographs alone"
         )
 
