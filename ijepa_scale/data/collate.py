@@ -28,6 +28,7 @@ from ijepa_scale.data.streams.dealing import StreamProgress, Streams
 from ijepa_scale.data.transforms import RandomCrop
 from ijepa_scale.masking.packing import map_tensors
 
+OPTION = "data.workers"
 PREFETCH = 4  # micro-batches that a loader process makes ahead
 SHARED_MEMORY = "/dev/shm"  # where they lie until the rank has taken them
 CLOSE_SECONDS = 5.0  # for loader processes to end by themselves
@@ -230,7 +231,7 @@ def shared_memory() -> tuple[str, int] | None:
 
 
 def check_batches_fit(
-    *, batch_bytes: int, workers: int, ranks: int, free: int, ahead: int = PREFETCH, option: str = "data.workers"
+    *, batch_bytes: int, workers: int, ranks: int, free: int, ahead: int = PREFETCH, option: str = OPTION
 ) -> None:
     """ValueError where what loader processes make ahead does not fit into shared memory.
 
@@ -245,7 +246,8 @@ def check_batches_fit(
         f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and loader processes need {need / 2**20:,.0f} MiB of it: "
         f"{batch_bytes / 2**20:,.1f} MiB a micro-batch x ({ahead} made ahead x {option} {workers} + 1)"
         f"{f' x {ranks} ranks' * (ranks > 1)}; start the container with --shm-size={-(-need * 2 // 2**30)}g (or "
-        f"--ipc=host), or set {option}={most}" + (" (no process is then started for it)" if not most else "")
+        f"--ipc=host), or set {option}={most}"
+        + (" (the training process then loads)" if not most and option == OPTION else "")
     )
 
 

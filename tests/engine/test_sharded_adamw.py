@@ -39,7 +39,8 @@ def test_a_step_sends_the_least_that_the_method_needs(ranks, cases, tmp_path):
         facts = found[" ".join(map(str, case))]
         least = least_bytes(ranks, case, facts["trained"], facts["averaged"])
         for operation, least_of_it in least.items():
-            assert least_of_it * 0.9999 < facts["sent"].pop(operation) < least_of_it * 1.01  # parts are padded
+            # Parts are padded, to 128 elements of each rank: these networks have 27,000 parameters.
+            assert least_of_it * 0.9999 < facts["sent"].pop(operation) < least_of_it * 1.03
         assert sum(facts["sent"].values()) < 0.005 * sum(least.values())  # the norm, and flags of ZeRO-3
 
 

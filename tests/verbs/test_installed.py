@@ -67,5 +67,5 @@ def test_an_installed_package_does_what_a_checkout_does(installed, tmp_path):
 
     text = run([sys.executable, "-c", COMMAND, installed], tmp_path, environment)
     assert "--keep writes to a checkout, and there is no" in text and "use --json" in text
-    assert "\nencoder        vit_tiny/8" in text and "\nsteps          312" in text
+    assert "\nencoder        vit_tiny/8" in text and "\nsteps          624" in text
     assert list(tmp_path.iterdir()) == []

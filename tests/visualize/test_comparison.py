@@ -17,7 +17,7 @@ def test_a_panel_for_each_probe_and_each_cost_with_every_recipe_told_apart(tmp_p
     monkeypatch.setattr(
         matplotlib.figure.Figure,
         "savefig",
-        lambda self, path, **_: (drawn.append(self), Image.new("L", (1, 1)).save(path)),
+        lambda self, file, **_: (drawn.append(self), Image.new("L", (1, 1)).save(file, "PNG")),
     )
     draw_comparison(tmp_path / "a.png", "title", ["seconds", "FLOPs"], [("k-NN", lines), ("linear", lines[:2])])
     (figure,) = drawn
