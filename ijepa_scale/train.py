@@ -391,7 +391,7 @@ def open_logs(run: Run, stack: contextlib.ExitStack) -> Log:
             raise RunError(
                 f"{error}: free space or mend the disk; the same command goes on from the last checkpoint", local=True
             ) from error
-        if record["kind"] in ("step", "health"):  # of the same step: the health check's loss is the step before's
+        if record["kind"] in ("step", "health"):  # whose loss is the step before's, and is there
             of_wandb = {key: value for key, value in record.items() if (key, record["kind"]) != ("loss", "health")}
             wandb.log(of_wandb, record["step"])
         if record["kind"] == "pictures":

@@ -58,7 +58,7 @@ class Watchdog:
         self._ranks, self._seconds = ranks, seconds
         self._beat = min(BEAT_SECONDS, seconds / 8)
         self._silence = max(seconds, LEAST_SILENCE)
-        self._began = 0.0  # of the step; 0: there is none
+        self._began = 0.0  # a step; 0: there is none
         self._count = 0
         self._asked = False  # for the signs of all ranks
         self._heard: list[list[Sign]] = []
@@ -72,9 +72,9 @@ class Watchdog:
     def outside(self, doing: str) -> None:
         """doing: what comes before the steps, or after them."""
         now = time.monotonic()
-        self._began, self._state = 0.0, (0, doing, now)
         self._alive = {rank: (-1, now) for rank in range(self._ranks.world_size)}  # count of signs, and since when
-        self._look = now
+        self._look, self._state = now, (0, doing, now)
+        self._began = 0.0  # last: from here on the threads look at what is above
 
     def at(self, step: int) -> None:
         self._began = time.monotonic()

@@ -17,7 +17,7 @@ import numpy as np
 from ijepa_scale.data.decoding import reason_of
 from ijepa_scale.data.order import generator_for, permuted_index
 from ijepa_scale.data.sources.folders import printable
-from ijepa_scale.data.sources.remote import Patience, StreamError, shown
+from ijepa_scale.data.sources.remote import Patience, StreamError, is_remote, shown
 from ijepa_scale.data.sources.shards import DAMAGED
 from ijepa_scale.data.streams.positions import BEGINNING, SourcePosition
 from ijepa_scale.data.streams.reading import START, Encoded, ShardPosition, read_shard
@@ -193,8 +193,12 @@ class ShardStream:
                     yield start, image
                     failing, wait = 0.0, patience.first_wait
                 return
-            except DAMAGED as error:
-                if not isinstance(error, OSError) or error.errno in (None, errno.EINVAL):  # of its content
+            except (*DAMAGED, StreamError) as error:
+                # Of its content, of the network, which has been waited for, or of a shard that was never there.
+                cause = error.__cause__ if isinstance(error, StreamError) else error
+                if not isinstance(cause, OSError) or cause.errno in (None, errno.EINVAL) or is_remote(location):
+                    raise
+                if cause.errno == errno.ENOENT and not failing:
                     raise
                 failing = failing or time.monotonic()
                 if time.monotonic() - failing >= patience.seconds:

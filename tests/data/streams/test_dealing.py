@@ -251,11 +251,14 @@ def test_a_disk_that_fails_ends_the_run_rather_than_the_shard(tars, monkeypatch)
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EACCES])
 def test_a_disk_that_comes_back_costs_nothing(tars, monkeypatch, number, caplog):
-    """Whatever it says meanwhile, once in every shard and in the middle of it."""
+    """Whatever it says meanwhile, once in every shard and in the middle of it; then there is no shard for a while."""
     expected = streams_of(tars, patience=Patience()).take(0, [WHOLE] * 40)
-    failed = set()
+    failed, gone = set(), set()
 
     def failing(location, *, start, **options):
+        if location in failed - gone:  # as where a mount is gone
+            gone.add(location)
+            raise StreamError("it cannot be opened; bring it back") from OSError(errno.ENOENT, "No such file")
         for row, (after, image) in enumerate(read_shard(location, start=start, **options)):
             if row == 1 and location not in failed:
                 failed.add(location)
@@ -265,7 +268,7 @@ def test_a_disk_that_comes_back_costs_nothing(tars, monkeypatch, number, caplog)
     monkeypatch.setattr(shard_stream, "read_shard", failing)
     monkeypatch.setattr(shard_stream.time, "sleep", lambda seconds: None)
     images, bad, progress = streams_of(tars, patience=Patience()).take(0, [WHOLE] * 40)
-    assert failed == set(tars.locations) and not bad and progress == expected[2]
+    assert failed == gone == set(tars.locations) and not bad and progress == expected[2]
     assert [row for _, row, _ in images] == [row for _, row, _ in expected[0]]
     assert sum("trying again in 1 s" in record.getMessage() for record in caplog.records) == len(failed)
 
